@@ -1,0 +1,57 @@
+# Everything runs in .venv, which `make env` builds from nothing.
+SHELL := bash
+.SHELLFLAGS := -euo pipefail -c
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+
+PYTHON ?= python3
+TORCH ?= torch==2.13.0
+DEMO ?= build/demo
+ARGS ?=
+
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+SOURCES := $(wildcard persona_plug training eval tests)
+
+# On a CPU idle OpenMP threads must not spin, and the tokenizer must not fork its own.
+export OMP_WAIT_POLICY ?= PASSIVE
+export TOKENIZERS_PARALLELISM ?= false
+
+.PHONY: help env test lint format demo bench clean
+
+help: ## list the targets
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
+
+env: $(STAMP) ## build .venv (PYTHON=..., TORCH=... choose versions)
+
+$(STAMP): pyproject.toml .ci/env
+	$(PYTHON) .ci/env $(VENV) '$(TORCH)'
+	@touch $@
+
+test: env ## run every test (ARGS="-k name" to choose)
+	$(BIN)/python -m pytest $(ARGS)
+
+lint: env ## check style, format and types
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/python -m mypy
+	$(BIN)/python -m compileall -q $(SOURCES)
+
+format: env ## rewrite the sources in the project's format
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+demo: env ## fit a small plug on real data (DEMO=folder)
+	mkdir -p $(DEMO)
+	$(BIN)/persona-plug models pull smollm2-135m
+	$(BIN)/persona-plug models pull minilm-l6
+	$(BIN)/persona-plug data debian --task synopsis --out $(DEMO)/debian.jsonl
+	$(BIN)/persona-plug fit $(DEMO)/debian.jsonl --llm smollm2-135m --encoder minilm-l6 --out $(DEMO)/plug --examples 3
+
+bench: env ## measure speed and memory against their floors
+	$(BIN)/python -m eval.bench $(ARGS)
+
+clean: ## remove build products and caches, keep .venv
+	rm -rf build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find $(SOURCES) -name __pycache__ -type d -prune -exec rm -rf {} +

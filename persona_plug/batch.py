@@ -1,0 +1,96 @@
+"""From examples to the tensors that the embedder reads."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from persona_plug.config import PlugConfig
+from persona_plug.encoder import HistoryEncoder
+from persona_plug.errors import DataError
+from persona_plug.history import Example
+
+
+@dataclass(frozen=True, slots=True)
+class HistoryBatch:
+    """Vectors of B requests and of their users' histories, padded to n items.
+
+    Attributes:
+        request: (B, d) float32, the request's vector.
+        keys: (B, n, d) float32, each item's input (its output where the input is empty).
+        values: (B, n, v) float32, what is pooled: input, output and one-hot answer, as the config asks.
+        mask: (B, n) bool, True where there is an item.
+    """
+
+    request: Tensor
+    keys: Tensor
+    values: Tensor
+    mask: Tensor
+
+    def to(self, device: torch.device) -> HistoryBatch:
+        """Return the batch on a device."""
+        return HistoryBatch(*(getattr(self, n).to(device) for n in ("request", "keys", "values", "mask")))
+
+
+class VectorTable:
+    """Vectors of every text a set of examples mentions, encoded once; makes batches without the encoder."""
+
+    def __init__(self, encoder: HistoryEncoder, examples: Sequence[Example], config: PlugConfig) -> None:
+        """Encode (or read from the cache) all requests and the used items of all histories."""
+        self.config = config
+        texts: dict[str, int] = {"": 0}
+        for example in examples:
+            texts.setdefault(example.input, len(texts))
+            for item in example.history[-config.max_history :]:
+                texts.setdefault(item.input, len(texts))
+                texts.setdefault(item.output, len(texts))
+        self.rows = texts
+        self.vectors = encoder.encode(list(texts))
+        self.answer_ids = {a: i for i, a in enumerate(config.answers or ())}
+
+    def batch(self, examples: Sequence[Example]) -> HistoryBatch:
+        """Collate examples whose texts are all in the table."""
+        limit, use_answers = self.config.max_history, value_dim(self.config)[1] > 0
+        histories = [e.history[-limit:] for e in examples]
+        n = max([len(h) for h in histories] + [1])
+        shape = (len(examples), n)
+        inputs, outputs = torch.zeros(shape, dtype=torch.long), torch.zeros(shape, dtype=torch.long)
+        answers = torch.full(shape, -1)
+        mask = torch.zeros(shape, dtype=torch.bool)
+        for b, history in enumerate(histories):
+            for i, item in enumerate(history):
+                inputs[b, i] = self.rows[item.input]
+                outputs[b, i] = self.rows[item.output]
+                answers[b, i] = self.answer_ids.get(item.output.strip(), -1)
+                mask[b, i] = True
+        input_vectors, output_vectors = self.vectors[inputs], self.vectors[outputs]
+        keys = torch.where((inputs == 0).unsqueeze(-1), output_vectors, input_vectors)
+        parts = [input_vectors, output_vectors] if self.config.item_outputs else [keys]
+        if use_answers:
+            one_hot = torch.nn.functional.one_hot(answers.clamp(min=0), len(self.answer_ids)).float()
+            parts.append(one_hot * (answers >= 0).unsqueeze(-1))
+        request = self.vectors[torch.tensor([self.rows[e.input] for e in examples], dtype=torch.long)]
+        return HistoryBatch(request, keys, torch.cat(parts, -1), mask)
+
+
+def value_dim(config: PlugConfig) -> tuple[int, int]:
+    """Return the width of an item's text part and of its one-hot answer part."""
+    wanted = config.use_answer_counts or config.answer_prior
+    answers = len(config.answers) if config.answers and wanted else 0
+    return config.encoder_dim * (2 if config.item_outputs else 1), answers
+
+
+def check_finite(batch: HistoryBatch) -> None:
+    """Refuse vectors that are not finite.
+
+    Raises:
+        DataError: Names the row and the kind of vector.
+    """
+    for name in ("request", "keys", "values"):
+        tensor = getattr(batch, name)
+        if not bool(torch.isfinite(tensor).all()):
+            row = int((~torch.isfinite(tensor)).flatten(1).any(1).nonzero()[0])
+            raise DataError(f"row {row}: {name} vectors hold NaN or infinity; encode the history again")

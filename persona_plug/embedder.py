@@ -1,0 +1,155 @@
+"""UserEmbedder: aggregator + projector + task tokens -> soft tokens. The only part that is trained."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from persona_plug.aggregators import AttentionAggregator, MeanAggregator, PaperAggregator, Pooled
+from persona_plug.batch import HistoryBatch, check_finite, value_dim
+from persona_plug.config import PlugConfig
+
+
+@dataclass(frozen=True, slots=True)
+class Embedded:
+    """What the embedder says of B requests.
+
+    Attributes:
+        soft: (B, m + k, H) soft tokens [task; user].
+        bias: (B, C) what the user's own answer frequencies add to the scores of the C answers, or None.
+        weights: (B, n) mean weight of each history item over the heads, or None without user tokens.
+    """
+
+    soft: Tensor
+    bias: Tensor | None
+    weights: Tensor | None
+
+
+class UserEmbedder(nn.Module):
+    """Maps requests and histories to soft tokens [task; user], (B, m + k, H), float32.
+
+    Soft tokens are scaled to a learned gain that starts at the LLM's mean embedding norm; PPlug multiplies by a constant
+    of one model instead. At the start the user tokens do not depend on the user: training begins from a task prompt.
+
+    Attributes:
+        score_temperature: Divides log-likelihoods of candidate answers; fitted on held-out users.
+    """
+
+    def __init__(self, config: PlugConfig, embedding_norm: float, start: Tensor | None = None) -> None:
+        """Create the embedder.
+
+        Args:
+            config: Architecture; `llm_width` and `encoder_dim` must be set.
+            embedding_norm: Mean L2 norm of the LLM's input embeddings.
+            start: (m + k, H) where the soft tokens start; rows of the LLM's embedding table are a good choice.
+        """
+        super().__init__()
+        self.config = config
+        total, width = config.task_tokens + config.user_tokens, config.llm_width
+        start = torch.randn(total, width) if start is None else start.detach().clone().float()
+        start = nn.functional.normalize(start, dim=-1)
+        self.tokens = nn.Parameter(start)
+        self.log_gain = nn.Parameter(torch.full((total,), embedding_norm).log())
+        self.register_buffer("score_temperature", torch.ones(()))
+        # Set by training: the largest share of a row's items left out, and the share of rows left without any.
+        self.history_dropout = self.empty_history = 0.0
+        if config.user_tokens == 0:
+            return
+        text, answers = value_dim(config)
+        self.null_value = nn.Parameter(torch.zeros(text))
+        self.null_answers = nn.Parameter(torch.zeros(answers))
+        if config.answer_prior and answers:
+            self.prior_weight = nn.Parameter(torch.ones(()))
+            self.prior_log_count = nn.Parameter(torch.zeros(()))
+        self.aggregator: AttentionAggregator | MeanAggregator | PaperAggregator
+        if config.aggregator == "attention":
+            self.aggregator = AttentionAggregator(config.encoder_dim, config.heads, config.key_dim)
+        else:
+            self.aggregator = {"mean": MeanAggregator, "paper": PaperAggregator}[config.aggregator]()
+        per_head = 0 if config.aggregator == "paper" else self.aggregator.heads
+        width_in = (text + (answers if config.use_answer_counts else 0)) * (per_head or 1)
+        width_in += config.encoder_dim if config.use_request else 0
+        self.hidden = nn.Linear(width_in, config.projector_hidden)
+        self.dropout = nn.Dropout(0.0)
+        self.out = nn.Linear(config.projector_hidden, config.user_tokens * width, bias=False)
+        nn.init.normal_(self.out.weight, std=1e-2 / config.projector_hidden**0.5)
+
+    def forward(self, batch: HistoryBatch) -> Embedded:
+        """Embed a batch.
+
+        Raises:
+            DataError: A vector is not finite.
+        """
+        check_finite(batch)
+        b = batch.request.shape[0]
+        m, k = self.config.task_tokens, self.config.user_tokens
+        directions = self.tokens.unsqueeze(0).expand(b, -1, -1)
+        weights = bias = None
+        if k:
+            mask = self._drop_items(batch.mask)
+            offset, pooled = self._user_offset(batch, mask)
+            weights = pooled.weights.mean(1)
+            directions = torch.cat([directions[:, :m], directions[:, m:] + offset.view(b, k, -1)], 1)
+            bias = self._answer_bias(batch, mask)
+        soft = nn.functional.normalize(directions, dim=-1) * self.log_gain.exp().view(1, -1, 1)
+        return Embedded(soft, bias, weights)
+
+    def _answer_bias(self, batch: HistoryBatch, mask: Tensor) -> Tensor | None:
+        """Return weight * log(p_user / p_all) over the answers, p_user smoothed by learned pseudo-counts of p_all.
+
+        A soft token bounds what a long history can say; log frequencies add up, as evidence does.
+        """
+        text, answers = value_dim(self.config)
+        if not (self.config.answer_prior and answers):
+            return None
+        counts = (batch.values[..., text:] * mask.unsqueeze(-1)).sum(1)
+        everyone = self.null_answers.softmax(0)
+        pseudo = self.prior_log_count.exp()
+        user = (counts + pseudo * everyone) / (counts.sum(1, keepdim=True) + pseudo)
+        return self.prior_weight * (user / everyone).log()
+
+    def _user_offset(self, batch: HistoryBatch, mask: Tensor) -> tuple[Tensor, Pooled]:
+        null = torch.cat([self.null_value, self.null_answers.softmax(0)])
+        if self.config.aggregator == "paper":
+            # Eq. 4 projects each item before the weighted sum; the null item is projected alike.
+            pooled = self.aggregator(
+                batch.request,
+                batch.keys,
+                self._project(batch.values, batch.request),
+                mask,
+                self._project(null, batch.request[:1])[0],
+            )
+            return pooled.vector[:, 0], pooled
+        pooled = self.aggregator(batch.request, batch.keys, batch.values, mask, null)
+        return self._project(pooled.vector.flatten(1), batch.request), pooled
+
+    def _project(self, vector: Tensor, request: Tensor) -> Tensor:
+        text, answers = value_dim(self.config)
+        parts = vector.unflatten(-1, (-1, text + answers))
+        # Unit vectors have entries of size d**-.5; frequencies enter as logs, relative to the uniform answer.
+        features: list[Tensor] = [parts[..., :text].flatten(-2) * self.config.encoder_dim**0.5]
+        if answers and self.config.use_answer_counts:
+            features.append(((parts[..., text:] + 1e-3) * answers).log().flatten(-2))
+        if self.config.use_request:
+            wide = request * self.config.encoder_dim**0.5
+            features.append(wide if vector.dim() == 2 else wide.unsqueeze(1).expand(-1, vector.shape[1], -1))
+        return self.out(self.dropout(nn.functional.gelu(self.hidden(self.dropout(torch.cat(features, -1))))))
+
+    def _drop_items(self, mask: Tensor) -> Tensor:
+        """Leave out a random share of each row's items in training, and some rows' whole history.
+
+        The share is PPlug's sub-history augmentation, drawn anew at each step; rows without any history teach what the
+        request says by itself, and train the null item.
+        """
+        if not self.training:
+            return mask
+        b, device = mask.shape[0], mask.device
+        rate = torch.rand(b, 1, device=device) * self.history_dropout
+        emptied = torch.rand(b, 1, device=device) < self.empty_history
+        return mask & (torch.rand(mask.shape, device=device) >= rate) & ~emptied
+
+    def trainable_bytes(self) -> int:
+        """Return the size of everything a saved plug must hold."""
+        return sum(t.numel() * t.element_size() for t in self.state_dict().values())

@@ -1,0 +1,25 @@
+"""Errors a user can meet: one line each, naming the cause and the remedy."""
+
+
+class PersonaPlugError(Exception):
+    """Base of every error that persona_plug raises on purpose; the CLI prints it as one line."""
+
+
+class ConfigError(PersonaPlugError):
+    """A configuration value is missing, unknown, out of range or contradicts another one."""
+
+
+class DataError(PersonaPlugError):
+    """A record, file or field cannot be used; the message names it."""
+
+
+class ModelUnavailable(PersonaPlugError):
+    """Weights are neither in the cache nor obtainable; the message says what to do."""
+
+
+class MismatchError(PersonaPlugError):
+    """Saved and present parts do not belong together (encoder, LLM, width); both fingerprints are shown."""
+
+
+class CorruptFileError(PersonaPlugError):
+    """A saved file is truncated, altered or not what its name says."""

@@ -1,0 +1,364 @@
+"""Training: PlugTrainer on transformers.Trainer, and `fit`, which trains, calibrates and reports."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import logging
+import os
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import Dataset
+from transformers import EarlyStoppingCallback, Trainer, TrainerCallback, TrainingArguments
+
+from persona_plug.batch import VectorTable
+from persona_plug.errors import ConfigError, DataError
+from persona_plug.history import Example
+from persona_plug.model import PersonaPlug
+from persona_plug.prompts import AnswerTree
+from persona_plug.training_data import FitData, prepare
+
+if TYPE_CHECKING:
+    from persona_plug.report import FitReport
+
+logger = logging.getLogger(__name__)
+
+COMPLETE = "complete"
+
+
+@dataclass(frozen=True, slots=True)
+class FitConfig:
+    """How a plug is trained.
+
+    Attributes:
+        steps: Optimiser steps at most; early stopping may end sooner.
+        batch_size: Samples per device and step.
+        gradient_accumulation: Batches per optimiser step.
+        lr: Peak learning rate of AdamW; linear decay after `warmup` (share of the steps).
+        warmup: Share of steps with rising learning rate.
+        weight_decay: AdamW's decay.
+        history_dropout: Each row loses a share of its items drawn from [0, history_dropout].
+        empty_history: Share of rows that lose their whole history.
+        dropout: Dropout in the projector.
+        token_weight: Weight of the token loss beside the loss over the candidate answers' scores (labelling tasks).
+        eval_every: Steps between looks at the validation users.
+        patience: Looks without improvement before training stops.
+        eval_samples: Validation samples at most.
+        bf16: Mixed precision where the hardware has it.
+        seed: Seed of weights, order and dropout.
+        report_to: `none`, `tensorboard`, `trackio`, ...
+    """
+
+    steps: int = 200
+    batch_size: int = 32
+    gradient_accumulation: int = 1
+    lr: float = 1e-3
+    warmup: float = 0.1
+    weight_decay: float = 0.01
+    history_dropout: float = 0.5
+    empty_history: float = 0.25
+    dropout: float = 0.1
+    token_weight: float = 0.1
+    eval_every: int = 20
+    patience: int = 4
+    eval_samples: int = 192
+    bf16: bool = False
+    seed: int = 0
+    report_to: str = "none"
+
+    def __post_init__(self) -> None:
+        """Refuse values that cannot work, naming the field."""
+        for name in ("steps", "batch_size", "gradient_accumulation", "eval_every", "patience", "eval_samples"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name}={getattr(self, name)!r} must be at least 1")
+        for name in ("history_dropout", "dropout", "empty_history", "warmup"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ConfigError(f"{name}={getattr(self, name)!r} must be in [0, 1)")
+
+    @classmethod
+    def of(cls, settings: dict[str, Any]) -> FitConfig:
+        """Build from keyword settings, naming an unknown one."""
+        known = [f.name for f in dataclasses.fields(cls)]
+        if unknown := sorted(set(settings) - set(known)):
+            raise ConfigError(f"unknown setting {unknown[0]!r}; known are {', '.join(known)}")
+        return cls(**settings)
+
+
+class PlugDataset(Dataset):
+    """Samples as prompts, answer trees and row numbers of encoded histories."""
+
+    def __init__(self, plug: PersonaPlug, examples: Sequence[Example]) -> None:
+        """Tokenise prompts and answers, and encode all texts (from the vector cache where known)."""
+        if not examples:
+            raise DataError("there are no samples to train on")
+        self.examples = list(examples)
+        self.table = VectorTable(plug.encoder, examples, plug.config)
+        prompter, answers = plug.prompter, plug.config.answers
+        self.parts = [prompter.parts(e.input) for e in self.examples]
+        self.cut = sum(p.cut > 0 for p in self.parts)
+        if answers:
+            ids = [prompter.answer(a) for a in answers]
+            trees = [AnswerTree.build(ids, prompter.eos, gold=i) for i in range(len(answers))]
+            self.gold = [answers.index(e.output.strip()) for e in self.examples]
+            self.trees = [trees[g] for g in self.gold]
+        else:
+            self.gold = [0] * len(self.examples)
+            self.trees = [AnswerTree.build([prompter.answer(e.output)], prompter.eos, gold=0) for e in self.examples]
+
+    def __len__(self) -> int:
+        """Return the number of samples."""
+        return len(self.examples)
+
+    def __getitem__(self, index: int) -> int:
+        """Return the index itself; `collate` makes the batch."""
+        return index
+
+    def collate(self, indices: Sequence[int]) -> dict[str, Any]:
+        """Make the trainer's batch."""
+        trees = [self.trees[i] for i in indices]
+        gold = [self.gold[i] for i in indices]
+        lengths = [len(t.paths[g]) + (t.gold_end is not None) for t, g in zip(trees, gold, strict=True)]
+        return {
+            "history": self.table.batch([self.examples[i] for i in indices]),
+            "parts": [self.parts[i] for i in indices],
+            "trees": trees,
+            "gold": torch.tensor(gold),
+            "lengths": torch.tensor(lengths),
+        }
+
+
+class _Trained(nn.Module):
+    """What the Trainer sees: the embedder alone. It would write into `model.config`, which here is PlugConfig."""
+
+    def __init__(self, plug: PersonaPlug) -> None:
+        super().__init__()
+        self.embedder = plug.embedder
+        object.__setattr__(self, "plug", plug)
+
+    def forward(self, **batch: Any) -> Any:  # noqa: ANN401
+        return self.plug(batch["history"], batch["parts"], batch["trees"])
+
+
+class PlugTrainer(Trainer):
+    """transformers.Trainer for a plug: its loss, its validation, checkpoints that are whole or ignored."""
+
+    def __init__(
+        self, plug: PersonaPlug, args: TrainingArguments, train: PlugDataset, valid: PlugDataset, config: FitConfig
+    ) -> None:
+        """Create the trainer; the LLM is no part of the model the Trainer sees."""
+        self.fit_config = config
+        callbacks = [
+            EarlyStoppingCallback(config.patience),
+            _JsonLog(Path(args.output_dir) / "log.jsonl"),
+            _MarkComplete(),
+        ]
+        super().__init__(
+            model=_Trained(plug),
+            args=args,
+            train_dataset=train,
+            eval_dataset=valid,
+            data_collator=train.collate,
+            callbacks=callbacks,
+        )
+        self.valid = valid
+
+    def get_eval_dataloader(self, eval_dataset: Any = None) -> Any:  # noqa: ANN401
+        """Collate validation batches from the validation set's own tables."""
+        kept, self.data_collator = self.data_collator, self.valid.collate
+        try:
+            return super().get_eval_dataloader(eval_dataset)
+        finally:
+            self.data_collator = kept
+
+    def compute_loss(self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, **_: Any) -> Any:  # noqa: ANN401
+        """Candidate loss plus weighted token loss; for free text the token loss alone."""
+        loglik, end, bias = model(**inputs)
+        gold, lengths = inputs["gold"].to(loglik.device), inputs["lengths"].to(loglik.device)
+        chosen = loglik.gather(1, gold.unsqueeze(1)).squeeze(1)
+        # Every answer token counts the same, as in the LLM's own next-token loss.
+        token = -(chosen + end).sum() / lengths.sum()
+        if loglik.shape[1] == 1:
+            return (token, loglik) if return_outputs else token
+        scores = loglik if bias is None else loglik + bias
+        loss = torch.nn.functional.cross_entropy(scores, gold)
+        if model.training:
+            loss = loss + self.fit_config.token_weight * token
+        return (loss, loglik) if return_outputs else loss
+
+    def prediction_step(self, model: Any, inputs: Any, prediction_loss_only: bool, ignore_keys: Any = None) -> Any:  # noqa: ANN401
+        """Return the validation loss of a batch."""
+        with torch.no_grad():
+            return self.compute_loss(model, inputs).detach(), None, None
+
+
+class _JsonLog(TrainerCallback):
+    """Append every log line to a JSONL file."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:  # noqa: ANN401
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps({"step": state.global_step, **(logs or {})}) + "\n")
+
+
+class _MarkComplete(TrainerCallback):
+    """Mark a checkpoint as whole once everything is written; `resume` takes no other."""
+
+    def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:  # noqa: ANN401
+        (Path(args.output_dir) / f"checkpoint-{state.global_step}" / COMPLETE).touch()
+
+
+def last_checkpoint(folder: Path) -> Path | None:
+    """Return the newest whole checkpoint of a run, or None."""
+    whole = [p.parent for p in folder.glob(f"checkpoint-*/{COMPLETE}")]
+    return max(whole, key=lambda p: int(p.name.rsplit("-", 1)[1]), default=None)
+
+
+def train(
+    plug: PersonaPlug, data: FitData, config: FitConfig, folder: Path, resume: bool = False
+) -> list[dict[str, float]]:
+    """Train the plug's embedder in place and calibrate its scores; returns the Trainer's log.
+
+    Args:
+        plug: The plug; its config must already hold the data's template and answers.
+        data: Samples; only `train` and `valid` are read.
+        config: Settings.
+        folder: Checkpoints and `log.jsonl` go here.
+        resume: Go on from the newest whole checkpoint there, if any; the result is that of an uninterrupted run.
+    """
+    torch.manual_seed(config.seed)
+    train_set = PlugDataset(plug, data.train)
+    valid_set = PlugDataset(plug, _spread(data.valid, config.eval_samples))
+    if train_set.cut:
+        logger.warning("%d of %d requests are longer than max_input_tokens and were cut", train_set.cut, len(train_set))
+    plug.embedder.history_dropout, plug.embedder.empty_history = config.history_dropout, config.empty_history
+    if plug.config.user_tokens:
+        plug.embedder.dropout.p = config.dropout
+    args = TrainingArguments(
+        output_dir=str(folder),
+        max_steps=config.steps,
+        per_device_train_batch_size=config.batch_size,
+        per_device_eval_batch_size=config.batch_size,
+        gradient_accumulation_steps=config.gradient_accumulation,
+        learning_rate=config.lr,
+        warmup_steps=int(config.warmup * config.steps),
+        weight_decay=config.weight_decay,
+        eval_strategy="steps",
+        save_strategy="steps",
+        eval_steps=config.eval_every,
+        save_steps=config.eval_every,
+        logging_steps=max(1, config.eval_every // 4),
+        save_total_limit=2,
+        load_best_model_at_end=True,
+        metric_for_best_model="eval_loss",
+        greater_is_better=False,
+        bf16=config.bf16,
+        seed=config.seed,
+        report_to=config.report_to,
+        remove_unused_columns=False,
+        use_cpu=plug.llm.device.type == "cpu",
+        disable_tqdm=not os.isatty(2),
+        dataloader_num_workers=0,
+    )
+    trainer = PlugTrainer(plug, args, train_set, valid_set, config)
+    checkpoint = last_checkpoint(folder) if resume else None
+    trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    plug.eval()
+    if data.answers:
+        calibrate(plug, valid_set, config.batch_size)
+    return list(trainer.state.log_history)
+
+
+@torch.no_grad()
+def calibrate(plug: PersonaPlug, samples: PlugDataset, batch_size: int = 32) -> float:
+    """Fit the temperature of candidate scores on held-back users by a line search on their NLL, and return it."""
+    scores, gold = score_samples(plug, samples, batch_size)
+    grid = torch.logspace(-1, 1, 81)
+    nll = torch.stack([torch.nn.functional.cross_entropy(scores / t, gold) for t in grid])
+    best = grid[int(nll.argmin())]
+    plug.embedder.score_temperature.fill_(float(best))
+    return float(best)
+
+
+@torch.no_grad()
+def score_samples(plug: PersonaPlug, samples: PlugDataset, batch_size: int = 32) -> tuple[Tensor, Tensor]:
+    """Return scores (N, C), end token included for free text, and gold indices (N,), on the CPU."""
+    rows = []
+    for start in range(0, len(samples), batch_size):
+        batch = samples.collate(range(start, min(start + batch_size, len(samples))))
+        loglik, _, bias = plug(batch["history"], batch["parts"], batch["trees"])
+        rows.append((loglik if bias is None else loglik + bias).float().cpu())
+    return torch.cat(rows), torch.tensor(samples.gold)
+
+
+def _spread(examples: Sequence[Example], limit: int) -> list[Example]:
+    """Return at most `limit` examples, evenly spread over the list."""
+    if len(examples) <= limit:
+        return list(examples)
+    return [examples[i * len(examples) // limit] for i in range(limit)]
+
+
+def fit(
+    plug: PersonaPlug,
+    data: Any,  # noqa: ANN401
+    *,
+    output_dir: str | os.PathLike[str] | None = None,
+    resume: bool = False,
+    samples: str = "auto",
+    valid: float = 0.1,
+    held_out: float = 0.2,
+    targets_per_user: int = 32,
+    template: str | None = None,
+    answers: Sequence[str] | str | None = "auto",
+    skip_bad: bool = False,
+    report: bool = True,
+    **settings: Any,  # noqa: ANN401
+) -> FitReport:
+    """Train, calibrate, and tell on held-out users whether the output became theirs.
+
+    Args:
+        plug: The plug; it is trained from its untrained state.
+        data: See `persona_plug.training_data.prepare`, also for the arguments from `samples` to `skip_bad`.
+        output_dir: Checkpoints, log, plots and report; default a temporary folder that is removed.
+        resume: Go on with an interrupted run in `output_dir`.
+        report: Also train the task prompt and compare on held-out users.
+        settings: Fields of `FitConfig`.
+
+    Raises:
+        DataError: The data cannot be used; file, line and field are named.
+        ConfigError: A setting is unknown or out of range.
+    """
+    config = FitConfig.of(settings)
+    made = (
+        data
+        if isinstance(data, FitData)
+        else prepare(
+            data,
+            samples=samples,
+            valid=valid,
+            held_out=held_out if report else 0.0,
+            targets_per_user=targets_per_user,
+            template=template,
+            answers=answers,
+            skip_bad=skip_bad,
+            seed=config.seed,
+        )
+    )
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(output_dir) if output_dir is not None else Path(scratch)
+        plug.seed = config.seed
+        plug.reset(plug.config.replace(template=made.template, answers=made.answers))
+        log = train(plug, made, config, folder / "plug", resume)
+        from persona_plug.report import make_report
+
+        result = make_report(plug, made, config, log, folder, resume=resume, compare=report)
+        object.__setattr__(plug, "fit_report", result)
+        return result

@@ -1,0 +1,354 @@
+"""PersonaPlug: a frozen LLM, a frozen history encoder, and the user embedder between them."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Self
+
+import torch
+from torch import Tensor, nn
+
+from persona_plug import persistence
+from persona_plug.batch import HistoryBatch, VectorTable
+from persona_plug.config import PlugConfig
+from persona_plug.embedder import Embedded, UserEmbedder
+from persona_plug.encoder import HistoryEncoder
+from persona_plug.errors import ConfigError, DataError
+from persona_plug.fingerprint import llm_fingerprint
+from persona_plug.history import Example, HistoryItem
+from persona_plug.llm import Quantization, embedding_norm, freeze, load_llm, sample_embeddings
+from persona_plug.prompts import AnswerTree, Prompter, PromptParts
+from persona_plug.splice import CausalSplicer, Seq2SeqSplicer, StateCache
+
+if TYPE_CHECKING:
+    from persona_plug.report import FitReport
+
+History = Sequence[HistoryItem | Mapping[str, Any] | str]
+
+STATE_BUDGET = 4 << 30  # bytes of frozen states kept across epochs
+
+
+@dataclass(frozen=True, slots=True)
+class Generation:
+    """A generated text with what stood behind it.
+
+    Attributes:
+        text: The answer.
+        weights: (item, weight) of the history items that were used, heaviest first.
+        input_tokens_cut: Tokens of the request that did not fit `max_input_tokens`.
+        items_dropped: History items beyond `max_history`.
+        prompt_tokens: Positions of the LLM's input, soft tokens included.
+    """
+
+    text: str
+    weights: list[tuple[HistoryItem, float]]
+    input_tokens_cut: int
+    items_dropped: int
+    prompt_tokens: int
+
+
+class PersonaPlug(nn.Module):
+    """The façade: build, fit, generate, score, save.
+
+    Only `embedder` is a registered submodule: the parameters of this module are what is trained and saved, and nothing
+    that moves, saves or trains it can touch the LLM.
+    """
+
+    def __init__(self, config: PlugConfig, llm: Any, tokenizer: Any, encoder: HistoryEncoder, seed: int = 0) -> None:  # noqa: ANN401
+        """Join the parts; `build` and `from_pretrained` are the usual ways here."""
+        super().__init__()
+        parts: dict[str, Any] = {"llm": freeze(llm), "tokenizer": tokenizer, "encoder": encoder}
+        for name, part in parts.items():
+            object.__setattr__(self, name, part)  # past nn.Module: frozen parts are not registered
+        seq2seq = bool(llm.config.is_encoder_decoder)
+        self.splicer = (Seq2SeqSplicer if seq2seq else CausalSplicer)(llm, StateCache(STATE_BUDGET))
+        self.seed = seed
+        self.reset(config)
+
+    llm: Any
+    tokenizer: Any
+    encoder: HistoryEncoder
+
+    def reset(self, config: PlugConfig) -> None:
+        """Start over with an untrained embedder for `config`, drawn from the plug's seed."""
+        total = config.user_tokens + config.task_tokens
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(self.seed)
+            start = sample_embeddings(self.llm, total, self.seed)
+            self.embedder = UserEmbedder(config, embedding_norm(self.llm), start).to(self.llm.device).eval()
+        self.config = config
+        self.prompter = Prompter(self.tokenizer, config, bool(self.llm.config.is_encoder_decoder))
+
+    @classmethod
+    def build(
+        cls,
+        llm: str,
+        encoder: str | HistoryEncoder = "minilm-l6",
+        *,
+        recipe: str = "default",
+        quantization: Quantization | None = None,
+        dtype: torch.dtype | str | None = None,
+        device: str | torch.device | None = None,
+        seed: int = 0,
+        **settings: Any,  # noqa: ANN401
+    ) -> Self:
+        """Join a frozen LLM and a frozen encoder with an untrained plug.
+
+        Args:
+            llm: Short name (`persona-plug models list`), folder or Hub id.
+            encoder: The same for the sentence encoder, or a `HistoryEncoder`.
+            recipe: `default`, `mean`, or `paper` (PPlug as published).
+            quantization: `int8` or `nf4` for the LLM's matrices.
+            dtype: Dtype of the LLM.
+            device: Device of LLM and encoder.
+            seed: Seed of the untrained weights.
+            settings: Any field of `PlugConfig`.
+
+        Raises:
+            ModelUnavailable: Weights cannot be had; the message says what to do.
+            ConfigError: A setting is unknown or out of range.
+        """
+        name = encoder if isinstance(encoder, str) else encoder.name
+        config = PlugConfig.create(llm, name, recipe, **settings)
+        model, tokenizer = load_llm(llm, dtype=dtype, quantization=quantization, device=device)
+        made = encoder if isinstance(encoder, HistoryEncoder) else HistoryEncoder(encoder, device=device)
+        return cls.join(config, model, tokenizer, made, quantization, seed)
+
+    @classmethod
+    def join(
+        cls,
+        config: PlugConfig,
+        llm: Any,  # noqa: ANN401
+        tokenizer: Any,  # noqa: ANN401
+        encoder: HistoryEncoder,
+        quantization: str | None = None,
+        seed: int = 0,
+    ) -> Self:
+        """Make an untrained plug from loaded parts, filling widths and fingerprints into the config."""
+        config = config.replace(
+            llm_width=int(llm.get_input_embeddings().weight.shape[1]),
+            encoder_dim=encoder.dim,
+            llm_fingerprint=llm_fingerprint(llm, quantization),
+            encoder_fingerprint=encoder.fingerprint,
+        )
+        return cls(config, llm, tokenizer, encoder, seed)
+
+    # -- persistence -----------------------------------------------------------------------------------------------
+
+    def save_pretrained(self, folder: str | os.PathLike[str]) -> Path:
+        """Write what was learned: `model.safetensors`, `config.json` and a model card; nothing of the LLM or any user."""
+        return persistence.save(self, Path(folder))
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        folder: str | os.PathLike[str],
+        *,
+        llm: str | None = None,
+        encoder: str | HistoryEncoder | None = None,
+        quantization: Quantization | None = None,
+        dtype: torch.dtype | str | None = None,
+        device: str | torch.device | None = None,
+    ) -> Self:
+        """Load a plug with the LLM and encoder it names, or with others given here that have the same fingerprints.
+
+        Args:
+            folder: A folder written by `save_pretrained`, or a Hub id.
+            llm: Another place of the same LLM.
+            encoder: Another place of the same encoder.
+            quantization: `int8` or `nf4`; a plug trained on dense weights may run on quantised ones.
+            dtype: Dtype of the LLM.
+            device: Device of LLM and encoder.
+
+        Raises:
+            MismatchError: LLM or encoder is another than the plug was trained with.
+            CorruptFileError: The folder's files are incomplete or altered.
+        """
+        path = persistence.local_folder(folder)
+        config = PlugConfig.load(path)
+        weights = persistence.read_weights(path)
+        source = config.encoder if encoder is None else encoder
+        made = source if isinstance(source, HistoryEncoder) else persistence.load_encoder(path, source, device)
+        persistence.check_encoder(config, made)
+        model, tokenizer = load_llm(llm or config.llm, dtype=dtype, quantization=quantization, device=device)
+        persistence.check_llm(config, model, quantization)
+        plug = cls(config, model, tokenizer, made)
+        persistence.apply_weights(plug, weights, path)
+        return plug
+
+    def push_to_hub(self, repo_id: str, *, private: bool = True, token: str | None = None) -> str:
+        """Upload the saved plug to the Hub (private by default) and return its address."""
+        return persistence.push(self, repo_id, private=private, token=token)
+
+    # -- training --------------------------------------------------------------------------------------------------
+
+    def fit(self, data: Any, **settings: Any) -> FitReport:  # noqa: ANN401
+        """Train on a file of events, a LaMP folder or examples; hold users out, and report the lift.
+
+        See `persona_plug.fit.fit` for the arguments. Prints nothing by itself; the report's `str` is its table.
+        """
+        from persona_plug.fit import fit
+
+        return fit(self, data, **settings)
+
+    def forward(
+        self, history: HistoryBatch, parts: Sequence[PromptParts], trees: Sequence[AnswerTree]
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Return log-likelihoods (B, C) of each row's candidates, (B,) of the gold's end token, and the answers' bias."""
+        embedded = self.embedder(history.to(self.llm.device))
+        loglik, end = self.splicer.loglik(parts, embedded.soft, trees)
+        return loglik, end, embedded.bias
+
+    # -- use -------------------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def soft_prompt(self, input: str, history: History | None = None) -> Tensor:
+        """Return the soft tokens of one request, a dense finite float32 tensor (m + k, H) on the CPU."""
+        examples = self._examples(input, history)
+        return next(self._batches(examples, True, 1))[1].soft[0].float().cpu()
+
+    @torch.no_grad()
+    def score(
+        self,
+        inputs: str | Sequence[str],
+        candidates: Sequence[str] | None = None,
+        history: History | Sequence[History] | None = None,
+        *,
+        personal: bool = True,
+        prior: bool = True,
+        batch_size: int = 16,
+    ) -> Tensor:
+        """Return log-scores (B, C) of candidate answers, float32 on the CPU.
+
+        A score is the LLM's log-likelihood of the candidate behind the soft tokens, plus, for the plug's own answer space,
+        the weighted log frequencies of the user's answers (`prior=False` leaves these out). All candidates of a request
+        share one pass over its prompt. The end token counts where one candidate begins another, or where there is one only.
+
+        Args:
+            inputs: One request or B of them.
+            candidates: Answers to score; default the plug's own answer space.
+            history: One history, or one for each request.
+            personal: False for the plain LLM, without soft tokens.
+            prior: Whether the user's answer frequencies count beside the LLM.
+            batch_size: Rows at a time.
+
+        Raises:
+            ConfigError: There are no candidates.
+        """
+        known = self.config.answers or ()
+        candidates = candidates or known
+        if not candidates:
+            raise ConfigError("no candidates to score: pass candidates=[...] or fit the plug on a labelling task")
+        ids = [self.prompter.answer(c) for c in candidates]
+        tree = AnswerTree.build(ids, self.prompter.eos)
+        examples = self._examples(inputs, history)
+        rows = []
+        columns = [known.index(c) for c in candidates] if all(c in known for c in candidates) else []
+        for batch, embedded, parts in self._batches(examples, personal, batch_size):
+            scores = self.splicer.loglik(parts, embedded.soft, [tree] * len(batch))[0]
+            if prior and columns and embedded.bias is not None:
+                scores = scores + embedded.bias[:, columns]
+            rows.append(scores.float().cpu())
+        return torch.cat(rows)
+
+    def choose(
+        self,
+        inputs: str | Sequence[str],
+        candidates: Sequence[str] | None = None,
+        history: History | Sequence[History] | None = None,
+    ) -> tuple[list[str], Tensor]:
+        """Return the most probable candidate of each request and calibrated probabilities (B, C)."""
+        names = list(candidates or self.config.answers or ())
+        probabilities = (self.score(inputs, names or None, history) / self.embedder.score_temperature.cpu()).softmax(-1)
+        return [names[i] for i in probabilities.argmax(-1).tolist()], probabilities
+
+    @torch.no_grad()
+    def generate(
+        self,
+        inputs: str | Sequence[str],
+        history: History | Sequence[History] | None = None,
+        *,
+        personal: bool = True,
+        return_details: bool = False,
+        batch_size: int = 16,
+        **generation: Any,  # noqa: ANN401
+    ) -> Any:  # noqa: ANN401
+        """Generate an answer to each request in its user's manner.
+
+        Args:
+            inputs: One request or a list; a text gives a text, a list a list.
+            history: One history, or one for each request; a batch may mix users.
+            personal: False for the plain LLM, without soft tokens.
+            return_details: Return `Generation` objects: text, item weights, what was cut.
+            batch_size: Rows at a time.
+            generation: Passed to the LLM's `generate`: `max_new_tokens`, `num_beams`, `do_sample`, `temperature`,
+                `streamer` (one request only). Greedy unless told otherwise.
+
+        Raises:
+            DataError: Inputs and histories differ in number, or an item is malformed.
+        """
+        examples = self._examples(inputs, history)
+        options = {"max_new_tokens": self.config.max_answer_tokens, "do_sample": False, **generation}
+        if not options["do_sample"]:
+            options |= {"temperature": None, "top_p": None, "top_k": None}
+        pad = self.tokenizer.pad_token_id if self.tokenizer.pad_token_id is not None else self.prompter.eos
+        results: list[Generation] = []
+        for batch, embedded, parts in self._batches(examples, personal, batch_size):
+            inputs_for_llm = self.splicer.generation_inputs(parts, embedded.soft)
+            out = self.llm.generate(**inputs_for_llm, pad_token_id=pad, **options)
+            texts = self.tokenizer.batch_decode(out.reshape(-1, out.shape[-1]), skip_special_tokens=True)
+            share = len(texts) // len(batch)  # num_return_sequences
+            for i, example in enumerate(batch):
+                weights = None if embedded.weights is None else embedded.weights[i]
+                for text in texts[i * share : (i + 1) * share]:
+                    results.append(self._details(text.strip(), example, parts[i], embedded.soft.shape[1], weights))
+        if return_details:
+            return results[0] if isinstance(inputs, str) and len(results) == 1 else results
+        texts = [r.text for r in results]
+        return texts[0] if isinstance(inputs, str) and len(texts) == 1 else texts
+
+    def _details(
+        self, text: str, example: Example, parts: PromptParts, soft: int, weights: Tensor | None
+    ) -> Generation:
+        used = example.history[-self.config.max_history :]
+        pairs = [] if weights is None else list(zip(used, weights[: len(used)].tolist(), strict=True))
+        pairs.sort(key=lambda pair: -pair[1])
+        tokens = len(parts.left) + soft + len(parts.right)
+        return Generation(text, pairs, parts.cut, len(example.history) - len(used), tokens)
+
+    def _batches(self, examples: Sequence[Example], personal: bool, size: int) -> Any:  # noqa: ANN401
+        """Yield (examples, what the embedder says, prompt parts) in order."""
+        table = VectorTable(self.encoder, examples, self.config) if personal else None
+        for start in range(0, len(examples), size):
+            batch = list(examples[start : start + size])
+            parts = [self.prompter.parts(e.input) for e in batch]
+            embedded = self.embedder(table.batch(batch).to(self.llm.device)) if table else self.plain(len(batch))
+            yield batch, embedded, parts
+
+    def plain(self, rows: int) -> Embedded:
+        """Return no soft tokens at all for B rows: the plain LLM."""
+        return Embedded(torch.zeros(rows, 0, self.config.llm_width, device=self.llm.device), None, None)
+
+    def _examples(self, inputs: str | Sequence[str], history: Any) -> list[Example]:  # noqa: ANN401
+        """Pair requests with histories; one history for a list of requests is every request's."""
+        requests = [inputs] if isinstance(inputs, str) else list(inputs)
+        if not requests:
+            raise DataError("no input given")
+        if any(not isinstance(r, str) for r in requests):
+            raise DataError("inputs must be texts")
+        many = (
+            bool(history)
+            and not isinstance(inputs, str)
+            and isinstance(history[0], Sequence)
+            and not isinstance(history[0], str)
+        )
+        histories = list(history) if many else [history or ()] * len(requests)
+        if len(histories) != len(requests):
+            raise DataError(f"{len(requests)} inputs but {len(histories)} histories; give one history for each input")
+        return [
+            Example("", r, "", tuple(HistoryItem.of(item) for item in h))
+            for r, h in zip(requests, histories, strict=True)
+        ]

@@ -1,0 +1,202 @@
+"""A plug on disk: `model.safetensors` (what was learned, nothing else), `config.json`, `README.md`."""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from persona_plug.config import CONFIG_NAME, PlugConfig
+from persona_plug.encoder import HistoryEncoder
+from persona_plug.errors import CorruptFileError, MismatchError, PersonaPlugError
+from persona_plug.fingerprint import llm_fingerprint, same_llm
+
+if TYPE_CHECKING:
+    from persona_plug.model import PersonaPlug
+
+WEIGHTS_NAME = "model.safetensors"
+CARD_NAME = "README.md"
+REPORT_NAME = "fit_report.json"
+
+
+def save(plug: PersonaPlug, folder: Path) -> Path:
+    """Write the plug's files, each atomically, and return the folder."""
+    from safetensors.torch import save as to_bytes
+
+    folder.mkdir(parents=True, exist_ok=True)
+    state = {k: v.detach().cpu().contiguous() for k, v in plug.embedder.state_dict().items()}
+    encoder = plug.encoder
+    metadata = {
+        "format": "pt",
+        "sha256": _state_digest(state),
+        "encoder": json.dumps({"pooling": encoder.pooling, "max_length": encoder.max_length, "prefix": encoder.prefix}),
+    }
+    write_atomically(folder / WEIGHTS_NAME, to_bytes(state, metadata))
+    write_atomically(folder / CONFIG_NAME, plug.config.to_json().encode())
+    report = getattr(plug, "fit_report", None)
+    if report is not None:
+        write_atomically(folder / REPORT_NAME, report.to_json().encode())
+    write_atomically(folder / CARD_NAME, model_card(plug).encode())
+    return folder
+
+
+def write_atomically(path: Path, content: bytes) -> None:
+    """Write a file so that a reader or a crash sees the old or the new content, never a part."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        Path(name).chmod(0o644)
+        Path(name).replace(path)
+    except BaseException:
+        Path(name).unlink(missing_ok=True)
+        raise
+
+
+def local_folder(folder: str | os.PathLike[str]) -> Path:
+    """Return a local plug folder, fetching a Hub id (weights, config and card only)."""
+    path = Path(folder)
+    if path.is_dir():
+        return path
+    if path.exists() or str(folder).count("/") != 1 or str(folder).startswith((".", "/", "~")):
+        raise CorruptFileError(f"{folder}: no such folder; give the folder save_pretrained wrote")
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(str(folder), allow_patterns=[WEIGHTS_NAME, CONFIG_NAME, CARD_NAME]))
+    except Exception as exc:  # hub, http and socket errors have no common base
+        reason = str(exc).splitlines()[0][:120]
+        raise CorruptFileError(f"{folder}: neither a folder nor reachable on the Hub ({reason})") from exc
+
+
+def read_weights(folder: Path) -> dict[str, Tensor]:
+    """Read and check the weights of a plug folder.
+
+    Raises:
+        CorruptFileError: The file is missing, truncated, or does not match its own checksum.
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import load
+
+    path = folder / WEIGHTS_NAME
+    if not path.is_file():
+        raise CorruptFileError(f"{path} is missing: {folder} is not a saved plug")
+    raw = path.read_bytes()
+    try:
+        state = load(raw)
+        size = int.from_bytes(raw[:8], "little")
+        metadata = json.loads(raw[8 : 8 + size]).get("__metadata__", {})
+    except (SafetensorError, ValueError, KeyError) as exc:
+        raise CorruptFileError(f"{path} is damaged ({str(exc)[:120]}); copy or save the plug again") from exc
+    if metadata.get("sha256") != _state_digest(state):
+        raise CorruptFileError(f"{path} does not match its checksum: it was altered or damaged; copy the plug again")
+    return state
+
+
+def load_encoder(folder: Path, name: str, device: Any) -> HistoryEncoder:  # noqa: ANN401
+    """Make the encoder with the pooling, maximum length and prefix the plug was trained with."""
+    from safetensors import safe_open
+
+    with safe_open(str(folder / WEIGHTS_NAME), "pt") as file:
+        settings = json.loads((file.metadata() or {}).get("encoder", "{}"))
+    return HistoryEncoder(name, device=device, **settings)
+
+
+def apply_weights(plug: PersonaPlug, state: dict[str, Tensor], folder: Path) -> None:
+    """Load checked weights into the embedder.
+
+    Raises:
+        MismatchError: Names or shapes are not those the config asks for.
+    """
+    try:
+        plug.embedder.load_state_dict(state, strict=True)
+    except RuntimeError as exc:
+        reason = " ".join(str(exc).split())[:200]
+        raise MismatchError(f"{folder}: {WEIGHTS_NAME} and {CONFIG_NAME} do not belong together ({reason})") from exc
+
+
+def check_encoder(config: PlugConfig, encoder: HistoryEncoder) -> None:
+    """Refuse an encoder other than the plug's."""
+    if encoder.fingerprint != config.encoder_fingerprint:
+        raise MismatchError(
+            f"the plug was trained with encoder {config.encoder} ({config.encoder_fingerprint}), "
+            f"not {encoder.name} ({encoder.fingerprint}); pass the same encoder, pooling, max_length and prefix"
+        )
+
+
+def check_llm(config: PlugConfig, llm: Any, quantization: str | None) -> None:  # noqa: ANN401
+    """Refuse an LLM other than the plug's."""
+    present = llm_fingerprint(llm, quantization)
+    width = int(llm.get_input_embeddings().weight.shape[1])
+    if width != config.llm_width or not same_llm(config.llm_fingerprint, present):
+        raise MismatchError(
+            f"the plug was trained with LLM {config.llm} ({config.llm_fingerprint}, width {config.llm_width}), "
+            f"the one given is {present}, width {width}; pass the same weights"
+        )
+
+
+def push(plug: PersonaPlug, repo_id: str, *, private: bool, token: str | None) -> str:
+    """Upload a plug folder to the Hub and return its address."""
+    from huggingface_hub import HfApi
+
+    with tempfile.TemporaryDirectory() as folder:
+        save(plug, Path(folder))
+        api = HfApi(token=token)
+        try:
+            api.create_repo(repo_id, private=private, exist_ok=True)
+            return str(api.upload_folder(repo_id=repo_id, folder_path=folder, commit_message="Upload plug"))
+        except Exception as exc:  # hub, http and socket errors have no common base
+            raise PersonaPlugError(f"{repo_id}: upload failed ({str(exc).splitlines()[0][:160]})") from exc
+
+
+def model_card(plug: PersonaPlug) -> str:
+    """Return the README of a saved plug."""
+    config, report = plug.config, getattr(plug, "fit_report", None)
+    count = sum(p.numel() for p in plug.embedder.parameters())
+    lines = [
+        "---",
+        "library_name: persona-plug",
+        "tags: [personalization, soft-prompt, persona-plug]",
+        "---",
+        "",
+        "# A plug for a frozen language model",
+        "",
+        f"{config.user_tokens} user and {config.task_tokens} task soft tokens ({count:,} trained numbers) for the frozen LLM "
+        f"`{config.llm}` (fingerprint `{config.llm_fingerprint}`), from histories encoded by `{config.encoder}` "
+        f"(`{config.encoder_fingerprint}`).",
+        "",
+        f"Recipe `{config.recipe}`, placement `{config.placement}`, aggregator `{config.aggregator}`, "
+        f"template `{config.template!r}`, answers {', '.join(config.answers) if config.answers else 'free text'}.",
+        "",
+        "```python",
+        "from persona_plug import PersonaPlug",
+        "",
+        'plug = PersonaPlug.from_pretrained("this-folder")',
+        'plug.generate("a new request", history=[{"input": "an earlier request", "output": "what the person wrote"}])',
+        "```",
+        "",
+        "The file holds no text, id or vector of any user. It was trained on users' data all the same: a plug can carry "
+        "traces of what is common among them.",
+    ]
+    if report is not None:
+        lines += ["", "## Held-out users", "", report.to_markdown()]
+    return "\n".join(lines) + "\n"
+
+
+def _state_digest(state: dict[str, Tensor]) -> str:
+    import hashlib
+
+    digest = hashlib.sha256()
+    for name in sorted(state):
+        tensor = state[name].contiguous()
+        digest.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode())
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().tobytes() if tensor.numel() else b"")
+    return digest.hexdigest()

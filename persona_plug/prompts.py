@@ -1,0 +1,146 @@
+"""From a request to token ids around the place where the soft tokens go."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from persona_plug.config import PlugConfig
+from persona_plug.errors import ConfigError
+
+_MARK = "\u241fplug\u241f"
+
+
+@dataclass(frozen=True, slots=True)
+class PromptParts:
+    """Token ids in front of (`left`) and behind (`right`) the soft tokens; `cut` input tokens did not fit."""
+
+    left: tuple[int, ...]
+    right: tuple[int, ...]
+    cut: int = 0
+
+
+class Prompter:
+    """Renders requests with the config's template and the LLM's chat template.
+
+    With a chat template the soft tokens sit inside the user turn: behind its text (suffix, so right before the
+    assistant turn) or in front of it (prefix). Without one a line break separates input and answer. For an
+    encoder-decoder, `left` is empty with prefix and `right` is empty with suffix placement.
+    """
+
+    def __init__(self, tokenizer: Any, config: PlugConfig, encoder_decoder: bool) -> None:  # noqa: ANN401
+        """Prepare the fixed parts for a tokenizer."""
+        self.tokenizer, self.config, self.encoder_decoder = tokenizer, config, encoder_decoder
+        self.eos = tokenizer.eos_token_id
+        if self.eos is None:
+            raise ConfigError("the LLM's tokenizer has no end-of-sequence token; set tokenizer.eos_token first")
+        before, after = "", "" if encoder_decoder else "\n"
+        if getattr(tokenizer, "chat_template", None) and not encoder_decoder:
+            turn = [{"role": "user", "content": _MARK}]
+            text = tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True)
+            if text.count(_MARK) != 1:
+                raise ConfigError(
+                    "the chat template does not render the user's text exactly once; pass another tokenizer"
+                )
+            before, after = text.split(_MARK)
+            self.before = self.ids(before)
+        else:
+            probe = tokenizer("a")["input_ids"]
+            self.before = (
+                [probe[0]] if tokenizer.bos_token_id is not None and probe[0] == tokenizer.bos_token_id else []
+            )
+        self.after = [self.eos] if encoder_decoder else self.ids(after)
+
+    def ids(self, text: str) -> list[int]:
+        """Tokenise without special tokens."""
+        return list(self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+
+    def parts(self, request: str) -> PromptParts:
+        """Render one request."""
+        body, cut = self._body(request)
+        if self.config.placement == "suffix":
+            if self.encoder_decoder:
+                return PromptParts((*self.before, *body, *self.after), (), cut)
+            return PromptParts((*self.before, *body), tuple(self.after), cut)
+        if self.encoder_decoder:
+            return PromptParts((), (*self.before, *body, *self.after), cut)
+        return PromptParts(tuple(self.before), (*body, *self.after), cut)
+
+    def answer(self, text: str) -> tuple[int, ...]:
+        """Tokenise an answer, cut to leave room for the end token."""
+        return tuple(self.ids(text)[: self.config.max_answer_tokens - 1])
+
+    def _body(self, request: str) -> tuple[list[int], int]:
+        """Fill the template; only the request is cut, from its end, so that the instruction stays whole."""
+        limit = self.config.max_input_tokens
+        body = self.ids(self.config.template.replace("{input}", request))
+        over = len(body) - limit
+        if over <= 0:
+            return body, 0
+        encoded = self.tokenizer(request, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+        offsets = encoded["offset_mapping"]
+        keep = len(offsets) - over
+        while keep > 0:
+            body = self.ids(self.config.template.replace("{input}", request[: offsets[keep - 1][1]]))
+            if len(body) <= limit:
+                return body, len(offsets) - keep
+            keep -= len(body) - limit
+        raise ConfigError(
+            f"the template alone has more than max_input_tokens={limit} tokens; shorten it or raise the limit"
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class AnswerTree:
+    """Candidate answers of one request as a tree of tokens, so that shared beginnings run through the LLM once.
+
+    Attributes:
+        tokens: Token of each node, parents before children.
+        parents: Index of each node's parent, -1 for the end of the prompt.
+        paths: For each candidate, (node that predicts, predicted token) pairs; node -1 is the end of the prompt.
+        gold_end: The pair that scores the end token of the gold answer where paths leave end tokens out.
+    """
+
+    tokens: tuple[int, ...]
+    parents: tuple[int, ...]
+    paths: tuple[tuple[tuple[int, int], ...], ...]
+    gold_end: tuple[int, int] | None = None
+
+    @classmethod
+    def build(cls, candidates: list[tuple[int, ...]], eos: int, gold: int | None = None) -> AnswerTree:
+        """Build the tree.
+
+        The end token belongs to a candidate's score if there is one candidate only, or if one begins another: else "1"
+        would win against "10" by being shorter. Candidates none of which begins another are disjoint events without it.
+        """
+        closed = len(candidates) == 1 or not _prefix_free(candidates)
+        tokens: list[int] = []
+        parents: list[int] = []
+        index: dict[tuple[int, int], int] = {}
+
+        def node(parent: int, token: int) -> int:
+            if (parent, token) not in index:
+                index[parent, token] = len(tokens)
+                tokens.append(token)
+                parents.append(parent)
+            return index[parent, token]
+
+        paths = []
+        gold_end = None
+        for i, candidate in enumerate(candidates):
+            path, at = [], -1
+            for position, token in enumerate(candidate):
+                path.append((at, token))
+                if closed or i == gold or position + 1 < len(candidate):
+                    at = node(at, token)
+            if closed:
+                path.append((at, eos))
+            elif i == gold:
+                gold_end = (at, eos)
+            paths.append(tuple(path))
+        return cls(tuple(tokens), tuple(parents), tuple(paths), gold_end)
+
+
+def _prefix_free(candidates: list[tuple[int, ...]]) -> bool:
+    ordered = sorted(candidates)
+    return all(candidates) and not any(b[: len(a)] == a for a, b in zip(ordered, ordered[1:], strict=False))

@@ -1,0 +1,395 @@
+"""FitReport: whether personalization helps on this data, on users the training never saw."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from persona_plug.baselines import is_rating, label_priors, rating_priors, text_priors
+from persona_plug.history import Example
+from persona_plug.plots import plot_lift, plot_loss
+from persona_plug.stats import Interval, derangement, identity, user_bootstrap
+
+if TYPE_CHECKING:
+    from persona_plug.fit import FitConfig
+    from persona_plug.model import PersonaPlug
+    from persona_plug.training_data import FitData
+
+logger = logging.getLogger(__name__)
+
+# Lower is better, and the transform from a mean over questions to the metric.
+METRICS: dict[str, tuple[bool, Any]] = {
+    "nll": (True, identity),
+    "accuracy": (False, identity),
+    "mae": (True, identity),
+    "rmse": (True, np.sqrt),
+    "rouge-1": (False, identity),
+    "rouge-L": (False, identity),
+}
+CONTROLS = ("none", "task_prompt", "plug_empty", "plug_shuffled")
+
+
+@dataclass(frozen=True, slots=True)
+class Answers:
+    """What one method gave on the held-out questions: per-question values of each metric, (N,) each."""
+
+    values: dict[str, np.ndarray]
+    texts: list[str] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class FitReport:
+    """The comparison on held-out users.
+
+    Attributes:
+        metrics: Method -> metric -> (value, low, high), 95% bootstrap over users.
+        contrasts: Rows of {a, b, metric, delta, low, high}, paired, positive where a is better.
+        n: Held-out questions.
+        n_users: Held-out users.
+        notes: What was skipped, capped, cut or inferred.
+        examples: Held-out answers side by side.
+        details: Settings, steps, identities.
+    """
+
+    metrics: dict[str, dict[str, tuple[float, float, float]]]
+    contrasts: list[dict[str, Any]]
+    n: int
+    n_users: int
+    notes: list[str] = field(default_factory=list)
+    examples: list[dict[str, Any]] = field(default_factory=list)
+    details: dict[str, Any] = field(default_factory=dict)
+
+    def to_json(self) -> str:
+        """Return everything as JSON text."""
+        return json.dumps(asdict(self), indent=2, ensure_ascii=False) + "\n"
+
+    def to_markdown(self) -> str:
+        """Return the table, the contrasts and the notes as Markdown."""
+        if not self.metrics:
+            return "No users were held out: nothing can be said about the lift."
+        names = [m for m in METRICS if any(m in row for row in self.metrics.values())]
+        lines = [
+            f"{self.n} questions of {self.n_users} held-out users; 95% intervals from a bootstrap over users.",
+            "",
+            "| method | " + " | ".join(f"{m} {'↓' if METRICS[m][0] else '↑'}" for m in names) + " |",
+            "|---" * (len(names) + 1) + "|",
+        ]
+        for method, row in self.metrics.items():
+            cells = [f"{row[m][0]:.3f} [{row[m][1]:.3f}, {row[m][2]:.3f}]" if m in row else "–" for m in names]
+            lines.append(f"| {method} | " + " | ".join(cells) + " |")
+        lines += ["", "| difference (positive: the first is better) | metric | delta |", "|---|---|---|"]
+        for c in self.contrasts:
+            mark = "" if c["low"] > 0 or c["high"] < 0 else " (includes 0)"
+            delta = f"{c['delta']:+.3f} [{c['low']:+.3f}, {c['high']:+.3f}]{mark}"
+            lines.append(f"| {c['a']} − {c['b']} | {c['metric']} | {delta} |")
+        lines += ["", *(f"- {note}" for note in self.notes)]
+        return "\n".join(lines)
+
+    def __str__(self) -> str:
+        """Return the report as text with the verdict and the examples."""
+        return "\n".join([self.to_markdown(), "", self.verdict(), *self._examples_text()])
+
+    def verdict(self) -> str:
+        """Say in one line whether the user's own history helped."""
+        lifts = [c for c in self.contrasts if (c["a"], c["b"]) == ("plug", "plug_shuffled")]
+        if not lifts:
+            return "Personal lift: not measured."
+        lift = lifts[0]
+        what = f"{lift['metric']} {lift['delta']:+.3f} [{lift['low']:+.3f}, {lift['high']:+.3f}] over another user's history"
+        if lift["low"] > 0:
+            return f"Personal lift: yes, {what}."
+        if lift["high"] < 0:
+            return f"Personal lift: harm, {what}; do not use this plug."
+        return f"Personal lift: not shown, {what}; more users, longer histories or more steps may show it."
+
+    def _examples_text(self) -> list[str]:
+        lines: list[str] = []
+        for number, e in enumerate(self.examples, 1):
+            lines += ["", f"Example {number}: {_short(e['input'], 160)}"]
+            for label in ("no user", "another user", "this user", "really wrote"):
+                lines.append(f"  {label:>12}: {_short(e[label], 110)}")
+            for item in e["weights"]:
+                lines.append(f"  {item['weight']:>12.2f}  {_short(item['input'], 60)} -> {_short(item['output'], 60)}")
+        return lines
+
+    def save(self, folder: Path) -> None:
+        """Write `fit_report.json` and `fit_report.md`."""
+        from persona_plug.persistence import REPORT_NAME, write_atomically
+
+        write_atomically(folder / REPORT_NAME, self.to_json().encode())
+        write_atomically(folder / "fit_report.md", (str(self) + "\n").encode())
+
+
+def make_report(
+    plug: PersonaPlug,
+    data: FitData,
+    config: FitConfig,
+    log: list[dict[str, float]],
+    folder: Path,
+    *,
+    resume: bool = False,
+    compare: bool = True,
+    generated: int = 48,
+    examples: int = 3,
+    methods: Sequence[str] = CONTROLS,
+) -> FitReport:
+    """Train the task prompt, evaluate all methods on the held-out users, and write report and plots into `folder`.
+
+    Args:
+        plug: The trained plug.
+        data: Its data; `held_out` is what counts.
+        config: Its training settings; the task prompt gets the same.
+        log: The plug's training log.
+        folder: Where report, plots and the task prompt's checkpoints go.
+        resume: Go on with an interrupted task-prompt training.
+        compare: False for a report without any comparison (nothing is held out).
+        generated: Free text: at most so many answers are generated for ROUGE; likelihoods use all.
+        examples: Answers shown side by side.
+        methods: Which controls to run.
+    """
+    details = {"fit": asdict(config), "steps_done": max([int(r["step"]) for r in log if "step" in r], default=0)}
+    details["score_temperature"] = float(plug.embedder.score_temperature)
+    notes = list(data.notes)
+    if not compare or not data.held_out:
+        result = FitReport({}, [], 0, 0, notes, [], details)
+        result.save(folder)
+        return result
+    answers = run_methods(plug, data, config, folder, resume, methods, generated)
+    users = [e.user_id for e in data.held_out]
+    metrics = {name: {m: _interval(a, users, m) for m in a.values} for name, a in answers.items()}
+    result = FitReport(
+        metrics,
+        contrasts(answers, users),
+        len(users),
+        len(set(users)),
+        notes + _truncation_notes(plug, data),
+        side_by_side(plug, data.held_out, answers, examples),
+        details,
+    )
+    result.save(folder)
+    plot_loss(log, folder / "loss.png")
+    if "plug_shuffled" in answers:
+        lift = answers["plug_shuffled"].values["nll"] - answers["plug"].values["nll"]
+        plot_lift(lift, data.held_out, folder / "lift.png")
+    return result
+
+
+def run_methods(
+    plug: PersonaPlug,
+    data: FitData,
+    config: FitConfig,
+    folder: Path,
+    resume: bool,
+    methods: Sequence[str],
+    generated: int,
+) -> dict[str, Answers]:
+    """Return per-question values of the controls, the plug and the LLM-free baselines on the held-out users."""
+    from persona_plug.fit import train
+
+    held = data.held_out
+    other = derangement([e.user_id for e in held], config.seed)
+    pool: dict[str, list[Example]] = {}
+    for example in held:
+        pool.setdefault(example.user_id, []).append(example)
+    borrowed = [max(pool[other[e.user_id]], key=lambda o: len(o.history)).history for e in held]
+    shuffled = [replace(e, history=h) for e, h in zip(held, borrowed, strict=True)]
+    result: dict[str, Answers] = {}
+    if "none" in methods:
+        result["none"] = evaluate(plug, held, generated, personal=False)
+    if "task_prompt" in methods:
+        # As many soft tokens as the plug has, none of which knows the user; same data, steps and early stopping.
+        tokens = plug.config.task_tokens + plug.config.user_tokens
+        twin = type(plug)(
+            plug.config.replace(user_tokens=0, task_tokens=tokens), plug.llm, plug.tokenizer, plug.encoder, config.seed
+        )
+        twin.splicer = plug.splicer  # the frozen states are the same
+        train(twin, data, config, folder / "task_prompt", resume)
+        result["task_prompt"] = evaluate(twin, held, generated)
+    if "plug_empty" in methods:
+        result["plug_empty"] = evaluate(plug, [replace(e, history=()) for e in held], generated)
+    if "plug_shuffled" in methods:
+        result["plug_shuffled"] = evaluate(plug, shuffled, generated)
+    result["plug"] = evaluate(plug, held, generated)
+    for name, answer in prior_answers(plug, data, generated).items():
+        result[f"user_prior: {name}"] = answer
+    return result
+
+
+def evaluate(plug: PersonaPlug, held: Sequence[Example], generated: int = 48, personal: bool = True) -> Answers:
+    """Return one method's values on each question."""
+    inputs, histories = [e.input for e in held], [e.history for e in held]
+    if plug.config.answers:
+        scores = plug.score(inputs, history=histories, personal=personal)
+        # The plain LLM gets no calibration: it was not trained.
+        temperature = plug.embedder.score_temperature.cpu() if personal else 1.0
+        return label_answers((scores / temperature).softmax(-1).double().numpy(), held, plug.config.answers)
+    from persona_plug.fit import PlugDataset, score_samples
+
+    dataset = PlugDataset(plug, held)
+    if personal:
+        loglik = score_samples(plug, dataset)[0][:, 0]
+    else:
+        soft = plug.plain(1).soft
+        pairs = zip(dataset.parts, dataset.trees, strict=True)
+        loglik = torch.stack([plug.splicer.loglik([p], soft, [t])[0][0, 0] for p, t in pairs])
+    lengths = np.array([len(t.paths[0]) for t in dataset.trees])
+    values = {"nll": -loglik.double().cpu().numpy() / lengths}
+    some = _some(len(held), generated)
+    texts = plug.generate([inputs[i] for i in some], [histories[i] for i in some], personal=personal) if some else []
+    return _with_rouge(values, texts, held, some)
+
+
+def label_answers(probabilities: np.ndarray, held: Sequence[Example], answers: Sequence[str]) -> Answers:
+    """Return values of a method that gives probabilities (N, C).
+
+    For ratings, MAE is of the median and RMSE of the mean of the distribution: each metric's own best decision.
+    """
+    gold = np.array([list(answers).index(e.output.strip()) for e in held])
+    rows = np.arange(len(gold))
+    values = {
+        "nll": -np.log(np.maximum(probabilities[rows, gold], 1e-12)),
+        "accuracy": (probabilities.argmax(1) == gold).astype(float),
+    }
+    if is_rating(answers):
+        levels = np.array([float(a) for a in answers])
+        order = np.argsort(levels)
+        cumulative = probabilities[:, order].cumsum(1)
+        median = levels[order][(cumulative >= 0.5 - 1e-9).argmax(1)]
+        values |= rating_errors(levels[gold], median, probabilities @ levels)
+    return Answers(values, [answers[i] for i in probabilities.argmax(1)])
+
+
+def rating_errors(gold: np.ndarray, median: np.ndarray, mean: np.ndarray) -> dict[str, np.ndarray]:
+    """Return absolute errors of one prediction and squared errors of another, (N,) each."""
+    return {"mae": np.abs(gold - median), "rmse": (gold - mean) ** 2}
+
+
+def prior_answers(plug: PersonaPlug, data: FitData, generated: int) -> dict[str, Answers]:
+    """Return the LLM-free family's values on the held-out users."""
+    held = data.held_out
+    if data.answers:
+        found = label_priors(data.train, data.valid, held, data.answers, plug.encoder)
+        result = {name: label_answers(p, held, data.answers) for name, p in found.items()}
+        if is_rating(data.answers):
+            gold = np.array([float(e.output) for e in held])
+            for name, prediction in rating_priors(data.train, data.valid, held, plug.encoder).items():
+                result[name] = Answers(rating_errors(gold, prediction, prediction))
+        return result
+    some = _some(len(held), generated)
+    chosen = [held[i] for i in some]
+    found_texts = text_priors(chosen, plug.encoder)
+    return {name: _with_rouge({}, texts, held, some) for name, texts in found_texts.items()}
+
+
+def contrasts(answers: dict[str, Answers], users: Sequence[str]) -> list[dict[str, Any]]:
+    """Return paired differences of the plug to every other method, positive where the plug is better."""
+    rows = []
+    others = [n for n in ("plug_shuffled", "task_prompt", "plug_empty", "none") if n in answers]
+    others += [n for n in answers if n.startswith("user_prior")]
+    for other in others:
+        for metric in METRICS:
+            if metric in answers["plug"].values and metric in answers[other].values:
+                a, b = answers["plug"].values[metric], answers[other].values[metric]
+                some = ~np.isnan(a) & ~np.isnan(b)
+                lower, transform = METRICS[metric]
+                owners = [u for u, s in zip(users, some, strict=True) if s]
+                difference = user_bootstrap(
+                    *((b[some], owners, a[some]) if lower else (a[some], owners, b[some])), transform
+                )
+                rows.append(
+                    {
+                        "a": "plug",
+                        "b": other,
+                        "metric": metric,
+                        "delta": difference.value,
+                        "low": difference.low,
+                        "high": difference.high,
+                    }
+                )
+    if {"task_prompt", "none"} <= set(answers):
+        a, b = answers["task_prompt"].values["nll"], answers["none"].values["nll"]
+        gain = user_bootstrap(b, users, a)
+        rows.append(
+            {"a": "task_prompt", "b": "none", "metric": "nll", "delta": gain.value, "low": gain.low, "high": gain.high}
+        )
+    return rows
+
+
+def side_by_side(
+    plug: PersonaPlug, held: Sequence[Example], answers: dict[str, Answers], count: int
+) -> list[dict[str, Any]]:
+    """Return `count` held-out answers of the controls and the plug beside what the person wrote, with item weights."""
+    texts = {name: a.texts for name, a in answers.items()}
+    columns = {"no user": "plug_empty", "another user": "plug_shuffled", "this user": "plug"}
+    if any(texts.get(m) is None for m in columns.values()):
+        return []
+    some = range(len(held)) if plug.config.answers else _some(len(held), len(texts["plug"] or ()))
+    seen: set[str] = set()
+    rows: list[dict[str, Any]] = []
+    for at, i in enumerate(some):
+        example = held[i]
+        shown = {label: (texts[m] or [])[at] for label, m in columns.items()}
+        if len(rows) == count or example.user_id in seen or len(example.history) < 3:
+            continue
+        seen.add(example.user_id)
+        detail = plug.generate(example.input, example.history, return_details=True, max_new_tokens=1)
+        weights = [{"input": i.input, "output": i.output, "weight": round(w, 4)} for i, w in detail.weights[:3]]
+        rows.append({"input": example.input, **shown, "really wrote": example.output, "weights": weights})
+    return rows
+
+
+def _with_rouge(
+    values: dict[str, np.ndarray], texts: list[str], held: Sequence[Example], some: Sequence[int]
+) -> Answers:
+    from rouge_score.rouge_scorer import RougeScorer
+
+    scorer = RougeScorer(["rouge1", "rougeL"])
+    one, longest = np.full(len(held), np.nan), np.full(len(held), np.nan)
+    for i, text in zip(some, texts, strict=True):
+        score = scorer.score(held[i].output, text)
+        one[i], longest[i] = score["rouge1"].fmeasure, score["rougeL"].fmeasure
+    return Answers({**values, "rouge-1": one, "rouge-L": longest}, texts)
+
+
+def _interval(answers: Answers, users: Sequence[str], metric: str) -> tuple[float, float, float]:
+    values = answers.values[metric]
+    some = ~np.isnan(values)
+    found: Interval = user_bootstrap(
+        values[some], [u for u, s in zip(users, some, strict=True) if s], transform=METRICS[metric][1]
+    )
+    return found.value, found.low, found.high
+
+
+def _some(total: int, limit: int) -> list[int]:
+    """Return at most `limit` indices, evenly spread."""
+    return sorted({i * total // limit for i in range(limit)}) if total > limit else list(range(total))
+
+
+def _truncation_notes(plug: PersonaPlug, data: FitData) -> list[str]:
+    notes = []
+    cut = sum(plug.prompter.parts(e.input).cut > 0 for e in data.held_out)
+    if cut:
+        notes.append(
+            f"{cut} of {len(data.held_out)} held-out requests were cut to {plug.config.max_input_tokens} tokens"
+        )
+    stats = plug.encoder.stats
+    if stats.truncated:
+        notes.append(
+            f"{stats.truncated} of {stats.encoded} newly encoded texts reached the encoder's {plug.encoder.max_length} tokens"
+        )
+    dropped = sum(max(0, len(e.history) - plug.config.max_history) for e in data.held_out)
+    if dropped:
+        notes.append(f"{dropped} history items beyond max_history={plug.config.max_history} were left out")
+    return notes
+
+
+def _short(text: str, width: int) -> str:
+    text = " ".join(text.split())
+    return text if len(text) <= width else text[: width - 1] + "…"

@@ -1,0 +1,344 @@
+"""Running the frozen LLM around soft tokens: masks, positions, reused keys and values; causal and encoder-decoder.
+
+A row is [left][soft][right][answers]. Nothing in `left` depends on what is trained, so it runs without a graph and its
+keys and values (for an encoder-decoder: its encoder states) are kept under a memory budget and reused across epochs.
+Placement only decides where a prompt is split: with `suffix` the whole input is in `left`, and training costs little more
+than the soft and answer tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from persona_plug.prompts import AnswerTree, PromptParts
+
+
+class StateCache:
+    """Tensors by token ids, kept while they fit a budget in bytes; what does not fit is computed again."""
+
+    def __init__(self, budget: int) -> None:
+        """Create an empty cache for `budget` bytes."""
+        self.budget, self.used, self.hits, self.misses = budget, 0, 0, 0
+        self._kept: dict[tuple[int, ...], Tensor] = {}
+
+    def get(self, key: tuple[int, ...]) -> Tensor | None:
+        """Return the tensor or None, counting hits and misses."""
+        found = self._kept.get(key)
+        self.hits += found is not None
+        self.misses += found is None
+        return found
+
+    def put(self, key: tuple[int, ...], state: Tensor) -> None:
+        """Keep the tensor if it fits."""
+        size = state.numel() * state.element_size()
+        if key not in self._kept and self.used + size <= self.budget:
+            self._kept[key] = state
+            self.used += size
+
+    def clear(self) -> None:
+        """Forget everything."""
+        self._kept.clear()
+        self.used = 0
+
+
+class Splicer:
+    """What both kinds of LLM share: embedding, reuse of states, gathering of log-likelihoods."""
+
+    def __init__(self, llm: Any, cache: StateCache, batch_size: int = 16) -> None:  # noqa: ANN401
+        """Wrap a frozen LLM; `batch_size` rows at a time run without a graph."""
+        self.llm, self.cache, self.batch_size = llm, cache, batch_size
+
+    def embed(self, ids: Sequence[int]) -> Tensor:
+        """Return the LLM's input embeddings (len, H)."""
+        table = self.llm.get_input_embeddings()
+        return table(torch.tensor(list(ids), dtype=torch.long, device=self.llm.device))
+
+    def states(self, lefts: Sequence[tuple[int, ...]]) -> list[Tensor]:
+        """Return the frozen states of each `left`, from the cache or computed in length-sorted batches."""
+        found = {left: self.cache.get(left) for left in dict.fromkeys(lefts)}
+        missing = sorted((left for left, state in found.items() if state is None), key=len)
+        for start in range(0, len(missing), self.batch_size):
+            part = missing[start : start + self.batch_size]
+            for left, state in zip(part, self._compute_states(part), strict=True):
+                self.cache.put(left, state)
+                found[left] = state
+        return [found[left] for left in lefts]  # type: ignore[misc]
+
+    def _compute_states(self, lefts: Sequence[tuple[int, ...]]) -> list[Tensor]:
+        raise NotImplementedError
+
+    def _padded_ids(self, rows: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
+        width = max(len(r) for r in rows)
+        ids = torch.zeros(len(rows), width, dtype=torch.long)
+        mask = torch.zeros(len(rows), width, dtype=torch.long)
+        for i, row in enumerate(rows):
+            ids[i, : len(row)] = torch.tensor(list(row), dtype=torch.long)
+            mask[i, : len(row)] = 1
+        return ids.to(self.llm.device), mask.to(self.llm.device)
+
+
+class CausalSplicer(Splicer):
+    """Decoder-only LLMs."""
+
+    @torch.no_grad()
+    def _compute_states(self, lefts: Sequence[tuple[int, ...]]) -> list[Tensor]:
+        """Return (layers, 2, heads, length, head_dim) for each left."""
+        from transformers import DynamicCache
+
+        if not lefts[0]:  # sorted by length: only the empty one can come first
+            return [torch.zeros(0), *(self._compute_states(lefts[1:]) if len(lefts) > 1 else [])]
+        ids, mask = self._padded_ids(lefts)
+        past = DynamicCache()  # without the config: sliding layers would drop what suffix tokens may still see
+        positions = (mask.cumsum(1) - 1).clamp(min=0)
+        self.llm(
+            input_ids=ids,
+            attention_mask=mask,
+            position_ids=positions,
+            past_key_values=past,
+            use_cache=True,
+            logits_to_keep=1,
+        )
+        pairs = [torch.stack([layer.keys, layer.values], 1) for layer in past.layers]
+        stacked = torch.stack(pairs, 1)  # (B, layers, 2, heads, length, head_dim)
+        return [stacked[i, :, :, :, : len(left)].clone() for i, left in enumerate(lefts)]
+
+    def loglik(self, parts: Sequence[PromptParts], soft: Tensor, trees: Sequence[AnswerTree]) -> tuple[Tensor, Tensor]:
+        """Return log-likelihoods (B, C) of each row's candidates (-inf where a row has fewer) and (B,) of gold ends.
+
+        Args:
+            parts: Prompts.
+            soft: (B, S, H), differentiable; S may be 0 for the plain LLM.
+            trees: Candidates of each row.
+        """
+        states = self.states([p.left for p in parts])
+        embeds, mask, positions, cache, keep = self._layout(parts, soft, trees, states)
+        out = self.llm(
+            inputs_embeds=embeds,
+            attention_mask=self._mask_for_model(mask, positions, embeds.dtype),
+            position_ids=positions[:, -embeds.shape[1] :],
+            past_key_values=cache,
+            use_cache=cache is not None,
+            logits_to_keep=keep,
+        )
+        return gather_paths(out.logits[:, -keep:], trees)
+
+    def _layout(
+        self, parts: Sequence[PromptParts], soft: Tensor, trees: Sequence[AnswerTree], states: Sequence[Tensor]
+    ) -> tuple[Tensor, Tensor, Tensor, Any, int]:
+        """Lay rows out as [pad left | pad soft right | nodes pad], so that each row's nodes begin at one column.
+
+        Returns embeddings of the tail (B, T, H), a boolean mask (B, T, past + T), positions (B, past + T), the cache, and
+        how many columns at the end predict answers.
+        """
+        device, s = soft.device, soft.shape[1]
+        past = max(len(p.left) for p in parts)
+        body = s + max(len(p.right) for p in parts)
+        nodes = max(len(t.tokens) for t in trees)
+        total = body + nodes
+        columns = torch.zeros(len(parts), past + total, dtype=torch.bool)
+        positions = torch.zeros(len(parts), past + total, dtype=torch.long)
+        allowed = torch.ones(total, past + total, dtype=torch.bool).tril(past).repeat(len(parts), 1, 1)
+        rows = []
+        width = soft.shape[-1]
+        for b, (part, tree) in enumerate(zip(parts, trees, strict=True)):
+            left, right, n = len(part.left), len(part.right), len(tree.tokens)
+            start = past + body - s - right
+            columns[b, past - left : past] = True
+            columns[b, start : past + body + n] = True
+            positions[b, past - left : past] = torch.arange(left)
+            positions[b, start : past + body] = torch.arange(left, left + s + right)
+            depth, sight = _tree_sight(tree)
+            positions[b, past + body : past + body + n] = left + s + right + depth
+            allowed[b, body : body + n, past + body : past + body + n] = sight
+            pieces = [torch.zeros(body - s - right, width, device=device, dtype=soft.dtype), soft[b]]
+            pieces.append(self.embed((*part.right, *tree.tokens)).to(soft.dtype))
+            pieces.append(torch.zeros(nodes - n, width, device=device, dtype=soft.dtype))
+            rows.append(torch.cat(pieces))
+        embeds = torch.stack(rows).to(next(self.llm.parameters()).dtype if not _quantised(self.llm) else soft.dtype)
+        mask = (allowed & columns.unsqueeze(1)).to(device)
+        return embeds, mask, positions.to(device), self._stacked_cache(parts, states, past, embeds.dtype), nodes + 1
+
+    def _stacked_cache(
+        self, parts: Sequence[PromptParts], states: Sequence[Tensor], past: int, dtype: torch.dtype
+    ) -> Any:  # noqa: ANN401
+        if past == 0:
+            return None
+        from transformers import DynamicCache
+
+        some = next(s for s in states if s.numel())
+        layers, _, heads, _, head_dim = some.shape
+        full = torch.zeros(layers, 2, len(parts), heads, past, head_dim, dtype=some.dtype, device=some.device)
+        for b, (part, state) in enumerate(zip(parts, states, strict=True)):
+            if part.left:
+                full[:, :, b, :, past - len(part.left) :] = state
+        return DynamicCache([(full[i, 0], full[i, 1]) for i in range(layers)])
+
+    def _mask_for_model(self, allowed: Tensor, positions: Tensor, dtype: torch.dtype) -> Any:  # noqa: ANN401
+        """Return the additive 4-D mask; for models with sliding-window layers, one for each kind of layer."""
+        config = self.llm.config.get_text_config(decoder=True)
+        full = _additive(allowed, dtype)
+        kinds = set(getattr(config, "layer_types", None) or ())
+        if "sliding_attention" not in kinds:
+            return full
+        queries = positions[:, -allowed.shape[1] :]
+        near = queries.unsqueeze(2) - positions.unsqueeze(1) < config.sliding_window
+        return {"full_attention": full, "sliding_attention": _additive(allowed & near, dtype)}
+
+    def generation_inputs(self, parts: Sequence[PromptParts], soft: Tensor) -> dict[str, Any]:
+        """Return left-padded `inputs_embeds` and `attention_mask` for the LLM's own generate."""
+        rows = [
+            torch.cat([self.embed(p.left).to(soft.dtype), s, self.embed(p.right).to(soft.dtype)])
+            for p, s in zip(parts, soft, strict=True)
+        ]
+        width = max(len(r) for r in rows)
+        dtype = self.llm.get_input_embeddings().weight.dtype
+        embeds = torch.zeros(len(rows), width, soft.shape[-1], dtype=dtype, device=soft.device)
+        mask = torch.zeros(len(rows), width, dtype=torch.long, device=soft.device)
+        for i, row in enumerate(rows):
+            embeds[i, width - len(row) :] = row
+            mask[i, width - len(row) :] = 1
+        return {"inputs_embeds": embeds, "attention_mask": mask}
+
+
+class Seq2SeqSplicer(Splicer):
+    """Encoder-decoder LLMs: soft tokens in front of the encoder's input, or behind the encoder's output."""
+
+    @torch.no_grad()
+    def _compute_states(self, lefts: Sequence[tuple[int, ...]]) -> list[Tensor]:
+        """Return encoder states (length, H) for each left; for prefix placement there is nothing to compute."""
+        if not lefts[0]:
+            return [torch.zeros(0), *(self._compute_states(lefts[1:]) if len(lefts) > 1 else [])]
+        ids, mask = self._padded_ids(lefts)
+        hidden = self.llm.get_encoder()(input_ids=ids, attention_mask=mask).last_hidden_state
+        return [hidden[i, : len(left)].clone() for i, left in enumerate(lefts)]
+
+    def _encoded(self, parts: Sequence[PromptParts], soft: Tensor) -> tuple[Tensor, Tensor]:
+        """Return encoder states (B, L, H) with the soft tokens in place, and their mask (B, L)."""
+        states = self.states([p.left for p in parts])
+        dtype = self.llm.get_input_embeddings().weight.dtype
+        if any(p.right for p in parts):
+            rows = [torch.cat([s, self.embed(p.right).to(soft.dtype)]) for p, s in zip(parts, soft, strict=True)]
+            embeds, mask = _right_padded(rows)
+            out = self.llm.get_encoder()(inputs_embeds=embeds.to(dtype), attention_mask=mask)
+            return out.last_hidden_state, mask
+        rows = [torch.cat([state.to(soft.dtype), s]) for state, s in zip(states, soft, strict=True)]
+        embeds, mask = _right_padded(rows)
+        return embeds.to(dtype), mask
+
+    def loglik(self, parts: Sequence[PromptParts], soft: Tensor, trees: Sequence[AnswerTree]) -> tuple[Tensor, Tensor]:
+        """As `CausalSplicer.loglik`; each candidate is a decoder row, since relative position biases know no tree."""
+        encoded, mask = self._encoded(parts, soft)
+        chains = [_chains(tree) for tree in trees]
+        owner = torch.tensor([b for b, c in enumerate(chains) for _ in c], device=soft.device)
+        start = self.llm.config.decoder_start_token_id
+        targets = [c for row in chains for c in row]
+        ids, _ = self._padded_ids([[start, *c[:-1]] for c in targets])
+        out = self.llm(
+            encoder_outputs=(encoded[owner],), attention_mask=mask[owner], decoder_input_ids=ids, use_cache=False
+        )
+        labels, valid = self._padded_ids(targets)
+        logp = out.logits.float().log_softmax(-1).gather(-1, labels.unsqueeze(-1)).squeeze(-1) * valid
+        total = torch.full((len(trees), max(len(t.paths) for t in trees)), float("-inf"), device=soft.device)
+        end = torch.zeros(len(trees), device=soft.device)
+        at = 0
+        for b, tree in enumerate(trees):
+            lengths = [len(path) for path in tree.paths]
+            sums = [logp[at + i, :n].sum() for i, n in enumerate(lengths)]
+            total = total.index_put(
+                (torch.full((len(sums),), b, device=soft.device), torch.arange(len(sums), device=soft.device)),
+                torch.stack(sums),
+            )
+            for i, n in enumerate(lengths):
+                if len(chains[b][i]) > n:
+                    end = end.index_put((torch.tensor(b, device=soft.device),), logp[at + i, n])
+            at += len(sums)
+        return total, end
+
+    def generation_inputs(self, parts: Sequence[PromptParts], soft: Tensor) -> dict[str, Any]:
+        """Return `encoder_outputs` and `attention_mask` for the LLM's own generate."""
+        from transformers.modeling_outputs import BaseModelOutput
+
+        encoded, mask = self._encoded(parts, soft)
+        return {"encoder_outputs": BaseModelOutput(last_hidden_state=encoded), "attention_mask": mask}
+
+
+def gather_paths(logits: Tensor, trees: Sequence[AnswerTree]) -> tuple[Tensor, Tensor]:
+    """Sum token log-probabilities along each candidate's path.
+
+    Args:
+        logits: (B, 1 + nodes, vocabulary); column 0 is the end of the prompt, column 1 + i is node i.
+        trees: Candidates of each row.
+
+    Returns:
+        (B, C) log-likelihoods, -inf where a row has fewer candidates, and (B,) log-probability of gold end tokens.
+    """
+    count = max(len(t.paths) for t in trees)
+    length = max(len(p) for t in trees for p in t.paths)
+    column = torch.zeros(len(trees), count * length + 1, dtype=torch.long)
+    token = torch.zeros_like(column)
+    used = torch.zeros(column.shape, dtype=torch.bool)
+    absent = torch.ones(len(trees), count, dtype=torch.bool)
+    for b, tree in enumerate(trees):
+        for c, path in enumerate(tree.paths):
+            absent[b, c] = False
+            for i, (node, predicted) in enumerate(path):
+                column[b, c * length + i], token[b, c * length + i], used[b, c * length + i] = node + 1, predicted, True
+        if tree.gold_end is not None:
+            column[b, -1], token[b, -1], used[b, -1] = tree.gold_end[0] + 1, tree.gold_end[1], True
+    column, token, used, absent = (t.to(logits.device) for t in (column, token, used, absent))
+    rows = torch.arange(len(trees), device=logits.device).unsqueeze(1)
+    logits = logits.float()
+    picked = logits[rows, column, token] - logits.logsumexp(-1).gather(1, column)
+    picked = picked * used
+    total = picked[:, :-1].unflatten(1, (count, length)).sum(-1)
+    return total.masked_fill(absent, float("-inf")), picked[:, -1]
+
+
+def _tree_sight(tree: AnswerTree) -> tuple[Tensor, Tensor]:
+    """Return each node's depth (n,) and which nodes it sees: its ancestors and itself, (n, n) bool."""
+    n = len(tree.tokens)
+    depth, sight = torch.zeros(n, dtype=torch.long), torch.eye(n, dtype=torch.bool)
+    for i, parent in enumerate(tree.parents):
+        if parent >= 0:
+            depth[i] = depth[parent] + 1
+            sight[i] |= sight[parent]
+    return depth, sight
+
+
+def _chains(tree: AnswerTree) -> list[tuple[int, ...]]:
+    """Return the predicted tokens of each candidate; the gold's end token is added where paths leave it out."""
+    chains = [tuple(token for _, token in path) for path in tree.paths]
+    if tree.gold_end is not None:
+        gold = next(i for i, path in enumerate(tree.paths) if _leaf(tree, path) == tree.gold_end[0])
+        chains[gold] = (*chains[gold], tree.gold_end[1])
+    return chains
+
+
+def _leaf(tree: AnswerTree, path: tuple[tuple[int, int], ...]) -> int:
+    parent, token = path[-1]
+    return next(
+        (i for i, (p, t) in enumerate(zip(tree.parents, tree.tokens, strict=True)) if (p, t) == (parent, token)), -2
+    )
+
+
+def _additive(allowed: Tensor, dtype: torch.dtype) -> Tensor:
+    return (
+        torch.zeros(allowed.shape, dtype=dtype, device=allowed.device)
+        .masked_fill_(~allowed, torch.finfo(dtype).min)
+        .unsqueeze(1)
+    )
+
+
+def _right_padded(rows: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    mask = torch.nn.utils.rnn.pad_sequence(
+        [torch.ones(len(r), dtype=torch.long, device=r.device) for r in rows], batch_first=True
+    )
+    return torch.nn.utils.rnn.pad_sequence(list(rows), batch_first=True), mask
+
+
+def _quantised(llm: Any) -> bool:  # noqa: ANN401
+    return getattr(llm, "is_quantized", False)
