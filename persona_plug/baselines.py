@@ -23,9 +23,9 @@ def label_priors(
 ) -> dict[str, np.ndarray]:
     """Return probabilities (N, C) of each label baseline on `test`.
 
-    `majority` is the training frequency, `user_frequency` the user's own, smoothed; `classifier` is logistic regression on
-    the request's vector, `classifier_x_user` multiplies it with the user's frequencies over the population's. What is to be
-    chosen (regularisation, exponent) is chosen on `valid`.
+    `majority` is the training frequency, `user_frequency` the user's own, smoothed; `classifier` is logistic regression
+    on the request's vector, `classifier_x_user` multiplies it with the user's over the population's frequencies. What
+    is to be chosen (regularisation, exponent) is chosen on `valid`.
     """
     from sklearn.linear_model import LogisticRegression
 
@@ -62,8 +62,8 @@ def rating_priors(
 ) -> dict[str, np.ndarray]:
     """Return predicted ratings (N,) of each numeric baseline on `test`.
 
-    `user_mean` and `user_median` look at the history alone; `ridge` regresses on the request's vector, the mean vector of
-    the history and the user's smoothed mean rating; its penalty is chosen on `valid`.
+    `user_mean` and `user_median` look at the history alone; `ridge` regresses on the request's vector, the mean vector
+    of the history and the user's smoothed mean rating; its penalty is chosen on `valid`.
     """
     from sklearn.linear_model import Ridge
 

@@ -9,7 +9,7 @@ import logging
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 
@@ -26,6 +26,7 @@ data_app = typer.Typer(help="Data: check your own, read LaMP's, make sets to try
 app.add_typer(models_app, name="models")
 app.add_typer(data_app, name="data")
 
+Quantization = Literal["int8", "nf4"]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON for programs.")]
 Device = Annotated[str | None, typer.Option(help="Torch device; default CUDA if there is one, else CPU.")]
 
@@ -66,7 +67,7 @@ def fit(
     encoder: Annotated[str, typer.Option(help="Frozen sentence encoder: short name, folder or Hub id.")] = "minilm-l6",
     recipe: Annotated[str, typer.Option(help="default, mean, or paper (PPlug as published).")] = "default",
     placement: Annotated[str | None, typer.Option(help="Where soft tokens go: suffix or prefix.")] = None,
-    quantization: Annotated[str | None, typer.Option(help="int8 or nf4 for the LLM's matrices.")] = None,
+    quantization: Annotated[Quantization | None, typer.Option(help="int8 or nf4 for the LLM's matrices.")] = None,
     template: Annotated[str | None, typer.Option(help="The LLM's instruction, with {input}.")] = None,
     answer: Annotated[list[str] | None, typer.Option(help="One answer of a labelling task; repeat it.")] = None,
     samples: Annotated[str, typer.Option(help="auto, leave_one_out, or time.")] = "auto",
@@ -83,6 +84,8 @@ def fit(
     resume: Annotated[bool, typer.Option(help="Go on with an interrupted run in --out.")] = False,
     skip_bad: Annotated[bool, typer.Option(help="Skip bad records and count them.")] = False,
     report: Annotated[bool, typer.Option(help="Hold users out and compare with the controls.")] = True,
+    report_samples: Annotated[int, typer.Option(help="Held-out questions in the report at most.")] = 400,
+    examples: Annotated[int, typer.Option(help="Held-out answers shown side by side.")] = 3,
     device: Device = None,
     as_json: Json = False,
 ) -> None:
@@ -98,6 +101,7 @@ def fit(
         data, output_dir=out, resume=resume, samples=samples, held_out=held_out, targets_per_user=targets_per_user,
         template=template, answers=answer or "auto", skip_bad=skip_bad, report=report, steps=steps,
         batch_size=batch_size, lr=lr, eval_every=eval_every, seed=seed, report_to=report_to,
+        report_samples=report_samples, examples=examples,
     )  # fmt: skip
     plug.save_pretrained(out)
     say(result.to_json() if as_json else f"{result}\n\nPlug, report and plots are in {out}")
@@ -259,8 +263,7 @@ def data_lamp(
     outputs: Annotated[Path | None, typer.Option(help="LaMP's gold file; its answers become events too.")] = None,
 ) -> None:
     """Convert LaMP's own files into events; the instruction goes into a .meta.json beside them."""
-    from persona_plug.history import read_lamp
-    from persona_plug.lamp import write_events
+    from persona_plug.lamp import read_lamp, write_events
 
     data = read_lamp(questions, outputs)
     say(f"{write_events(data, out)} events of {len({e.user_id for e in data.examples})} users in {out}")
@@ -270,16 +273,17 @@ def data_lamp(
 @one_line_errors
 def data_debian(
     out: Annotated[Path, typer.Option(help="JSONL to write.")],
-    task: Annotated[str, typer.Option(help="synopsis (free text) or section (labels).")] = "synopsis",
+    task: Annotated[Literal["synopsis", "section"], typer.Option(help="Free text, or labels.")] = "synopsis",
     users: Annotated[int, typer.Option(help="Maintainers at most.")] = 150,
     per_user: Annotated[int, typer.Option(help="Packages of one maintainer at most.")] = 40,
     least: Annotated[int, typer.Option(help="Packages of one maintainer at least.")] = 12,
+    release: Annotated[str | None, typer.Option(help="Suite or codename; default the largest that apt knows.")] = None,
     seed: Annotated[int, typer.Option(help="Seed of the draw.")] = 0,
 ) -> None:
     """Make a set of real texts from Debian's package index, through the apt client."""
     from persona_plug.data import debian
 
-    made = debian.build(task, min_packages=least, max_users=users, max_per_user=per_user, seed=seed)
+    made = debian.build(task, release, min_packages=least, max_users=users, max_per_user=per_user, seed=seed)
     made.write(out)
     say(json.dumps(made.meta, indent=2, ensure_ascii=False))
 
@@ -288,7 +292,7 @@ def data_debian(
 @one_line_errors
 def data_synthetic(
     out: Annotated[Path, typer.Option(help="JSONL to write.")],
-    kind: Annotated[str, typer.Option(help="label or style.")] = "label",
+    kind: Annotated[Literal["label", "style"], typer.Option(help="Labels, or free text.")] = "label",
     users: Annotated[int, typer.Option(help="Users.")] = 100,
     items: Annotated[int, typer.Option(help="Items a user.")] = 20,
     personal: Annotated[bool, typer.Option(help="--no-personal: labels do not depend on the user (control).")] = True,

@@ -30,12 +30,14 @@ class Embedded:
 class UserEmbedder(nn.Module):
     """Maps requests and histories to soft tokens [task; user], (B, m + k, H), float32.
 
-    Soft tokens are scaled to a learned gain that starts at the LLM's mean embedding norm; PPlug multiplies by a constant
-    of one model instead. At the start the user tokens do not depend on the user: training begins from a task prompt.
+    Soft tokens are scaled to a learned gain that starts at the LLM's mean embedding norm; PPlug multiplies by a
+    constant of one model instead. At the start user tokens hardly depend on the user: training begins at a task prompt.
 
     Attributes:
         score_temperature: Divides log-likelihoods of candidate answers; fitted on held-out users.
     """
+
+    score_temperature: Tensor
 
     def __init__(self, config: PlugConfig, embedding_norm: float, start: Tensor | None = None) -> None:
         """Create the embedder.
@@ -67,7 +69,7 @@ class UserEmbedder(nn.Module):
         if config.aggregator == "attention":
             self.aggregator = AttentionAggregator(config.encoder_dim, config.heads, config.key_dim)
         else:
-            self.aggregator = {"mean": MeanAggregator, "paper": PaperAggregator}[config.aggregator]()
+            self.aggregator = MeanAggregator() if config.aggregator == "mean" else PaperAggregator()
         per_head = 0 if config.aggregator == "paper" else self.aggregator.heads
         width_in = (text + (answers if config.use_answer_counts else 0)) * (per_head or 1)
         width_in += config.encoder_dim if config.use_request else 0

@@ -115,7 +115,7 @@ class HistoryEncoder:
         """
         self.stats.requested += len(texts)
         wanted = {t: _key(t) for t in dict.fromkeys(texts) if t.strip()}
-        known = self._cache.get(list(wanted.values())) if self._cache else {}
+        known = self._cache.get(list(wanted.values())) if self._cache is not None else {}
         missing = [t for t, key in wanted.items() if key not in known]
         known.update(self._encode_missing(missing, wanted, progress))
         zero = np.zeros(self.dim, dtype=np.float16)
@@ -143,7 +143,7 @@ class HistoryEncoder:
                     bad = batch[int((~torch.isfinite(vectors)).any(1).nonzero()[0])]
                     raise DataError(f"encoder {self.name} gave a non-finite vector for the text {texts[bad]!r:.60}")
                 done = {keys[texts[i]]: v for i, v in zip(batch, vectors.numpy().astype(np.float16), strict=True)}
-                if self._cache:
+                if self._cache is not None:
                     self._cache.put(done)
                 fresh.update(done)
                 bar.update(len(batch))
@@ -157,7 +157,9 @@ class HistoryEncoder:
     @torch.inference_mode()
     def forward(self, ids: Sequence[Sequence[int]]) -> Tensor:
         """Run the model on tokenised texts: returns unit vectors, float32 (n, d) on the encoder's device."""
-        padded = self.tokenizer.pad({"input_ids": list(ids)}, padding=True, return_tensors="pt").to(self.device)
+        padded = self.tokenizer.pad({"input_ids": [list(i) for i in ids]}, padding=True, return_tensors="pt").to(
+            self.device
+        )
         hidden = self.model(input_ids=padded["input_ids"], attention_mask=padded["attention_mask"]).last_hidden_state
         if self.pooling == "cls":
             pooled = hidden[:, 0]

@@ -90,7 +90,7 @@ class FitConfig:
         return cls(**settings)
 
 
-class PlugDataset(Dataset):
+class PlugDataset(Dataset[int]):
     """Samples as prompts, answer trees and row numbers of encoded histories."""
 
     def __init__(self, plug: PersonaPlug, examples: Sequence[Example]) -> None:
@@ -141,6 +141,8 @@ class _Trained(nn.Module):
         self.embedder = plug.embedder
         object.__setattr__(self, "plug", plug)
 
+    plug: PersonaPlug
+
     def forward(self, **batch: Any) -> Any:  # noqa: ANN401
         return self.plug(batch["history"], batch["parts"], batch["trees"])
 
@@ -155,7 +157,7 @@ class PlugTrainer(Trainer):
         self.fit_config = config
         callbacks = [
             EarlyStoppingCallback(config.patience),
-            _JsonLog(Path(args.output_dir) / "log.jsonl"),
+            _JsonLog(Path(str(args.output_dir)) / "log.jsonl"),
             _MarkComplete(),
         ]
         super().__init__(
@@ -176,7 +178,13 @@ class PlugTrainer(Trainer):
         finally:
             self.data_collator = kept
 
-    def compute_loss(self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, **_: Any) -> Any:  # noqa: ANN401
+    def compute_loss(
+        self,
+        model: Any,  # noqa: ANN401
+        inputs: Any,  # noqa: ANN401
+        return_outputs: bool = False,
+        num_items_in_batch: Any = None,  # noqa: ANN401
+    ) -> Any:  # noqa: ANN401
         """Candidate loss plus weighted token loss; for free text the token loss alone."""
         loglik, end, bias = model(**inputs)
         gold, lengths = inputs["gold"].to(loglik.device), inputs["lengths"].to(loglik.device)
@@ -289,14 +297,29 @@ def calibrate(plug: PersonaPlug, samples: PlugDataset, batch_size: int = 32) -> 
 
 
 @torch.no_grad()
-def score_samples(plug: PersonaPlug, samples: PlugDataset, batch_size: int = 32) -> tuple[Tensor, Tensor]:
+def score_samples(
+    plug: PersonaPlug, samples: PlugDataset, batch_size: int = 32, personal: bool = True
+) -> tuple[Tensor, Tensor]:
     """Return scores (N, C), end token included for free text, and gold indices (N,), on the CPU."""
     rows = []
     for start in range(0, len(samples), batch_size):
         batch = samples.collate(range(start, min(start + batch_size, len(samples))))
-        loglik, _, bias = plug(batch["history"], batch["parts"], batch["trees"])
+        if personal:
+            loglik, _, bias = plug(batch["history"], batch["parts"], batch["trees"])
+        else:
+            soft = plug.plain(len(batch["parts"])).soft
+            loglik, bias = plug.splicer.loglik(batch["parts"], soft, batch["trees"])[0], None
         rows.append((loglik if bias is None else loglik + bias).float().cpu())
     return torch.cat(rows), torch.tensor(samples.gold)
+
+
+def _capped(data: FitData, limit: int) -> FitData:
+    """Keep `limit` held-out questions at most, and say so."""
+    held = _spread(data.held_out, limit)
+    if len(held) == len(data.held_out):
+        return data
+    note = f"{len(data.held_out) - len(held)} held-out questions left out of the report (report_samples={limit})"
+    return dataclasses.replace(data, held_out=held, notes=[*data.notes, note])
 
 
 def _spread(examples: Sequence[Example], limit: int) -> list[Example]:
@@ -320,16 +343,27 @@ def fit(
     answers: Sequence[str] | str | None = "auto",
     skip_bad: bool = False,
     report: bool = True,
+    report_samples: int = 400,
+    examples: int = 3,
     **settings: Any,  # noqa: ANN401
 ) -> FitReport:
     """Train, calibrate, and tell on held-out users whether the output became theirs.
 
     Args:
         plug: The plug; it is trained from its untrained state.
-        data: See `persona_plug.training_data.prepare`, also for the arguments from `samples` to `skip_bad`.
+        data: See `persona_plug.training_data.prepare`, also for the next seven arguments.
+        samples: `auto`, `leave_one_out` or `time`.
+        valid: Share of users for early stopping and calibration.
+        held_out: Share of users for the report.
+        targets_per_user: At most so many targets of one user.
+        template: The LLM's instruction with `{input}`.
+        answers: Answer space, `auto`, or None for free text.
+        skip_bad: Skip and count bad records.
         output_dir: Checkpoints, log, plots and report; default a temporary folder that is removed.
         resume: Go on with an interrupted run in `output_dir`.
         report: Also train the task prompt and compare on held-out users.
+        report_samples: Held-out questions at most, evenly spread over the users.
+        examples: Held-out answers shown side by side.
         settings: Fields of `FitConfig`.
 
     Raises:
@@ -352,6 +386,7 @@ def fit(
             seed=config.seed,
         )
     )
+    made = _capped(made, report_samples)
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(output_dir) if output_dir is not None else Path(scratch)
         plug.seed = config.seed
@@ -359,6 +394,6 @@ def fit(
         log = train(plug, made, config, folder / "plug", resume)
         from persona_plug.report import make_report
 
-        result = make_report(plug, made, config, log, folder, resume=resume, compare=report)
+        result = make_report(plug, made, config, log, folder, resume=resume, compare=report, examples=examples)
         object.__setattr__(plug, "fit_report", result)
         return result

@@ -128,7 +128,9 @@ def shared_instruction(inputs: Sequence[str]) -> str:
     """Return the longest common beginning of the inputs, cut back to a word border ('' for a single input)."""
     if len(set(inputs)) < 2:
         return ""
-    common = os.path.commonprefix(list(inputs))
+    first, last = min(inputs), max(inputs)  # what these two share, all between them share
+    same = next((i for i, (a, b) in enumerate(zip(first, last, strict=False)) if a != b), len(first))
+    common = first[:same]
     return common[: max(common.rfind(" "), common.rfind("\n"), common.rfind('"')) + 1]
 
 

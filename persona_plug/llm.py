@@ -6,7 +6,6 @@ import logging
 from typing import Any, Literal
 
 import torch
-from torch import nn
 
 from persona_plug import zoo
 from persona_plug.errors import ConfigError
@@ -22,7 +21,7 @@ def load_llm(
     dtype: torch.dtype | str | None = None,
     quantization: Quantization | None = None,
     device: str | torch.device | None = None,
-) -> tuple[nn.Module, Any]:
+) -> tuple[Any, Any]:
     """Load a frozen LLM in eval mode with its tokenizer.
 
     Args:
@@ -52,7 +51,7 @@ def load_llm(
     try:
         config = AutoConfig.from_pretrained(folder)
         loader = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
-        llm = loader.from_pretrained(folder, **kwargs)
+        llm: Any = loader.from_pretrained(folder, **kwargs)
         tokenizer = AutoTokenizer.from_pretrained(folder)
     except (OSError, ValueError) as exc:
         raise zoo.load_error(name, exc) from exc
@@ -61,7 +60,7 @@ def load_llm(
     return freeze(llm), tokenizer
 
 
-def freeze(llm: nn.Module) -> nn.Module:
+def freeze(llm: Any) -> Any:  # noqa: ANN401
     """Put an LLM in eval mode and take gradients off all its parameters."""
     return llm.eval().requires_grad_(False)
 

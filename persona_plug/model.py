@@ -21,7 +21,7 @@ from persona_plug.fingerprint import llm_fingerprint
 from persona_plug.history import Example, HistoryItem
 from persona_plug.llm import Quantization, embedding_norm, freeze, load_llm, sample_embeddings
 from persona_plug.prompts import AnswerTree, Prompter, PromptParts
-from persona_plug.splice import CausalSplicer, Seq2SeqSplicer, StateCache
+from persona_plug.splice import CausalSplicer, Seq2SeqSplicer, Splicer, StateCache
 
 if TYPE_CHECKING:
     from persona_plug.report import FitReport
@@ -64,7 +64,7 @@ class PersonaPlug(nn.Module):
         for name, part in parts.items():
             object.__setattr__(self, name, part)  # past nn.Module: frozen parts are not registered
         seq2seq = bool(llm.config.is_encoder_decoder)
-        self.splicer = (Seq2SeqSplicer if seq2seq else CausalSplicer)(llm, StateCache(STATE_BUDGET))
+        self.splicer: Splicer = (Seq2SeqSplicer if seq2seq else CausalSplicer)(llm, StateCache(STATE_BUDGET))
         self.seed = seed
         self.reset(config)
 
@@ -81,6 +81,7 @@ class PersonaPlug(nn.Module):
             self.embedder = UserEmbedder(config, embedding_norm(self.llm), start).to(self.llm.device).eval()
         self.config = config
         self.prompter = Prompter(self.tokenizer, config, bool(self.llm.config.is_encoder_decoder))
+        self.splicer.head = self.prompter.head
 
     @classmethod
     def build(
@@ -139,7 +140,7 @@ class PersonaPlug(nn.Module):
     # -- persistence -----------------------------------------------------------------------------------------------
 
     def save_pretrained(self, folder: str | os.PathLike[str]) -> Path:
-        """Write what was learned: `model.safetensors`, `config.json` and a model card; nothing of the LLM or any user."""
+        """Write what was learned (`model.safetensors`, `config.json`, a model card), nothing of the LLM or any user."""
         return persistence.save(self, Path(folder))
 
     @classmethod
@@ -197,7 +198,7 @@ class PersonaPlug(nn.Module):
     def forward(
         self, history: HistoryBatch, parts: Sequence[PromptParts], trees: Sequence[AnswerTree]
     ) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Return log-likelihoods (B, C) of each row's candidates, (B,) of the gold's end token, and the answers' bias."""
+        """Return log-likelihoods (B, C) of candidates, (B,) of the gold's end token, and the answers' bias (B, C)."""
         embedded = self.embedder(history.to(self.llm.device))
         loglik, end = self.splicer.loglik(parts, embedded.soft, trees)
         return loglik, end, embedded.bias
@@ -223,9 +224,10 @@ class PersonaPlug(nn.Module):
     ) -> Tensor:
         """Return log-scores (B, C) of candidate answers, float32 on the CPU.
 
-        A score is the LLM's log-likelihood of the candidate behind the soft tokens, plus, for the plug's own answer space,
-        the weighted log frequencies of the user's answers (`prior=False` leaves these out). All candidates of a request
-        share one pass over its prompt. The end token counts where one candidate begins another, or where there is one only.
+        A score is the LLM's log-likelihood of the candidate behind the soft tokens, plus, for the plug's own answer
+        space, the weighted log frequencies of the user's answers (`prior=False` leaves these out). All candidates of a
+        request share one pass over its prompt. The end token counts where one candidate begins another, or where there
+        is only one.
 
         Args:
             inputs: One request or B of them.

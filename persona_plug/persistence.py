@@ -169,9 +169,9 @@ def model_card(plug: PersonaPlug) -> str:
         "",
         "# A plug for a frozen language model",
         "",
-        f"{config.user_tokens} user and {config.task_tokens} task soft tokens ({count:,} trained numbers) for the frozen LLM "
-        f"`{config.llm}` (fingerprint `{config.llm_fingerprint}`), from histories encoded by `{config.encoder}` "
-        f"(`{config.encoder_fingerprint}`).",
+        f"{config.user_tokens} user and {config.task_tokens} task soft tokens ({count:,} trained numbers) for the "
+        f"frozen LLM `{config.llm}` (fingerprint `{config.llm_fingerprint}`), from histories encoded by "
+        f"`{config.encoder}` (`{config.encoder_fingerprint}`).",
         "",
         f"Recipe `{config.recipe}`, placement `{config.placement}`, aggregator `{config.aggregator}`, "
         f"template `{config.template!r}`, answers {', '.join(config.answers) if config.answers else 'free text'}.",
@@ -183,8 +183,8 @@ def model_card(plug: PersonaPlug) -> str:
         'plug.generate("a new request", history=[{"input": "an earlier request", "output": "what the person wrote"}])',
         "```",
         "",
-        "The file holds no text, id or vector of any user. It was trained on users' data all the same: a plug can carry "
-        "traces of what is common among them.",
+        "The file holds no text, id or vector of any user. It was trained on users' data all the same: a plug can "
+        "carry traces of what is common among them.",
     ]
     if report is not None:
         lines += ["", "## Held-out users", "", report.to_markdown()]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
 from typing import Any
 
@@ -50,6 +51,8 @@ class Prompter:
                 [probe[0]] if tokenizer.bos_token_id is not None and probe[0] == tokenizer.bos_token_id else []
             )
         self.after = [self.eos] if encoder_decoder else self.ids(after)
+        # What all prompts begin with; the last token may merge with the request's first and is left out.
+        self.head = tuple([*self.before, *self.ids(config.template.split("{input}")[0])][:-1])
 
     def ids(self, text: str) -> list[int]:
         """Tokenise without special tokens."""
@@ -143,4 +146,4 @@ class AnswerTree:
 
 def _prefix_free(candidates: list[tuple[int, ...]]) -> bool:
     ordered = sorted(candidates)
-    return all(candidates) and not any(b[: len(a)] == a for a, b in zip(ordered, ordered[1:], strict=False))
+    return all(candidates) and not any(b[: len(a)] == a for a, b in itertools.pairwise(ordered))

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
 
 from persona_plug.baselines import is_rating, label_priors, rating_priors, text_priors
 from persona_plug.history import Example
@@ -102,7 +101,8 @@ class FitReport:
         if not lifts:
             return "Personal lift: not measured."
         lift = lifts[0]
-        what = f"{lift['metric']} {lift['delta']:+.3f} [{lift['low']:+.3f}, {lift['high']:+.3f}] over another user's history"
+        interval = f"{lift['delta']:+.3f} [{lift['low']:+.3f}, {lift['high']:+.3f}]"
+        what = f"{lift['metric']} {interval} over another user's history"
         if lift["low"] > 0:
             return f"Personal lift: yes, {what}."
         if lift["high"] < 0:
@@ -233,14 +233,9 @@ def evaluate(plug: PersonaPlug, held: Sequence[Example], generated: int = 48, pe
     from persona_plug.fit import PlugDataset, score_samples
 
     dataset = PlugDataset(plug, held)
-    if personal:
-        loglik = score_samples(plug, dataset)[0][:, 0]
-    else:
-        soft = plug.plain(1).soft
-        pairs = zip(dataset.parts, dataset.trees, strict=True)
-        loglik = torch.stack([plug.splicer.loglik([p], soft, [t])[0][0, 0] for p, t in pairs])
+    loglik = score_samples(plug, dataset, personal=personal)[0][:, 0]
     lengths = np.array([len(t.paths[0]) for t in dataset.trees])
-    values = {"nll": -loglik.double().cpu().numpy() / lengths}
+    values = {"nll": -loglik.double().numpy() / lengths}
     some = _some(len(held), generated)
     texts = plug.generate([inputs[i] for i in some], [histories[i] for i in some], personal=personal) if some else []
     return _with_rouge(values, texts, held, some)
@@ -291,7 +286,7 @@ def prior_answers(plug: PersonaPlug, data: FitData, generated: int) -> dict[str,
 def contrasts(answers: dict[str, Answers], users: Sequence[str]) -> list[dict[str, Any]]:
     """Return paired differences of the plug to every other method, positive where the plug is better."""
     rows = []
-    others = [n for n in ("plug_shuffled", "task_prompt", "plug_empty", "none") if n in answers]
+    others: list[str] = [n for n in ("plug_shuffled", "task_prompt", "plug_empty", "none") if n in answers]
     others += [n for n in answers if n.startswith("user_prior")]
     for other in others:
         for metric in METRICS:
@@ -381,9 +376,8 @@ def _truncation_notes(plug: PersonaPlug, data: FitData) -> list[str]:
         )
     stats = plug.encoder.stats
     if stats.truncated:
-        notes.append(
-            f"{stats.truncated} of {stats.encoded} newly encoded texts reached the encoder's {plug.encoder.max_length} tokens"
-        )
+        limit = plug.encoder.max_length
+        notes.append(f"{stats.truncated} of {stats.encoded} newly encoded texts reached the encoder's {limit} tokens")
     dropped = sum(max(0, len(e.history) - plug.config.max_history) for e in data.held_out)
     if dropped:
         notes.append(f"{dropped} history items beyond max_history={plug.config.max_history} were left out")

@@ -2,8 +2,8 @@
 
 A row is [left][soft][right][answers]. Nothing in `left` depends on what is trained, so it runs without a graph and its
 keys and values (for an encoder-decoder: its encoder states) are kept under a memory budget and reused across epochs.
-Placement only decides where a prompt is split: with `suffix` the whole input is in `left`, and training costs little more
-than the soft and answer tokens.
+Placement only decides where a prompt is split: with `suffix` the whole input is in `left`, and training costs little
+more than the soft and answer tokens.
 """
 
 from __future__ import annotations
@@ -15,6 +15,8 @@ import torch
 from torch import Tensor
 
 from persona_plug.prompts import AnswerTree, PromptParts
+
+MIN_SHARED = 8  # a shorter head is not worth a pass of its own
 
 
 class StateCache:
@@ -52,6 +54,23 @@ class Splicer:
         """Wrap a frozen LLM; `batch_size` rows at a time run without a graph."""
         self.llm, self.cache, self.batch_size = llm, cache, batch_size
 
+    head: tuple[int, ...] = ()
+    """Tokens that prompts begin with (chat header, instruction); they run once, and their states are kept once."""
+
+    def loglik(self, parts: Sequence[PromptParts], soft: Tensor, trees: Sequence[AnswerTree]) -> tuple[Tensor, Tensor]:
+        """Return log-likelihoods (B, C) of each row's candidates (-inf where a row has fewer) and (B,) of gold ends.
+
+        Args:
+            parts: Prompts.
+            soft: (B, S, H), differentiable; S may be 0 for the plain LLM.
+            trees: Candidates of each row.
+        """
+        raise NotImplementedError
+
+    def generation_inputs(self, parts: Sequence[PromptParts], soft: Tensor) -> dict[str, Any]:
+        """Return what the LLM's own `generate` takes."""
+        raise NotImplementedError
+
     def embed(self, ids: Sequence[int]) -> Tensor:
         """Return the LLM's input embeddings (len, H)."""
         table = self.llm.get_input_embeddings()
@@ -84,36 +103,60 @@ class Splicer:
 class CausalSplicer(Splicer):
     """Decoder-only LLMs."""
 
+    def shared(self, left: tuple[int, ...]) -> int:
+        """Return how many tokens of `left` are the head's."""
+        same = 0
+        for a, b in zip(left[:-1], self.head, strict=False):
+            if a != b:
+                break
+            same += 1
+        return same if same >= MIN_SHARED else 0
+
     @torch.no_grad()
     def _compute_states(self, lefts: Sequence[tuple[int, ...]]) -> list[Tensor]:
-        """Return (layers, 2, heads, length, head_dim) for each left."""
+        """Return (layers, 2, heads, length, head_dim) for each left, without the positions shared with the head."""
+        made: dict[tuple[int, ...], Tensor] = {}
+        for shared in {self.shared(left) for left in lefts if left}:
+            group = [left for left in lefts if left and self.shared(left) == shared]
+            start = self._head_state(shared) if shared else None
+            made.update(zip(group, self._run(start, shared, [left[shared:] for left in group]), strict=True))
+        return [made[left] if left else torch.zeros(0) for left in lefts]
+
+    def _head_state(self, shared: int) -> Tensor:
+        key = self.head[:shared]
+        state = self.cache.get(key)
+        if state is None:
+            state = self._run(None, 0, [key])[0]
+            self.cache.put(key, state)
+        return state
+
+    @torch.no_grad()
+    def _run(self, start: Tensor | None, offset: int, rows: Sequence[tuple[int, ...]]) -> list[Tensor]:
+        """Run rows of ids behind `offset` positions whose states are `start`; return the states of the rows alone."""
         from transformers import DynamicCache
 
-        if not lefts[0]:  # sorted by length: only the empty one can come first
-            return [torch.zeros(0), *(self._compute_states(lefts[1:]) if len(lefts) > 1 else [])]
-        ids, mask = self._padded_ids(lefts)
-        past = DynamicCache()  # without the config: sliding layers would drop what suffix tokens may still see
-        positions = (mask.cumsum(1) - 1).clamp(min=0)
+        ids, mask = self._padded_ids(rows)
+        # Without the config: a cache of sliding layers would drop what the tail may still see.
+        past: Any = DynamicCache()
+        if start is not None:
+            wide = start.unsqueeze(2).expand(-1, -1, len(rows), -1, -1, -1)
+            past = DynamicCache([(layer[0], layer[1]) for layer in wide])
+        positions = offset + (mask.cumsum(1) - 1).clamp(min=0)
+        seen = torch.cat([mask.new_ones(len(rows), offset), mask], 1)
         self.llm(
             input_ids=ids,
-            attention_mask=mask,
+            attention_mask=seen,
             position_ids=positions,
             past_key_values=past,
             use_cache=True,
             logits_to_keep=1,
         )
-        pairs = [torch.stack([layer.keys, layer.values], 1) for layer in past.layers]
+        pairs = [torch.stack([layer.keys, layer.values], 1)[..., offset:, :] for layer in past.layers]
         stacked = torch.stack(pairs, 1)  # (B, layers, 2, heads, length, head_dim)
-        return [stacked[i, :, :, :, : len(left)].clone() for i, left in enumerate(lefts)]
+        return [stacked[i, :, :, :, : len(row)].clone() for i, row in enumerate(rows)]
 
     def loglik(self, parts: Sequence[PromptParts], soft: Tensor, trees: Sequence[AnswerTree]) -> tuple[Tensor, Tensor]:
-        """Return log-likelihoods (B, C) of each row's candidates (-inf where a row has fewer) and (B,) of gold ends.
-
-        Args:
-            parts: Prompts.
-            soft: (B, S, H), differentiable; S may be 0 for the plain LLM.
-            trees: Candidates of each row.
-        """
+        """See `Splicer.loglik`; all candidates of a row share one pass."""
         states = self.states([p.left for p in parts])
         embeds, mask, positions, cache, keep = self._layout(parts, soft, trees, states)
         out = self.llm(
@@ -131,8 +174,8 @@ class CausalSplicer(Splicer):
     ) -> tuple[Tensor, Tensor, Tensor, Any, int]:
         """Lay rows out as [pad left | pad soft right | nodes pad], so that each row's nodes begin at one column.
 
-        Returns embeddings of the tail (B, T, H), a boolean mask (B, T, past + T), positions (B, past + T), the cache, and
-        how many columns at the end predict answers.
+        Returns embeddings of the tail (B, T, H), a boolean mask (B, T, past + T), positions (B, past + T), the cache,
+        and how many columns at the end predict answers.
         """
         device, s = soft.device, soft.shape[1]
         past = max(len(p.left) for p in parts)
@@ -173,8 +216,12 @@ class CausalSplicer(Splicer):
         layers, _, heads, _, head_dim = some.shape
         full = torch.zeros(layers, 2, len(parts), heads, past, head_dim, dtype=some.dtype, device=some.device)
         for b, (part, state) in enumerate(zip(parts, states, strict=True)):
-            if part.left:
-                full[:, :, b, :, past - len(part.left) :] = state
+            if not part.left:
+                continue
+            begin, shared = past - len(part.left), self.shared(part.left)
+            if shared:
+                full[:, :, b, :, begin : begin + shared] = self._head_state(shared)
+            full[:, :, b, :, begin + shared :] = state
         return DynamicCache([(full[i, 0], full[i, 1]) for i in range(layers)])
 
     def _mask_for_model(self, allowed: Tensor, positions: Tensor, dtype: torch.dtype) -> Any:  # noqa: ANN401
@@ -230,7 +277,7 @@ class Seq2SeqSplicer(Splicer):
         return embeds.to(dtype), mask
 
     def loglik(self, parts: Sequence[PromptParts], soft: Tensor, trees: Sequence[AnswerTree]) -> tuple[Tensor, Tensor]:
-        """As `CausalSplicer.loglik`; each candidate is a decoder row, since relative position biases know no tree."""
+        """See `Splicer.loglik`; each candidate is a decoder row, since relative position biases know no tree."""
         encoded, mask = self._encoded(parts, soft)
         chains = [_chains(tree) for tree in trees]
         owner = torch.tensor([b for b, c in enumerate(chains) for _ in c], device=soft.device)

