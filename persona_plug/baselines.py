@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -11,7 +12,74 @@ from persona_plug.history import Example
 
 SMOOTHING = 1.0  # pseudo-counts over all answers in a user's label frequencies
 INVERSE_L2 = (0.3, 1.0, 3.0, 10.0, 30.0)
+FOLDS = 5
+POWERS = (0.5, 0.75, 1.0, 1.25, 1.5)
 RIDGE = (0.1, 1.0, 10.0, 100.0)
+
+
+@dataclass(frozen=True, slots=True)
+class LabelModel:
+    """p(c | request, user) proportional to softmax(weight . request + bias)_c * (p_user / p_all)_c ** power.
+
+    Attributes:
+        weight: (C, d) float32.
+        bias: (C,) float32.
+        alone: The weight and bias that do best without the user.
+        population: (C,) float32, smoothed training frequencies p_all.
+        power: Exponent of the user's frequencies.
+        crossed: (N, C) float32, scores of the training samples by models that did not see their users.
+    """
+
+    weight: np.ndarray
+    bias: np.ndarray
+    alone: tuple[np.ndarray, np.ndarray]
+    population: np.ndarray
+    power: float
+    crossed: np.ndarray
+
+
+def fit_label_model(
+    train: Sequence[Example], valid: Sequence[Example], answers: Sequence[str], encoder: HistoryEncoder
+) -> LabelModel:
+    """Fit logistic regression on the requests' vectors; penalty and exponent are chosen by NLL on `valid`."""
+    from sklearn.linear_model import LogisticRegression
+
+    index = {a: i for i, a in enumerate(answers)}
+    gold, valid_gold = (np.array([index[e.output.strip()] for e in part]) for part in (train, valid))
+    population = ((np.bincount(gold, minlength=len(answers)) + 1.0) / (len(gold) + len(answers))).astype(np.float32)
+    x, x_valid = (encoder.encode([e.input for e in part]).numpy() for part in (train, valid))
+    valid_user = _frequencies(valid, index, population)
+
+    def fitted(c: float, x: np.ndarray, gold: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        weight = np.zeros((len(answers), encoder.dim), np.float32)
+        bias = np.log(population)
+        if c == 0 or len(set(gold.tolist())) < 2:
+            return weight, bias
+        found = LogisticRegression(C=c, max_iter=2000).fit(x, gold)
+        two = len(found.classes_) == 2
+        # An answer that does not occur keeps no weight and a bias below all others.
+        bias = np.full(len(answers), (0.0 if two else float(found.intercept_.min())) - 3.0, np.float32)
+        weight[found.classes_] = np.vstack([-found.coef_, found.coef_]) / 2 if two else found.coef_
+        bias[found.classes_] = np.hstack([-found.intercept_, found.intercept_]) / 2 if two else found.intercept_
+        return weight, bias
+
+    models = [fitted(c, x, gold) for c in (0.0, *INVERSE_L2)]
+    probabilities = [_softmax(x_valid @ w.T + b) for w, b in models]
+    alone = min(range(len(models)), key=lambda i: nll(probabilities[i], valid_gold))
+    pairs = [(i, power) for i in range(len(models)) for power in POWERS]
+
+    def product_nll(pair: tuple[int, float]) -> float:
+        return nll(_product(probabilities[pair[0]], valid_user, population, pair[1]), valid_gold)
+
+    best, power = min(pairs, key=product_nll)
+    users = np.unique([e.user_id for e in train], return_inverse=True)[1] % FOLDS
+    crossed = power * np.log(_frequencies(train, index, population) / population)
+    for fold in range(FOLDS):
+        inside = users == fold
+        if inside.any():
+            weight, bias = fitted((0.0, *INVERSE_L2)[best], x[~inside], gold[~inside])
+            crossed[inside] += x[inside] @ weight.T + bias
+    return LabelModel(*models[best], models[alone], population, power, crossed.astype(np.float32))
 
 
 def label_priors(
@@ -24,36 +92,17 @@ def label_priors(
     """Return probabilities (N, C) of each label baseline on `test`.
 
     `majority` is the training frequency, `user_frequency` the user's own, smoothed; `classifier` is logistic regression
-    on the request's vector, `classifier_x_user` multiplies it with the user's over the population's frequencies. What
-    is to be chosen (regularisation, exponent) is chosen on `valid`.
+    on the request's vector, `classifier_x_user` multiplies it with the user's over the population's frequencies.
     """
-    from sklearn.linear_model import LogisticRegression
-
-    index = {a: i for i, a in enumerate(answers)}
-    gold = np.array([index[e.output.strip()] for e in train])
-    population = (np.bincount(gold, minlength=len(answers)) + 1.0) / (len(gold) + len(answers))
-    vectors = {id(part): encoder.encode([e.input for e in part]).numpy() for part in (train, valid, test)}
-    valid_gold = np.array([index[e.output.strip()] for e in valid])
-    valid_user, test_user = (_frequencies(p, index, population) for p in (valid, test))
-
-    def predict(model: LogisticRegression, part: Sequence[Example]) -> np.ndarray:
-        full = np.full((len(part), len(answers)), 1e-6)
-        full[:, model.classes_] = model.predict_proba(vectors[id(part)])
-        return _normalised(full)
-
-    if len(set(gold.tolist())) < 2:
-        return {"majority": np.tile(population, (len(test), 1)), "user_frequency": test_user}
-    models = [LogisticRegression(C=c, max_iter=2000).fit(vectors[id(train)], gold) for c in INVERSE_L2]
-    alone = min(models, key=lambda m: nll(predict(m, valid), valid_gold))
-    pairs = [(m, power) for m in models for power in (0.5, 1.0, 1.5)]
-    best, power = min(
-        pairs, key=lambda p: nll(_product(predict(p[0], valid), valid_user, population, p[1]), valid_gold)
-    )
+    model = fit_label_model(train, valid, answers, encoder)
+    user = _frequencies(test, {a: i for i, a in enumerate(answers)}, model.population)
+    x = encoder.encode([e.input for e in test]).numpy()
+    classifier = _softmax(x @ model.weight.T + model.bias)
     return {
-        "majority": np.tile(population, (len(test), 1)),
-        "user_frequency": test_user,
-        "classifier": predict(alone, test),
-        "classifier_x_user": _product(predict(best, test), test_user, population, power),
+        "majority": np.tile(model.population, (len(test), 1)),
+        "user_frequency": user,
+        "classifier": _softmax(x @ model.alone[0].T + model.alone[1]),
+        "classifier_x_user": _product(classifier, user, model.population, model.power),
     }
 
 
@@ -127,6 +176,10 @@ def _frequencies(part: Sequence[Example], index: dict[str, int], population: np.
 
 def _product(classifier: np.ndarray, user: np.ndarray, population: np.ndarray, power: float) -> np.ndarray:
     return _normalised(classifier * (user / population) ** power)
+
+
+def _softmax(scores: np.ndarray) -> np.ndarray:
+    return _normalised(np.exp(scores - scores.max(1, keepdims=True)))
 
 
 def _normalised(rows: np.ndarray) -> np.ndarray:

@@ -78,7 +78,7 @@ class VectorTable:
 
 def value_dim(config: PlugConfig) -> tuple[int, int]:
     """Return the width of an item's text part and of its one-hot answer part."""
-    wanted = config.use_answer_counts or config.answer_prior
+    wanted = config.use_answer_counts or config.answer_head
     answers = len(config.answers) if config.answers and wanted else 0
     return config.encoder_dim * (2 if config.item_outputs else 1), answers
 

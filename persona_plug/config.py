@@ -31,7 +31,7 @@ RECIPES: dict[str, dict[str, Any]] = {
         "item_outputs": False,
         "use_request": False,
         "use_answer_counts": False,
-        "answer_prior": False,
+        "answer_head": False,
     },
 }
 
@@ -58,7 +58,8 @@ class PlugConfig:
         item_outputs: Whether an item's value holds its output beside its input.
         use_request: Whether the projector also sees the request's own vector.
         use_answer_counts: Whether the projector also sees how often the user gave each answer in `answers`.
-        answer_prior: Whether scores of `answers` also get the user's log answer frequencies, with a learned weight.
+        answer_head: Whether scores of `answers` also get what the request's vector and the user's own answer
+            frequencies say without the LLM, each with a learned weight.
         answers: The answer space of a labelling task, or None for free text.
         template: The LLM's instruction; `{input}` stands for the request's text.
         max_history: Items used per user; the latest (last in order) are kept.
@@ -84,7 +85,7 @@ class PlugConfig:
     item_outputs: bool = True
     use_request: bool = True
     use_answer_counts: bool = True
-    answer_prior: bool = True
+    answer_head: bool = True
     answers: tuple[str, ...] | None = None
     template: str = "{input}"
     max_history: int = 512

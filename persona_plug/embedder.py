@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from persona_plug.aggregators import AttentionAggregator, MeanAggregator, PaperAggregator, Pooled
+from persona_plug.baselines import SMOOTHING
 from persona_plug.batch import HistoryBatch, check_finite, value_dim
 from persona_plug.config import PlugConfig
 
@@ -18,7 +19,7 @@ class Embedded:
 
     Attributes:
         soft: (B, m + k, H) soft tokens [task; user].
-        bias: (B, C) what the user's own answer frequencies add to the scores of the C answers, or None.
+        bias: (B, C) what request and answer frequencies add to the scores of the C answers without the LLM, or None.
         weights: (B, n) mean weight of each history item over the heads, or None without user tokens.
     """
 
@@ -38,6 +39,10 @@ class UserEmbedder(nn.Module):
     """
 
     score_temperature: Tensor
+    head_weight: Tensor
+    head_bias: Tensor
+    head_power: Tensor
+    population: Tensor
 
     def __init__(self, config: PlugConfig, embedding_norm: float, start: Tensor | None = None) -> None:
         """Create the embedder.
@@ -62,9 +67,13 @@ class UserEmbedder(nn.Module):
         text, answers = value_dim(config)
         self.null_value = nn.Parameter(torch.zeros(text))
         self.null_answers = nn.Parameter(torch.zeros(answers))
-        if config.answer_prior and answers:
-            self.prior_weight = nn.Parameter(torch.ones(()))
-            self.prior_log_count = nn.Parameter(torch.zeros(()))
+        if config.answer_head and answers:
+            # Fitted once before training (see `fit.start_answer_head`), so no gradient: the LLM learns what it adds.
+            self.register_buffer("head_weight", torch.zeros(answers, config.encoder_dim))
+            self.register_buffer("head_bias", torch.zeros(answers))
+            self.register_buffer("head_power", torch.ones(()))
+            self.register_buffer("population", torch.full((answers,), 1 / answers))
+            self.llm_log_weight = nn.Parameter(torch.tensor(0.1).log())
         self.aggregator: AttentionAggregator | MeanAggregator | PaperAggregator
         if config.aggregator == "attention":
             self.aggregator = AttentionAggregator(config.encoder_dim, config.heads, config.key_dim)
@@ -94,23 +103,26 @@ class UserEmbedder(nn.Module):
             offset, pooled = self._user_offset(batch, mask)
             weights = pooled.weights.mean(1)
             directions = torch.cat([directions[:, :m], directions[:, m:] + offset.view(b, k, -1)], 1)
-            bias = self._answer_bias(batch, mask)
+            bias = self._answer_bias(batch)
         soft = nn.functional.normalize(directions, dim=-1) * self.log_gain.exp().view(1, -1, 1)
         return Embedded(soft, bias, weights)
 
-    def _answer_bias(self, batch: HistoryBatch, mask: Tensor) -> Tensor | None:
-        """Return weight * log(p_user / p_all) over the answers, p_user smoothed by learned pseudo-counts of p_all.
+    def _answer_bias(self, batch: HistoryBatch) -> Tensor | None:
+        """Return head . request + power * log(p_user / p_all), p_user smoothed by one pseudo-count of p_all.
 
         A soft token bounds what a long history can say; log frequencies add up, as evidence does.
         """
-        text, answers = value_dim(self.config)
-        if not (self.config.answer_prior and answers):
+        text, _ = value_dim(self.config)
+        if not self.has_answer_head:
             return None
-        counts = (batch.values[..., text:] * mask.unsqueeze(-1)).sum(1)
-        everyone = self.null_answers.softmax(0)
-        pseudo = self.prior_log_count.exp()
-        user = (counts + pseudo * everyone) / (counts.sum(1, keepdim=True) + pseudo)
-        return self.prior_weight * (user / everyone).log()
+        counts = (batch.values[..., text:] * batch.mask.unsqueeze(-1)).sum(1)
+        user = (counts + SMOOTHING * self.population) / (counts.sum(1, keepdim=True) + SMOOTHING)
+        scores = batch.request @ self.head_weight.T + self.head_bias
+        return scores + self.head_power * (user / self.population).log()
+
+    def combine(self, loglik: Tensor, bias: Tensor | None) -> Tensor:
+        """Return scores (B, C) from the LLM's log-likelihoods and the bias of the same answers."""
+        return loglik if bias is None else self.llm_log_weight.exp() * loglik + bias
 
     def _user_offset(self, batch: HistoryBatch, mask: Tensor) -> tuple[Tensor, Pooled]:
         null = torch.cat([self.null_value, self.null_answers.softmax(0)])
@@ -151,6 +163,11 @@ class UserEmbedder(nn.Module):
         rate = torch.rand(b, 1, device=device) * self.history_dropout
         emptied = torch.rand(b, 1, device=device) < self.empty_history
         return mask & (torch.rand(mask.shape, device=device) >= rate) & ~emptied
+
+    @property
+    def has_answer_head(self) -> bool:
+        """Whether scores have a part that does not come from the LLM."""
+        return hasattr(self, "head_weight")
 
     def trainable_bytes(self) -> int:
         """Return the size of everything a saved plug must hold."""

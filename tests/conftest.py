@@ -10,9 +10,16 @@ import sys
 from types import SimpleNamespace
 
 import pytest
+from hypothesis import HealthCheck, settings
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported; inherited by the processes tests start
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+# Slow machines fail no test, and every run draws the same examples.
+settings.register_profile(
+    "tests", deadline=None, derandomize=True, max_examples=50, suppress_health_check=[HealthCheck.too_slow]
+)
+settings.load_profile("tests")
 
 CACHE = pytest.StashKey()
 
@@ -128,7 +135,7 @@ def perturb():
                     # Offsets as long as the unit vectors that they are added to.
                     size = embedder.config.projector_hidden * embedder.config.llm_width
                     parameter.copy_(draw(parameter) * 4 * scale / size**0.5)
-                elif name == "prior_weight":
+                elif name == "frequency_weight":
                     parameter.fill_(0.7)
                 elif name in ("null_value", "tokens"):
                     parameter.add_(draw(parameter) * 0.1)

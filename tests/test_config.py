@@ -32,7 +32,7 @@ def configs(draw):
         user_tokens=draw(st.integers(0, 16)),
         task_tokens=draw(st.integers(1, 16)),
         use_request=draw(st.booleans()),
-        answer_prior=draw(st.booleans()),
+        answer_head=draw(st.booleans()),
         answers=draw(st.none() | st.lists(TEXT.filter(bool), min_size=2, max_size=6, unique=True).map(tuple)),
         template=draw(PLAIN) + "{input}" + draw(PLAIN),
         max_history=draw(SIZE),
@@ -93,7 +93,7 @@ def test_recipes_set_what_they_promise():
     assert PlugConfig.create("l", "e", "mean").aggregator == "mean"
     paper = PlugConfig.create("l", "e", "paper")
     assert (paper.aggregator, paper.placement, paper.user_tokens, paper.task_tokens) == ("paper", "prefix", 1, 1)
-    assert not (paper.item_outputs or paper.use_request or paper.use_answer_counts or paper.answer_prior)
+    assert not any((paper.item_outputs, paper.use_request, paper.use_answer_counts, paper.answer_head))
     assert paper.recipe == "paper"
 
 
@@ -104,7 +104,7 @@ def test_explicit_settings_win_over_the_recipe_and_none_does_not():
 
 @pytest.mark.parametrize("wrong", [{"colour": 1}, {"recipe": "soup"}])
 def test_create_names_what_it_does_not_know(wrong):
-    with pytest.raises(ConfigError, match="colour|soup"):
+    with pytest.raises(ConfigError, match=next(iter(wrong))):
         PlugConfig.create("l", "e", **wrong)
 
 

@@ -19,14 +19,18 @@ DIM, WIDTH, NORM = 12, 16, 3.0
 RECIPES = ("default", "mean", "paper")
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def make(perturb):
     def make(recipe="default", differ=True, answers=("a", "b", "c"), **settings):
         config = PlugConfig.create(
             "llm",
             "encoder",
             recipe,
-            **{"llm_width": WIDTH, "encoder_dim": DIM, "key_dim": 8, "projector_hidden": 24, "answers": answers},
+            llm_width=WIDTH,
+            encoder_dim=DIM,
+            key_dim=8,
+            projector_hidden=24,
+            answers=answers,
             **settings,
         )
         torch.manual_seed(1)
@@ -115,7 +119,9 @@ def test_no_row_sees_another(make, recipe):
     batch = draw_batch(embedder.config, [3, 0, 1, 5])
     together = embedder(batch)
     for row in range(4):
-        alone = embedder(HistoryBatch(*(getattr(batch, n)[row : row + 1] for n in ("request", "keys", "values", "mask"))))
+        alone = embedder(
+            HistoryBatch(*(getattr(batch, n)[row : row + 1] for n in ("request", "keys", "values", "mask")))
+        )
         torch.testing.assert_close(alone.soft[0], together.soft[row], atol=1e-5, rtol=1e-5)
     others = changed(batch, request=batch.request.clone(), values=batch.values.clone())
     others.request[1:], others.values[1:] = others.request[1:].flip(-1), others.values[1:].flip(-1)
@@ -135,8 +141,8 @@ def test_users_without_history_are_alike(make, recipe):
     torch.testing.assert_close(out.soft[0], out.soft[1], atol=1e-6, rtol=1e-6)
     assert (out.soft[0] - out.soft[2]).abs().max() > 1e-3
     assert not out.weights[:2].any()
-    if out.bias is not None:
-        assert not out.bias[:2].abs().max() > 1e-6
+    if out.bias is not None:  # no frequencies: what the request's words say is all
+        torch.testing.assert_close(out.bias[:2], embedder.answer_head(same.request[:2]), atol=1e-5, rtol=1e-5)
     loss = out.soft.square().sum() if out.bias is None else out.soft.sum() + out.bias.sum()
     loss.backward()
     assert all(torch.isfinite(p.grad).all() for p in embedder.parameters() if p.grad is not None)
@@ -193,6 +199,20 @@ def test_paper_recipe_is_equations_3_and_4(make):
         torch.testing.assert_close(out.weights[row, :count], weights, atol=1e-6, rtol=1e-6)
 
 
+@pytest.mark.parametrize("answers", [None, ("a", "b")])
+@pytest.mark.parametrize("use_request", [True, False])
+def test_an_empty_history_is_a_projected_null_item_in_the_paper_aggregator(make, answers, use_request):
+    """A row whose only item is the null item, and one without items, say the same."""
+    embedder = make(aggregator="paper", answers=answers, use_request=use_request)
+    batch = draw_batch(embedder.config, [0, 1])
+    null = torch.cat([embedder.null_value, embedder.null_answers.softmax(0)]).detach()
+    same = changed(batch, request=batch.request[:1].expand(2, -1).clone(), values=null.expand(2, 1, -1).clone())
+    soft = embedder(same).soft
+    torch.testing.assert_close(soft[0], soft[1], atol=1e-5, rtol=1e-5)
+    other = embedder(changed(same, request=same.request[:, torch.randperm(DIM)])).soft
+    assert torch.allclose(soft[0], other[0], atol=1e-5) != use_request
+
+
 def test_paper_weights_do_not_depend_on_the_projector_and_mean_weights_on_nothing():
     g = torch.Generator().manual_seed(0)
     request, keys, values = (torch.randn(*s, generator=g) for s in ((2, DIM), (2, 3, DIM), (2, 3, 5)))
@@ -227,22 +247,31 @@ def test_an_item_like_the_request_weighs_most():
         assert pooled.weights[0, 1].argmax() == item
 
 
-def test_the_prior_is_the_users_smoothed_frequencies(make):
+def test_the_answer_head_adds_words_and_smoothed_frequencies(make):
     embedder = make()
     batch = draw_batch(embedder.config, [4, 1])
     text, answers = value_dim(embedder.config)
-    everyone, pseudo = embedder.null_answers.softmax(0), embedder.prior_log_count.exp()
+    everyone, pseudo = embedder.null_answers.softmax(0), embedder.frequency_log_count.exp()
     counts = (batch.values * batch.mask.unsqueeze(-1))[..., text:].sum(1)
     for row in range(2):
         user = (counts[row] + pseudo * everyone) / (counts[row].sum() + pseudo)
         torch.testing.assert_close(user.sum(), torch.tensor(1.0))
-        torch.testing.assert_close(embedder(batch).bias[row], embedder.prior_weight * (user / everyone).log())
-    assert make(answer_prior=False)(batch).bias is None
-    assert answers == 3
+        words = embedder.answer_head.weight @ batch.request[row] + embedder.answer_head.bias
+        expected = words + embedder.frequency_weight * (user / everyone).log()
+        torch.testing.assert_close(embedder(batch).bias[row], expected)
+    loglik = torch.randn(2, answers)
+    expected = embedder.llm_log_weight.exp() * loglik + 1
+    torch.testing.assert_close(embedder.combine(loglik, torch.ones(2, answers)), expected)
+    for without in (make(answer_head=False), make(answers=None)):
+        assert without(draw_batch(without.config, [1])).bias is None
+        assert not without.has_answer_head
+        torch.testing.assert_close(without.combine(loglik, None), loglik)
 
 
 @pytest.mark.parametrize(
-    "switch", [{"item_outputs": False}, {"use_request": False}, {"use_answer_counts": False}, {"answers": None}], ids=str
+    "switch",
+    [{"item_outputs": False}, {"use_request": False}, {"use_answer_counts": False}, {"answers": None}],
+    ids=str,
 )
 def test_switches_take_their_input_away(make, switch):
     """What a switch turns off has no effect on the soft tokens; what stays on has."""
@@ -383,9 +412,10 @@ def test_emptied_rows_equal_rows_without_history(make):
     close(embedder.train()(batch), expected)
 
 
-def test_the_prior_counts_only_kept_items(make):
+def test_frequencies_count_only_kept_items(make):
     embedder = make()
     batch = draw_batch(embedder.config, [6])
     embedder.empty_history = 1.0
-    assert embedder(batch).bias.abs().max() > 1e-3
-    assert embedder.train()(batch).bias.abs().max() < 1e-6
+    words = embedder.answer_head(batch.request)
+    assert (embedder(batch).bias - words).abs().max() > 1e-3
+    torch.testing.assert_close(embedder.train()(batch).bias, words, atol=1e-5, rtol=1e-5)

@@ -213,21 +213,30 @@ def test_the_gold_end_token_is_scored_apart(plug, people):
     assert float(end[0]) == pytest.approx(float(logp[-1, plug.prompter.eos]), abs=1e-4)
 
 
-def test_the_prior_adds_the_users_own_frequencies(make_plug, people):
+def test_the_answer_head_joins_the_llm(make_plug, people):
+    """Its parts: the LLM's weighted log-likelihood, what the request's words say, and the user's own frequencies."""
     plug = make_plug(answers=("1", "4", "5", "10"), differ=True)
     requests, histories = ["rate this"] * 2, [people.ann, people.bob]
-    with_prior = plug.score(requests, history=histories)
-    without = plug.score(requests, history=histories, prior=False)
+    scores = plug.score(requests, history=histories)
+    loglik = plug.score(requests, history=histories, head=False)
     embedder = plug.embedder
-    everyone, pseudo = embedder.null_answers.softmax(0), embedder.prior_log_count.exp()
-    for row, counts in enumerate(([0, 1, 1, 0], [1, 0, 0, 1])):
-        user = (torch.tensor(counts) + pseudo * everyone) / (2 + pseudo)
-        bias = embedder.prior_weight * (user / everyone).log()
-        torch.testing.assert_close(with_prior[row] - without[row], bias.detach(), atol=1e-5, rtol=1e-5)
-    some = plug.score(requests, ("10", "4"), histories)
-    assert not torch.allclose(some, plug.score(requests, ("10", "4"), histories, prior=False))
-    mixed = plug.score(requests, ("10", "other"), histories)  # not the plug's own answer space
-    torch.testing.assert_close(mixed, plug.score(requests, ("10", "other"), histories, prior=False))
+    with torch.no_grad():
+        words = embedder.answer_head(plug.encoder.encode(["rate this"])[0])
+        everyone, pseudo = embedder.null_answers.softmax(0), embedder.frequency_log_count.exp()
+        for row, counts in enumerate(([0, 1, 1, 0], [1, 0, 0, 1])):
+            user = (torch.tensor(counts) + pseudo * everyone) / (2 + pseudo)
+            bias = words + embedder.frequency_weight * (user / everyone).log()
+            expected = embedder.llm_log_weight.exp() * loglik[row] + bias
+            torch.testing.assert_close(scores[row], expected, atol=1e-4, rtol=1e-5)
+    weight = embedder.llm_log_weight.exp().detach()
+    some = plug.score(requests, ("10", "4"), histories, head=False)  # without "1" end tokens do not count
+    expected = weight * some + (scores - weight * loglik)[:, [3, 1]]
+    torch.testing.assert_close(plug.score(requests, ("10", "4"), histories), expected, atol=1e-4, rtol=1e-5)
+    for options in ({"candidates": ("10", "other")}, {"personal": False}):  # not the plug's own answers, or no plug
+        candidates = options.get("candidates", plug.config.answers)
+        one = plug.score(requests, candidates, histories, personal=options.get("personal", True))
+        other = plug.score(requests, candidates, histories, personal=options.get("personal", True), head=False)
+        torch.testing.assert_close(one, other)
 
 
 def test_choose_names_the_best_candidate(make_plug, people):
@@ -474,7 +483,7 @@ def loss_of(plug, people):
     parts = [plug.prompter.parts(r) for r in people.requests]
     ids = [plug.prompter.answer(a) for a in plug.config.answers]
     loglik, end, bias = plug(batch, parts, [AnswerTree.build(ids, plug.prompter.eos, gold=0)] * len(examples))
-    scores = loglik if bias is None else loglik + bias
+    scores = plug.embedder.combine(loglik, bias)
     return -(scores.log_softmax(-1)[:, 0] + 0.1 * loglik[:, 0] + 0.1 * end).mean()
 
 
@@ -516,7 +525,7 @@ def test_reused_states_change_neither_loss_nor_gradients(make_plug, llm, placeme
 
 def test_suffix_gradients_equal_those_of_one_plain_forward(make_plug, people):
     """The states of the input carry no gradient; the loss must not notice."""
-    plug = make_plug(answers=("4", "5", "no"), answer_prior=False, differ=True)
+    plug = make_plug(answers=("4", "5", "no"), answer_head=False, differ=True)
     loss_of(plug, people).backward()
     grads = {n: p.grad.clone() for n, p in plug.embedder.named_parameters()}
     plug.zero_grad()
@@ -549,7 +558,7 @@ def test_state_cache_keeps_to_its_budget(make_plug, people):
         assert bool(cache.used) == bool(budget)
     cache.clear()
     assert cache.used == 0
-    assert all(cache.get(plug.prompter.parts(r).left) is None for r in people.requests)
+    assert cache._kept == {}
 
 
 def test_another_template_finds_no_stale_states(make_plug, people):
@@ -559,7 +568,9 @@ def test_another_template_finds_no_stale_states(make_plug, people):
     plug.reset(plug.config.replace(template="{input}"))
     same_text = HEAD.replace("{input}", "rate this")
     scores = plug.score(same_text, ("yes", "no"), people.ann)
-    torch.testing.assert_close(scores[0], reference_score(plug, same_text, ("yes", "no"), people.ann), atol=1e-4, rtol=0)
+    torch.testing.assert_close(
+        scores[0], reference_score(plug, same_text, ("yes", "no"), people.ann), atol=1e-4, rtol=0
+    )
 
 
 def test_the_llm_keeps_every_bit(make_plug, llm, placement, people):

@@ -236,7 +236,7 @@ def test_a_loss_plot_without_any_point(tmp_path):
 
 @pytest.fixture(scope="module")
 def labelled():
-    made = synthetic.build("label", users=9, items_per_user=3, answers=3)
+    made = synthetic.build("label", users=9, items_per_user=5, answers=3)
     return made, prepare(made.records, samples="leave_one_out", held_out=0.5, answers=made.answers, template="{input}")
 
 

@@ -1,0 +1,51 @@
+"""The README's commands and its Python example, run one after the other on tiny models."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+BLOCK = re.compile(r"^<!-- test: tiny -->\n+```(\w+)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+TINY = {"smollm2-135m": "tiny-llama", "minilm-l6": "tiny-encoder"}
+
+
+def blocks(text):
+    """Return (language, code) of the marked blocks in order, real models replaced by tiny ones."""
+    found = BLOCK.findall(text)
+    for real, tiny in TINY.items():
+        found = [(language, code.replace(real, tiny)) for language, code in found]
+    return found
+
+
+def test_blocks_are_found():
+    text = "x\n<!-- test: tiny -->\n```bash\na smollm2-135m\n```\n```bash\nb\n```\n<!-- test: tiny -->\n\n```python\nc\nd\n```\n"
+    assert blocks(text) == [("bash", "a tiny-llama\n"), ("python", "c\nd\n")]
+
+
+def test_every_mark_stands_before_a_block():
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert text.count("<!-- test: tiny -->") == len(blocks(text))
+    assert all(language in ("bash", "python") for language, _ in blocks(text))
+
+
+@pytest.mark.slow
+def test_the_readme_runs(tmp_path):
+    found = blocks((ROOT / "README.md").read_text(encoding="utf-8"))
+    assert len(found) >= 2
+    assert {language for language, _ in found} == {"bash", "python"}
+    programs = Path(sys.executable).parent
+    env = os.environ | {"PATH": f"{programs}{os.pathsep}{os.environ['PATH']}", "PYTHONPATH": str(ROOT)}
+    (tmp_path / "work").mkdir()
+    for number, (language, code) in enumerate(found, 1):
+        script = tmp_path / f"block{number}"
+        script.write_text(code, encoding="utf-8")
+        command = ["bash", "-eu", "-o", "pipefail"] if language == "bash" else [sys.executable]
+        done = subprocess.run(
+            [*command, str(script)], cwd=tmp_path / "work", env=env, capture_output=True, text=True, timeout=300, check=False
+        )
+        assert done.returncode == 0, f"block {number} of the README:\n{code}\n{done.stdout[-1500:]}{done.stderr[-1500:]}"
+        assert "Traceback" not in done.stderr
