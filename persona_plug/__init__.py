@@ -13,10 +13,10 @@ if TYPE_CHECKING:
     from persona_plug.embedder import UserEmbedder
     from persona_plug.encoder import HistoryEncoder
     from persona_plug.errors import PersonaPlugError
-    from persona_plug.fit import FitConfig, PlugTrainer
     from persona_plug.history import Event, Example, HistoryItem
     from persona_plug.model import PersonaPlug
     from persona_plug.report import FitReport
+    from persona_plug.trainer import FitConfig, PlugTrainer
 
 __version__ = "0.1.0"
 
@@ -38,14 +38,14 @@ __all__ = [
 _MODULES = {
     "Event": "history",
     "Example": "history",
-    "FitConfig": "fit",
+    "FitConfig": "trainer",
     "FitReport": "report",
     "HistoryEncoder": "encoder",
     "HistoryItem": "history",
     "PersonaPlug": "model",
     "PersonaPlugError": "errors",
     "PlugConfig": "config",
-    "PlugTrainer": "fit",
+    "PlugTrainer": "trainer",
     "UserEmbedder": "embedder",
 }
 

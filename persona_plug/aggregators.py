@@ -81,7 +81,7 @@ class PaperAggregator(nn.Module):
     heads = 1
 
     def forward(self, request: Tensor, keys: Tensor, values: Tensor, mask: Tensor, null: Tensor) -> Pooled:
-        """Pool `values`; `null` (v,) stands in for an empty history."""
+        """Pool `values`; `null` (v,) or (B, v) stands in for an empty history."""
         scores = (keys @ request.unsqueeze(-1)).squeeze(-1).masked_fill(~mask, torch.finfo(keys.dtype).min)
         weights = scores.softmax(-1) * mask
         return Pooled(_with_null(weights, values, mask, null), weights.unsqueeze(1))

@@ -95,6 +95,10 @@ class PlugConfig:
 
     def __post_init__(self) -> None:
         """Refuse values that cannot work, naming the field."""
+        for name, kind in _KINDS.items():
+            value = getattr(self, name)
+            if type(value) is not kind:
+                raise ConfigError(f"{name}={value!r} must be of type {kind.__name__}")
         _one_of("placement", self.placement, PLACEMENTS)
         _one_of("aggregator", self.aggregator, AGGREGATORS)
         _one_of("recipe", self.recipe, tuple(RECIPES))
@@ -109,6 +113,8 @@ class PlugConfig:
         if self.template.count("{input}") != 1:
             raise ConfigError(f"template must contain {{input}} exactly once, got {self.template!r}")
         if self.answers is not None:
+            if isinstance(self.answers, str) or not all(isinstance(a, str) for a in self.answers):
+                raise ConfigError(f"answers must be a list of texts, got {self.answers!r}")
             object.__setattr__(self, "answers", tuple(self.answers))
             if len(self.answers) < 2 or len(set(self.answers)) != len(self.answers) or "" in self.answers:
                 raise ConfigError(f"answers must be two or more different, non-empty texts, got {self.answers!r}")
@@ -178,9 +184,20 @@ class PlugConfig:
         path = folder / CONFIG_NAME
         if not path.is_file():
             raise CorruptFileError(f"{path} is missing: {folder} is not a saved plug")
-        return cls.from_json(path.read_text(encoding="utf-8"), str(path))
+        try:
+            text = path.read_text(encoding="utf-8")
+        except UnicodeDecodeError as exc:
+            raise CorruptFileError(f"{path} is not UTF-8 text; save the plug again") from exc
+        return cls.from_json(text, str(path))
 
 
 def _one_of(name: str, value: str, allowed: tuple[str, ...]) -> None:
     if value not in allowed:
         raise ConfigError(f"{name}={value!r} is not one of {', '.join(allowed)}")
+
+
+_KINDS = {
+    f.name: {"str": str, "int": int, "bool": bool}[str(f.type)]
+    for f in dataclasses.fields(PlugConfig)
+    if f.type in ("str", "int", "bool")
+}

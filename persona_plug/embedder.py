@@ -39,9 +39,7 @@ class UserEmbedder(nn.Module):
     """
 
     score_temperature: Tensor
-    head_weight: Tensor
-    head_bias: Tensor
-    head_power: Tensor
+    frequency_weight: Tensor
     population: Tensor
 
     def __init__(self, config: PlugConfig, embedding_norm: float, start: Tensor | None = None) -> None:
@@ -69,9 +67,10 @@ class UserEmbedder(nn.Module):
         self.null_answers = nn.Parameter(torch.zeros(answers))
         if config.answer_head and answers:
             # Fitted once before training (see `fit.start_answer_head`), so no gradient: the LLM learns what it adds.
-            self.register_buffer("head_weight", torch.zeros(answers, config.encoder_dim))
-            self.register_buffer("head_bias", torch.zeros(answers))
-            self.register_buffer("head_power", torch.ones(()))
+            self.answer_head = nn.Linear(config.encoder_dim, answers).requires_grad_(False)
+            nn.init.zeros_(self.answer_head.weight)
+            nn.init.zeros_(self.answer_head.bias)
+            self.register_buffer("frequency_weight", torch.ones(()))
             self.register_buffer("population", torch.full((answers,), 1 / answers))
             self.llm_log_weight = nn.Parameter(torch.tensor(0.1).log())
         self.aggregator: AttentionAggregator | MeanAggregator | PaperAggregator
@@ -108,7 +107,7 @@ class UserEmbedder(nn.Module):
         return Embedded(soft, bias, weights)
 
     def _answer_bias(self, batch: HistoryBatch) -> Tensor | None:
-        """Return head . request + power * log(p_user / p_all), p_user smoothed by one pseudo-count of p_all.
+        """Return head(request) + weight * log(p_user / p_all), p_user smoothed by one pseudo-count of p_all.
 
         A soft token bounds what a long history can say; log frequencies add up, as evidence does.
         """
@@ -117,8 +116,7 @@ class UserEmbedder(nn.Module):
             return None
         counts = (batch.values[..., text:] * batch.mask.unsqueeze(-1)).sum(1)
         user = (counts + SMOOTHING * self.population) / (counts.sum(1, keepdim=True) + SMOOTHING)
-        scores = batch.request @ self.head_weight.T + self.head_bias
-        return scores + self.head_power * (user / self.population).log()
+        return self.answer_head(batch.request) + self.frequency_weight * (user / self.population).log()
 
     def combine(self, loglik: Tensor, bias: Tensor | None) -> Tensor:
         """Return scores (B, C) from the LLM's log-likelihoods and the bias of the same answers."""
@@ -128,13 +126,9 @@ class UserEmbedder(nn.Module):
         null = torch.cat([self.null_value, self.null_answers.softmax(0)])
         if self.config.aggregator == "paper":
             # Eq. 4 projects each item before the weighted sum; the null item is projected alike.
-            pooled = self.aggregator(
-                batch.request,
-                batch.keys,
-                self._project(batch.values, batch.request),
-                mask,
-                self._project(null, batch.request[:1])[0],
-            )
+            null_item = null.expand(batch.values.shape[0], 1, -1)
+            projected = self._project(batch.values, batch.request), self._project(null_item, batch.request)[:, 0]
+            pooled = self.aggregator(batch.request, batch.keys, projected[0], mask, projected[1])
             return pooled.vector[:, 0], pooled
         pooled = self.aggregator(batch.request, batch.keys, batch.values, mask, null)
         return self._project(pooled.vector.flatten(1), batch.request), pooled
@@ -167,7 +161,7 @@ class UserEmbedder(nn.Module):
     @property
     def has_answer_head(self) -> bool:
         """Whether scores have a part that does not come from the LLM."""
-        return hasattr(self, "head_weight")
+        return hasattr(self, "answer_head")
 
     def trainable_bytes(self) -> int:
         """Return the size of everything a saved plug must hold."""

@@ -131,7 +131,15 @@ class HistoryEncoder:
         from tqdm.auto import tqdm
 
         prompts = [self.prefix + t for t in texts]
-        ids = self.tokenizer(prompts, truncation=True, max_length=self.max_length, verbose=False)["input_ids"]
+        # One token more than is read tells a text that is cut from one that just fits.
+        probe = self.tokenizer(prompts, truncation=True, max_length=self.max_length + 1, verbose=False)["input_ids"]
+        cut = [i for i, row in enumerate(probe) if len(row) > self.max_length]
+        ids = list(probe)
+        if cut:
+            long = [prompts[i] for i in cut]
+            short = self.tokenizer(long, truncation=True, max_length=self.max_length, verbose=False)["input_ids"]
+            for i, row in zip(cut, short, strict=True):
+                ids[i] = row
         order = sorted(range(len(ids)), key=lambda i: (-len(ids[i]), i))  # longest first: memory peaks at once
         shown = progress if progress is not None else sys.stderr.isatty() and len(order) > self.batch_size
         fresh: dict[bytes, np.ndarray] = {}
@@ -148,10 +156,9 @@ class HistoryEncoder:
                 fresh.update(done)
                 bar.update(len(batch))
         self.stats.encoded += len(texts)
-        cut = [i for i in ids if len(i) >= self.max_length]
         self.stats.truncated += len(cut)
         if cut:
-            logger.info("%d of %d texts reach %d encoder tokens and may be cut", len(cut), len(ids), self.max_length)
+            logger.info("%d of %d texts were cut to %d encoder tokens", len(cut), len(ids), self.max_length)
         return fresh
 
     @torch.inference_mode()

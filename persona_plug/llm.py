@@ -57,6 +57,11 @@ def load_llm(
         raise zoo.load_error(name, exc) from exc
     if quantization is None:
         llm.to(place)
+    for module in llm.modules():
+        # bitsandbytes repacks 4-bit weights on some CPUs at the first pass without a graph, for a kernel that has no
+        # backward: later passes would give soft tokens no gradient, silently.
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
     return freeze(llm), tokenizer
 
 

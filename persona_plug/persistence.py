@@ -106,7 +106,15 @@ def load_encoder(folder: Path, name: str, device: Any) -> HistoryEncoder:  # noq
     from safetensors import safe_open
 
     with safe_open(str(folder / WEIGHTS_NAME), "pt") as file:
-        settings = json.loads((file.metadata() or {}).get("encoder", "{}"))
+        raw = (file.metadata() or {}).get("encoder", "{}")
+    try:
+        settings = dict(json.loads(raw))
+    except (ValueError, TypeError) as exc:
+        raise CorruptFileError(f"{folder / WEIGHTS_NAME}: encoder settings are damaged; copy the plug again") from exc
+    if unknown := sorted(set(settings) - {"pooling", "max_length", "prefix"}):
+        raise CorruptFileError(
+            f"{folder / WEIGHTS_NAME} names an unknown encoder setting {unknown[0]!r}; save it again"
+        )
     return HistoryEncoder(name, device=device, **settings)
 
 
@@ -160,7 +168,7 @@ def push(plug: PersonaPlug, repo_id: str, *, private: bool, token: str | None) -
 def model_card(plug: PersonaPlug) -> str:
     """Return the README of a saved plug."""
     config, report = plug.config, getattr(plug, "fit_report", None)
-    count = sum(p.numel() for p in plug.embedder.parameters())
+    count = sum(p.numel() for p in plug.embedder.parameters() if p.requires_grad)
     lines = [
         "---",
         "library_name: persona-plug",

@@ -82,12 +82,15 @@ class Prompter:
             return body, 0
         encoded = self.tokenizer(request, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
         offsets = encoded["offset_mapping"]
-        keep = len(offsets) - over
-        while keep > 0:
-            body = self.ids(self.config.template.replace("{input}", request[: offsets[keep - 1][1]]))
+        keep = max(0, len(offsets) - over)
+        while True:
+            kept = request[: offsets[keep - 1][1]] if keep else ""
+            body = self.ids(self.config.template.replace("{input}", kept))
             if len(body) <= limit:
-                return body, len(offsets) - keep
-            keep -= len(body) - limit
+                return body, len(offsets) - len(self.ids(kept))  # a character may be several tokens
+            if keep == 0:
+                break
+            keep = max(0, keep - (len(body) - limit))
         raise ConfigError(
             f"the template alone has more than max_input_tokens={limit} tokens; shorten it or raise the limit"
         )

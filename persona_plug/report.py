@@ -381,7 +381,9 @@ def _truncation_notes(plug: PersonaPlug, data: FitData) -> list[str]:
     stats = plug.encoder.stats
     if stats.truncated:
         limit = plug.encoder.max_length
-        notes.append(f"{stats.truncated} of {stats.encoded} newly encoded texts reached the encoder's {limit} tokens")
+        notes.append(
+            f"{stats.truncated} of {stats.encoded} newly encoded texts were cut to the encoder's {limit} tokens"
+        )
     dropped = sum(max(0, len(e.history) - plug.config.max_history) for e in data.held_out)
     if dropped:
         notes.append(f"{dropped} history items beyond max_history={plug.config.max_history} were left out")

@@ -135,8 +135,6 @@ def perturb():
                     # Offsets as long as the unit vectors that they are added to.
                     size = embedder.config.projector_hidden * embedder.config.llm_width
                     parameter.copy_(draw(parameter) * 4 * scale / size**0.5)
-                elif name == "frequency_weight":
-                    parameter.fill_(0.7)
                 elif name in ("null_value", "tokens"):
                     parameter.add_(draw(parameter) * 0.1)
                 elif name != "hidden.weight":

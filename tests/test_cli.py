@@ -209,7 +209,8 @@ def test_lamp_files_become_events(tmp_path):
     profile = [{"id": "1", "text": "fine", "score": "4"}]
     questions = [{"id": str(i), "input": f"Rate this: thing {w}", "profile": profile} for i, w in enumerate("ab")]
     (tmp_path / "q.json").write_text(json.dumps(questions))
-    (tmp_path / "o.json").write_text(json.dumps({"task": "LaMP_3", "golds": [{"id": str(i), "output": "5"} for i in (0, 1)]}))
+    golds = [{"id": str(i), "output": "5"} for i in (0, 1)]
+    (tmp_path / "o.json").write_text(json.dumps({"task": "LaMP_3", "golds": golds}))
     out = tmp_path / "e.jsonl"
     result = run("data", "lamp", tmp_path / "q.json", "--outputs", tmp_path / "o.json", "--out", out)
     assert result.stdout.startswith("4 events of 2 users")
@@ -247,7 +248,8 @@ def test_fit_prints_json_alone_and_leaves_plug_report_and_plots(plug):
     folder, out = plug
     report = strict_json(out)
     assert {"none", "task_prompt", "plug_empty", "plug_shuffled", "plug"} <= set(report["metrics"])
-    names = {"config.json", "model.safetensors", "README.md", "fit_report.json", "fit_report.md", "loss.png", "lift.png"}
+    names = {"config.json", "model.safetensors", "README.md"}
+    names |= {"fit_report.json", "fit_report.md", "loss.png", "lift.png"}
     assert names <= {p.name for p in folder.iterdir()}
     assert (folder / "plug" / "log.jsonl").is_file()
     assert strict_json((folder / "fit_report.json").read_text()) == report

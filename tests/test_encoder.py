@@ -335,6 +335,7 @@ def test_a_killed_writer_leaves_whole_vectors(tmp_path, caplog):
         process = writer(path, who, 100_000)
         start(process)
         written = [int(process.stdout.readline()) for _ in range(5 + 3 * who)]
+        time.sleep(0.01 + 0.007 * who)  # into one of the next transactions
         process.send_signal(signal.SIGKILL)
         process.wait()
         process.communicate()

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -17,6 +18,7 @@ from safetensors.torch import load_file
 from persona_plug import fit as fit_module
 from persona_plug.data import synthetic
 from persona_plug.errors import ConfigError, DataError
+from persona_plug.fingerprint import full_digest
 from persona_plug.fit import (
     COMPLETE,
     FitConfig,
@@ -27,7 +29,6 @@ from persona_plug.fit import (
     score_samples,
     train,
 )
-from persona_plug.fingerprint import full_digest
 from persona_plug.history import Example, HistoryItem
 from persona_plug.training_data import FitData, prepare
 
@@ -112,7 +113,8 @@ def test_llm_and_encoder_keep_every_byte(make_plug, data, tmp_path):
     start = weights(plug)
     plug.fit(data, output_dir=tmp_path, **QUICK)
     assert (full_digest(plug.llm), full_digest(plug.encoder.model)) == before
-    assert all(p.grad is None and not p.requires_grad for p in [*plug.llm.parameters(), *plug.encoder.model.parameters()])
+    frozen = [*plug.llm.parameters(), *plug.encoder.model.parameters()]
+    assert all(p.grad is None and not p.requires_grad for p in frozen)
     assert not same(start, weights(plug))
     assert not any(m.training for m in plug.modules())
 
@@ -163,9 +165,8 @@ def test_free_text_is_learned_and_reported(make_plug, tmp_path, llm, placement):
 def test_every_recipe_trains_all_of_its_parameters(make_plug, data, tmp_path, recipe):
     plug = make_plug(recipe=recipe)
     run(plug, data, tmp_path, steps=6, lr=0.01)
-    start = make_plug(recipe=recipe, answers=data.answers)
-    still = [n for n, p in plug.embedder.named_parameters() if torch.equal(p, dict(start.embedder.named_parameters())[n])]
-    assert still == []
+    start = dict(make_plug(recipe=recipe, answers=data.answers).embedder.named_parameters())
+    assert [n for n, p in plug.embedder.named_parameters() if p.numel() and torch.equal(p, start[n])] == []
 
 
 def test_fit_starts_over_each_time(make_plug, data, tmp_path):
@@ -229,12 +230,12 @@ def test_early_stopping_brings_back_the_best(make_plug, data, tmp_path, scripted
     assert not all(torch.equal(v, last[f"embedder.{k}"]) for k, v in final.items())
 
 
-def test_patience_counts_on_after_an_interruption(make_plug, data, tmp_path, scripted, monkeypatch):
+def test_patience_counts_on_after_an_interruption(make_plug, data, tmp_path, scripted):
     scripted(lambda step: step)  # best at the first look
     settings = {"steps": 40, "patience": 3}
     whole = run(make_plug(), data, tmp_path / "whole", **settings)
     assert max(r["step"] for r in whole) == 8
-    with stop_at(monkeypatch, 7):
+    with stop_at(7):
         run(make_plug(), data, tmp_path / "cut", **settings)
     assert last_checkpoint(tmp_path / "cut").name == "checkpoint-6"
     resumed = run(make_plug(), data, tmp_path / "cut", resume=True, **settings)
@@ -245,27 +246,20 @@ class Stopped(Exception):
     pass
 
 
-class stop_at:  # noqa: N801
+@contextmanager
+def stop_at(step):
     """Interrupt training during the given step."""
+    real = PlugTrainer.compute_loss
 
-    def __init__(self, monkeypatch, step):
-        self.monkeypatch, self.step = monkeypatch, step
+    def loss(trainer, model, inputs, *args, **kwargs):
+        if model.training and trainer.state.global_step == step - 1:
+            raise Stopped
+        return real(trainer, model, inputs, *args, **kwargs)
 
-    def __enter__(self):
-        real, step = PlugTrainer.compute_loss, self.step
-
-        def loss(trainer, model, inputs, *args, **kwargs):
-            if model.training and trainer.state.global_step == step - 1:
-                raise Stopped
-            return real(trainer, model, inputs, *args, **kwargs)
-
-        self.patch = pytest.MonkeyPatch()
-        self.patch.setattr(PlugTrainer, "compute_loss", loss)
-
-    def __exit__(self, kind, *_):
-        self.patch.undo()
-        assert kind is Stopped, f"the run was not interrupted but ended with {kind}"
-        return True
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(PlugTrainer, "compute_loss", loss)
+        with pytest.raises(Stopped):
+            yield
 
 
 # --- batch size and accumulation
@@ -273,12 +267,11 @@ class stop_at:  # noqa: N801
 
 def equal_batches(answers):
     """48 training samples, so that batches of 8 and of 4 end together."""
-    rows = [
+    return [
         Example(f"u{u}", f"request {u} {i}", answers[(u * i) % len(answers)], (HistoryItem(f"x {u}", answers[u % 2]),))
         for u in range(8)
         for i in range(6)
     ]
-    return rows
 
 
 @pytest.mark.parametrize(
@@ -432,11 +425,11 @@ def test_processes_agree_and_a_killed_run_goes_on_as_if_nothing_had_happened(sta
     assert losses(resumed, "eval_loss") == losses(log, "eval_loss")
 
 
-def test_a_half_written_checkpoint_is_ignored(make_plug, data, tmp_path, monkeypatch):
+def test_a_half_written_checkpoint_is_ignored(make_plug, data, tmp_path):
     settings = SETTINGS | {"steps": 10}
     plug = make_plug()
     run(plug, data, tmp_path / "whole", **settings)
-    with stop_at(monkeypatch, 9):
+    with stop_at(9):
         run(make_plug(), data, tmp_path / "cut", **settings)
     newest = last_checkpoint(tmp_path / "cut")
     assert newest.name == "checkpoint-6"
@@ -450,12 +443,12 @@ def test_a_half_written_checkpoint_is_ignored(make_plug, data, tmp_path, monkeyp
 
 
 @pytest.mark.parametrize("step", [2, 4, 5, 7])
-def test_resuming_at_any_step_gives_the_same_weights(make_plug, data, tmp_path, monkeypatch, step):
+def test_resuming_at_any_step_gives_the_same_weights(make_plug, data, tmp_path, step):
     """Before the first checkpoint, within an epoch and at its border."""
     settings = SETTINGS | {"steps": 8}
     plug, resumed = make_plug(), make_plug()
     run(plug, data, tmp_path / "whole", **settings)
-    with stop_at(monkeypatch, step):
+    with stop_at(step):
         run(make_plug(), data, tmp_path / "cut", **settings)
     run(resumed, data, tmp_path / "cut", resume=True, **settings)
     assert same(weights(plug), weights(resumed))
@@ -468,7 +461,7 @@ def test_resuming_a_finished_run_changes_nothing(make_plug, data, tmp_path):
     assert same(weights(plug), weights(again))
 
 
-def test_a_checkpoint_being_deleted_is_not_resumed_from(make_plug, data, tmp_path, monkeypatch):
+def test_a_checkpoint_being_deleted_is_not_resumed_from(make_plug, data, tmp_path):
     """The oldest checkpoints are removed while the newest has no mark yet; a kill in between leaves a torso."""
     settings = SETTINGS | {"steps": 12}
     plug, resumed = make_plug(), make_plug()
@@ -481,21 +474,22 @@ def test_a_checkpoint_being_deleted_is_not_resumed_from(make_plug, data, tmp_pat
             raise Stopped
         return real(path, *args, **kwargs)
 
-    with pytest.MonkeyPatch.context() as patch, pytest.raises(Stopped):
+    with pytest.MonkeyPatch.context() as patch:
         patch.setattr(shutil, "rmtree", killed_while_deleting)
-        run(make_plug(), data, tmp_path / "cut", **settings)
+        with pytest.raises(Stopped):
+            run(make_plug(), data, tmp_path / "cut", **settings)
     chosen = last_checkpoint(tmp_path / "cut")
     assert chosen is None or (chosen / "model.safetensors").is_file()
     run(resumed, data, tmp_path / "cut", resume=True, **settings)
     assert same(weights(plug), weights(resumed))
 
 
-def test_a_new_run_in_an_old_folder_does_not_mix_with_it(make_plug, data, tmp_path, monkeypatch):
+def test_a_new_run_in_an_old_folder_does_not_mix_with_it(make_plug, data, tmp_path):
     settings = SETTINGS | {"steps": 8}
     plug, mixed = make_plug(), make_plug()
     run(plug, data, tmp_path / "clean", **settings, seed=1)
     run(make_plug(), data, tmp_path / "used", **SETTINGS | {"steps": 12}, seed=0)
-    with stop_at(monkeypatch, 5):
+    with stop_at(5):
         run(make_plug(), data, tmp_path / "used", **settings, seed=1)
     run(mixed, data, tmp_path / "used", resume=True, **settings, seed=1)
     assert same(weights(plug), weights(mixed))
@@ -503,7 +497,7 @@ def test_a_new_run_in_an_old_folder_does_not_mix_with_it(make_plug, data, tmp_pa
     assert max(r["step"] for r in rows) == 8
 
 
-def test_fit_resumes_plug_and_task_prompt(make_plug, data, tmp_path, monkeypatch):
+def test_fit_resumes_plug_and_task_prompt(make_plug, data, tmp_path):
     whole = make_plug()
     report = whole.fit(data, output_dir=tmp_path / "whole", **QUICK)
     for when in ("plug", "task_prompt"):
@@ -514,9 +508,9 @@ def test_fit_resumes_plug_and_task_prompt(make_plug, data, tmp_path, monkeypatch
             def interrupted(plug, data, config, into, resume=False, real=real, when=when):
                 if Path(into).name != when:
                     return real(plug, data, config, into, resume)
-                with stop_at(monkeypatch, 4):
+                with stop_at(4):
                     real(plug, data, config, into, resume)
-                raise Stopped
+                raise Stopped  # as the interrupted process would
 
             patch.setattr(fit_module, "train", interrupted)
             with pytest.raises(Stopped):

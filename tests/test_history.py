@@ -211,13 +211,11 @@ def test_a_file_that_is_not_utf8_is_refused(tmp_path, broken):
         read_events(path)
 
 
-def test_a_byte_order_mark_is_no_obstacle_or_named(tmp_path):
+def test_a_byte_order_mark_is_named(tmp_path):
     path = tmp_path / "e.jsonl"
-    path.write_bytes(b"\xef\xbb\xbf" + json.dumps(GOOD).encode() + b"\n")
-    try:
-        assert read_events(path).events[0].user_id == "ann"
-    except DataError as exc:
-        assert str(exc).startswith(f"{path}:1: not JSON")
+    path.write_bytes(b"\xef\xbb\xbf" + json.dumps(GOOD).encode() + b"\n" + json.dumps(GOOD).encode())
+    (skipped,) = read_events(path, skip_bad=True).skipped
+    assert skipped.startswith(f"{path}:1: not JSON (Unexpected UTF-8 BOM")
 
 
 @pytest.mark.parametrize("text", ["", "\n \n"])
@@ -254,14 +252,14 @@ def test_an_unknown_ending_is_refused(tmp_path, name):
 
 
 def test_a_missing_file_is_named(tmp_path):
-    with pytest.raises(DataError, match="nowhere.jsonl: no such file"):
+    with pytest.raises(DataError, match=r"nowhere\.jsonl: no such file"):
         read_events(tmp_path / "nowhere.jsonl")
 
 
 def test_no_copy_of_the_texts_stays_behind(tmp_path):
     """Reading leaves no personal data in the caches of datasets, in the home folder or among temporary files."""
-    secret = "zebra-quartz-71"
-    record = GOOD | {"output": secret}
+    rare = "zebra-quartz-71"
+    record = GOOD | {"output": rare}
     write(tmp_path / "e.jsonl", record)
     pq.write_table(pa.Table.from_pylist([record]), tmp_path / "e.parquet")
     places = {"HF_HOME": "hf", "HF_DATASETS_CACHE": "datasets", "HOME": "home", "TMPDIR": "tmp", "XDG_CACHE_HOME": "x"}
@@ -269,12 +267,12 @@ def test_no_copy_of_the_texts_stays_behind(tmp_path):
         (tmp_path / folder).mkdir()
     env = os.environ | {k: str(tmp_path / v) for k, v in places.items()}
     code = "import sys\nfrom persona_plug.history import read_events\n"
-    code += "for f in sys.argv[1:]: assert read_events(f).events[0].item.output == " + repr(secret)
+    code += "for f in sys.argv[1:]: assert read_events(f).events[0].item.output == " + repr(rare)
     files = [str(tmp_path / f) for f in ("e.jsonl", "e.parquet")]
     root = Path(__file__).parents[1]
     subprocess.run([sys.executable, "-c", code, *files], env=env | {"PYTHONPATH": str(root)}, check=True, timeout=120)
     left = [f for v in places.values() for f in (tmp_path / v).rglob("*") if f.is_file()]
-    assert [f for f in left if secret.encode() in f.read_bytes()] == []
+    assert [f for f in left if rare.encode() in f.read_bytes()] == []
 
 
 # --- items from what callers pass

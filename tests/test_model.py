@@ -222,7 +222,7 @@ def test_the_answer_head_joins_the_llm(make_plug, people):
     embedder = plug.embedder
     with torch.no_grad():
         words = embedder.answer_head(plug.encoder.encode(["rate this"])[0])
-        everyone, pseudo = embedder.null_answers.softmax(0), embedder.frequency_log_count.exp()
+        everyone, pseudo = embedder.population, 1.0
         for row, counts in enumerate(([0, 1, 1, 0], [1, 0, 0, 1])):
             user = (torch.tensor(counts) + pseudo * everyone) / (2 + pseudo)
             bias = words + embedder.frequency_weight * (user / everyone).log()

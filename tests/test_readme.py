@@ -22,7 +22,8 @@ def blocks(text):
 
 
 def test_blocks_are_found():
-    text = "x\n<!-- test: tiny -->\n```bash\na smollm2-135m\n```\n```bash\nb\n```\n<!-- test: tiny -->\n\n```python\nc\nd\n```\n"
+    text = "x\n<!-- test: tiny -->\n```bash\na smollm2-135m\n```\n```bash\nb\n```\n"
+    text += "<!-- test: tiny -->\n\n```python\nc\nd\n```\n"
     assert blocks(text) == [("bash", "a tiny-llama\n"), ("python", "c\nd\n")]
 
 
@@ -44,8 +45,10 @@ def test_the_readme_runs(tmp_path):
         script = tmp_path / f"block{number}"
         script.write_text(code, encoding="utf-8")
         command = ["bash", "-eu", "-o", "pipefail"] if language == "bash" else [sys.executable]
+        command.append(str(script))
         done = subprocess.run(
-            [*command, str(script)], cwd=tmp_path / "work", env=env, capture_output=True, text=True, timeout=300, check=False
+            command, cwd=tmp_path / "work", env=env, capture_output=True, text=True, timeout=600, check=False
         )
-        assert done.returncode == 0, f"block {number} of the README:\n{code}\n{done.stdout[-1500:]}{done.stderr[-1500:]}"
+        said = f"{done.stdout[-1500:]}\n{done.stderr[-1500:]}"
+        assert done.returncode == 0, f"block {number} of the README:\n{code}\n{said}"
         assert "Traceback" not in done.stderr

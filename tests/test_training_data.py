@@ -52,7 +52,8 @@ def test_no_user_is_in_two_parts(sizes, valid, held_out, seed, samples):
         assert len(sizes) - max(1, round(valid * len(sizes))) - max(held_out > 0, round(held_out * len(sizes))) < 1
         return
     train, validation, held = (users(p) for p in parts(data))
-    assert not (train & validation or train & held or validation & held)
+    assert train.isdisjoint(validation | held)
+    assert validation.isdisjoint(held)
     assert train | validation | held == {f"u{u}" for u in range(len(sizes))}
     assert train
     assert validation

@@ -139,7 +139,7 @@ def sizes(settings: dict[str, Any]) -> dict[str, Any]:
         written = (plug.save_pretrained(folder) / "model.safetensors").stat().st_size
     return {
         "saved bytes / trainable bytes": written / sum(p.numel() * p.element_size() for p in plug.parameters()),
-        "trained parameters": sum(p.numel() for p in plug.parameters()),
+        "trained parameters": sum(p.numel() for p in plug.parameters() if p.requires_grad),
     }
 
 

@@ -1,0 +1,241 @@
+"""The training loop's parts: settings, samples as batches, and PlugTrainer on transformers.Trainer."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import Dataset
+from transformers import EarlyStoppingCallback, Trainer, TrainerCallback, TrainingArguments
+
+from persona_plug.batch import VectorTable
+from persona_plug.errors import ConfigError, DataError
+from persona_plug.history import Example
+from persona_plug.model import PersonaPlug
+from persona_plug.prompts import AnswerTree
+
+COMPLETE = "complete"
+FEW, FEW_LR = 32, 10.0  # parameters of at most so many numbers learn so much faster
+
+
+@dataclass(frozen=True, slots=True)
+class FitConfig:
+    """How a plug is trained.
+
+    Attributes:
+        steps: Optimiser steps at most; early stopping may end sooner.
+        batch_size: Samples per device and step.
+        gradient_accumulation: Batches per optimiser step.
+        lr: Peak learning rate of AdamW; linear decay after `warmup` (share of the steps).
+        warmup: Share of steps with rising learning rate.
+        weight_decay: AdamW's decay.
+        history_dropout: Each row loses a share of its items drawn from [0, history_dropout].
+        empty_history: Share of rows that lose their whole history.
+        dropout: Dropout in the projector.
+        token_weight: Weight of the token loss beside the loss over the candidate answers' scores (labelling tasks).
+        eval_every: Steps between looks at the validation users.
+        patience: Looks without improvement before training stops.
+        eval_samples: Validation samples at most.
+        bf16: Mixed precision where the hardware has it.
+        seed: Seed of weights, order and dropout.
+        report_to: `none`, `tensorboard`, `trackio`, ...
+    """
+
+    steps: int = 200
+    batch_size: int = 32
+    gradient_accumulation: int = 1
+    lr: float = 1e-3
+    warmup: float = 0.1
+    weight_decay: float = 0.01
+    history_dropout: float = 0.5
+    empty_history: float = 0.25
+    dropout: float = 0.1
+    token_weight: float = 0.1
+    eval_every: int = 20
+    patience: int = 4
+    eval_samples: int = 192
+    bf16: bool = False
+    seed: int = 0
+    report_to: str = "none"
+
+    def __post_init__(self) -> None:
+        """Refuse values that cannot work, naming the field."""
+        for name in ("steps", "batch_size", "gradient_accumulation", "eval_every", "patience", "eval_samples"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name}={getattr(self, name)!r} must be at least 1")
+        for name in ("history_dropout", "dropout", "empty_history", "warmup"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ConfigError(f"{name}={getattr(self, name)!r} must be in [0, 1)")
+
+    @classmethod
+    def of(cls, settings: dict[str, Any]) -> FitConfig:
+        """Build from keyword settings, naming an unknown one."""
+        known = [f.name for f in dataclasses.fields(cls)]
+        if unknown := sorted(set(settings) - set(known)):
+            raise ConfigError(f"unknown setting {unknown[0]!r}; known are {', '.join(known)}")
+        return cls(**settings)
+
+
+class PlugDataset(Dataset[int]):
+    """Samples as prompts, answer trees and row numbers of encoded histories."""
+
+    def __init__(self, plug: PersonaPlug, examples: Sequence[Example]) -> None:
+        """Tokenise prompts and answers, and encode all texts (from the vector cache where known)."""
+        if not examples:
+            raise DataError("there are no samples to train on")
+        self.examples = list(examples)
+        self.table = VectorTable(plug.encoder, examples, plug.config)
+        self.offsets: Tensor | None = None  # (N, C) what the answer head says in training
+        prompter, answers = plug.prompter, plug.config.answers
+        self.parts = [prompter.parts(e.input) for e in self.examples]
+        self.cut = sum(p.cut > 0 for p in self.parts)
+        if answers:
+            ids = [prompter.answer(a) for a in answers]
+            trees = [AnswerTree.build(ids, prompter.eos, gold=i) for i in range(len(answers))]
+            self.gold = [answers.index(e.output.strip()) for e in self.examples]
+            self.trees = [trees[g] for g in self.gold]
+        else:
+            self.gold = [0] * len(self.examples)
+            self.trees = [AnswerTree.build([prompter.answer(e.output)], prompter.eos, gold=0) for e in self.examples]
+
+    def __len__(self) -> int:
+        """Return the number of samples."""
+        return len(self.examples)
+
+    def __getitem__(self, index: int) -> int:
+        """Return the index itself; `collate` makes the batch."""
+        return index
+
+    def collate(self, indices: Sequence[int]) -> dict[str, Any]:
+        """Make the trainer's batch."""
+        trees = [self.trees[i] for i in indices]
+        gold = [self.gold[i] for i in indices]
+        lengths = [len(t.paths[g]) + (t.gold_end is not None) for t, g in zip(trees, gold, strict=True)]
+        return {
+            "history": self.table.batch([self.examples[i] for i in indices]),
+            "parts": [self.parts[i] for i in indices],
+            "trees": trees,
+            "gold": torch.tensor(gold),
+            "lengths": torch.tensor(lengths),
+            "offset": None if self.offsets is None else self.offsets[list(indices)],
+        }
+
+
+class _Trained(nn.Module):
+    """What the Trainer sees: the embedder alone. It would write into `model.config`, which here is PlugConfig."""
+
+    def __init__(self, plug: PersonaPlug) -> None:
+        super().__init__()
+        self.embedder = plug.embedder
+        object.__setattr__(self, "plug", plug)
+
+    plug: PersonaPlug
+
+    def forward(self, **batch: Any) -> Any:  # noqa: ANN401
+        return self.plug(batch["history"], batch["parts"], batch["trees"])
+
+
+class PlugTrainer(Trainer):
+    """transformers.Trainer for a plug: its loss, its validation, checkpoints that are whole or ignored."""
+
+    def __init__(
+        self, plug: PersonaPlug, args: TrainingArguments, train: PlugDataset, valid: PlugDataset, config: FitConfig
+    ) -> None:
+        """Create the trainer; the LLM is no part of the model the Trainer sees."""
+        self.fit_config = config
+        callbacks = [
+            EarlyStoppingCallback(config.patience),
+            _JsonLog(Path(str(args.output_dir)) / "log.jsonl"),
+            _MarkComplete(),
+        ]
+        super().__init__(
+            model=_Trained(plug),
+            args=args,
+            train_dataset=train,
+            eval_dataset=valid,
+            data_collator=train.collate,
+            callbacks=callbacks,
+        )
+        self.valid = valid
+
+    def create_optimizer(self, model: Any = None) -> Any:  # noqa: ANN401
+        """AdamW; single numbers (gains, temperatures, weights) take larger steps, and only matrices decay."""
+        named = [(n, p) for n, p in self.model.named_parameters() if p.requires_grad]
+        few = [p for _, p in named if p.numel() <= FEW]
+        flat = [p for _, p in named if p.numel() > FEW and p.dim() < 2]
+        wide = [p for _, p in named if p.numel() > FEW and p.dim() >= 2]
+        lr, decay = self.args.learning_rate, self.args.weight_decay
+        groups = [
+            {"params": few, "lr": lr * FEW_LR, "weight_decay": 0.0},
+            {"params": flat, "lr": lr, "weight_decay": 0.0},
+            {"params": wide, "lr": lr, "weight_decay": decay},
+        ]
+        self.optimizer = torch.optim.AdamW([g for g in groups if g["params"]])
+        return self.optimizer
+
+    def get_eval_dataloader(self, eval_dataset: Any = None) -> Any:  # noqa: ANN401
+        """Collate validation batches from the validation set's own tables."""
+        kept, self.data_collator = self.data_collator, self.valid.collate
+        try:
+            return super().get_eval_dataloader(eval_dataset)
+        finally:
+            self.data_collator = kept
+
+    def compute_loss(
+        self,
+        model: Any,  # noqa: ANN401
+        inputs: Any,  # noqa: ANN401
+        return_outputs: bool = False,
+        num_items_in_batch: Any = None,  # noqa: ANN401
+    ) -> Any:  # noqa: ANN401
+        """Candidate loss plus weighted token loss; for free text the token loss alone."""
+        loglik, end, bias = model(**inputs)
+        gold, lengths = inputs["gold"].to(loglik.device), inputs["lengths"].to(loglik.device)
+        chosen = loglik.gather(1, gold.unsqueeze(1)).squeeze(1)
+        # Every answer token counts the same, as in the LLM's own next-token loss.
+        token = -(chosen + end).sum() / lengths.sum()
+        if loglik.shape[1] == 1:
+            return (token, loglik) if return_outputs else token
+        if inputs["offset"] is not None:
+            bias = inputs["offset"].to(loglik.device)
+        scores = model.embedder.combine(loglik, bias)
+        loss = torch.nn.functional.cross_entropy(scores, gold)
+        if model.training:
+            loss = loss + self.fit_config.token_weight * token
+        return (loss, loglik) if return_outputs else loss
+
+    def prediction_step(self, model: Any, inputs: Any, prediction_loss_only: bool, ignore_keys: Any = None) -> Any:  # noqa: ANN401
+        """Return the validation loss of a batch."""
+        with torch.no_grad():
+            return self.compute_loss(model, inputs).detach(), None, None
+
+
+class _JsonLog(TrainerCallback):
+    """Append every log line to a JSONL file."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:  # noqa: ANN401
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps({"step": state.global_step, **(logs or {})}) + "\n")
+
+
+class _MarkComplete(TrainerCallback):
+    """Mark a checkpoint as whole once everything is written; `resume` takes no other."""
+
+    def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:  # noqa: ANN401
+        (Path(args.output_dir) / f"checkpoint-{state.global_step}" / COMPLETE).touch()
+
+
+def last_checkpoint(folder: Path) -> Path | None:
+    """Return the newest whole checkpoint of a run, or None."""
+    whole = [p.parent for p in folder.glob(f"checkpoint-*/{COMPLETE}")]
+    return max(whole, key=lambda p: int(p.name.rsplit("-", 1)[1]), default=None)
