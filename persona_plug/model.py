@@ -81,7 +81,7 @@ class PersonaPlug(nn.Module):
             self.embedder = UserEmbedder(config, embedding_norm(self.llm), start).to(self.llm.device).eval()
         self.config = config
         self.prompter = Prompter(self.tokenizer, config, bool(self.llm.config.is_encoder_decoder))
-        self.splicer.head = self.prompter.head
+        self.splicer.begin_with(self.prompter.head)
 
     @classmethod
     def build(
@@ -242,9 +242,11 @@ class PersonaPlug(nn.Module):
         """
         known = self.config.answers or ()
         candidates = candidates or known
+        if isinstance(candidates, str):
+            raise ConfigError(f"candidates must be a list of texts, not the text {candidates!r:.60}")
         if not candidates:
             raise ConfigError("no candidates to score: pass candidates=[...] or fit the plug on a labelling task")
-        ids = [self.prompter.answer(c) for c in candidates]
+        ids = [tuple(self.prompter.ids(c)) for c in candidates]
         tree = AnswerTree.build(ids, self.prompter.eos)
         examples = self._examples(inputs, history)
         rows = []
@@ -341,6 +343,8 @@ class PersonaPlug(nn.Module):
             raise DataError("no input given")
         if any(not isinstance(r, str) for r in requests):
             raise DataError("inputs must be texts")
+        if isinstance(history, str | Mapping):
+            raise DataError("history must be a list of items; put a single item into a list")
         many = (
             bool(history)
             and not isinstance(inputs, str)

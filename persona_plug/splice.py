@@ -57,6 +57,12 @@ class Splicer:
     head: tuple[int, ...] = ()
     """Tokens that prompts begin with (chat header, instruction); they run once, and their states are kept once."""
 
+    def begin_with(self, head: tuple[int, ...]) -> None:
+        """Set the head; states are kept without its positions, so those of another head are forgotten."""
+        if head != self.head:
+            self.cache.clear()
+        self.head = head
+
     def loglik(self, parts: Sequence[PromptParts], soft: Tensor, trees: Sequence[AnswerTree]) -> tuple[Tensor, Tensor]:
         """Return log-likelihoods (B, C) of each row's candidates (-inf where a row has fewer) and (B,) of gold ends.
 
@@ -123,10 +129,10 @@ class CausalSplicer(Splicer):
         return [made[left] if left else torch.zeros(0) for left in lefts]
 
     def _head_state(self, shared: int) -> Tensor:
-        key = self.head[:shared]
+        key = (-1, *self.head[:shared])  # no token is -1: a prompt of the same tokens is kept without these positions
         state = self.cache.get(key)
         if state is None:
-            state = self._run(None, 0, [key])[0]
+            state = self._run(None, 0, [self.head[:shared]])[0]
             self.cache.put(key, state)
         return state
 

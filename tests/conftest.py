@@ -130,6 +130,8 @@ def perturb():
             return torch.randn(parameter.shape, generator=noise).to(parameter.device)
 
         with torch.no_grad():
+            if hasattr(embedder, "frequency_weight"):
+                embedder.frequency_weight.fill_(0.7)
             for name, parameter in embedder.named_parameters():
                 if name == "out.weight":
                     # Offsets as long as the unit vectors that they are added to.

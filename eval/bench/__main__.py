@@ -65,7 +65,7 @@ def steps(settings: dict[str, Any]) -> dict[str, Any]:
             PromptParts((*before, *body), after) if place == "suffix" else PromptParts(before, (*body, *after))
             for body in bodies
         ]
-        plug.splicer.head = before
+        plug.splicer.begin_with(before)
 
         def step() -> None:
             if not keep:
