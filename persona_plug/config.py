@@ -113,7 +113,8 @@ class PlugConfig:
         if self.template.count("{input}") != 1:
             raise ConfigError(f"template must contain {{input}} exactly once, got {self.template!r}")
         if self.answers is not None:
-            if isinstance(self.answers, str) or not all(isinstance(a, str) for a in self.answers):
+            given: object = self.answers
+            if not isinstance(given, tuple | list) or not all(isinstance(a, str) for a in given):
                 raise ConfigError(f"answers must be a list of texts, got {self.answers!r}")
             object.__setattr__(self, "answers", tuple(self.answers))
             if len(self.answers) < 2 or len(set(self.answers)) != len(self.answers) or "" in self.answers:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 import os
+import shutil
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,7 +18,7 @@ from transformers import TrainingArguments
 from persona_plug.baselines import fit_label_model
 from persona_plug.history import Example
 from persona_plug.model import PersonaPlug
-from persona_plug.trainer import FitConfig, PlugDataset, PlugTrainer, last_checkpoint
+from persona_plug.trainer import FitConfig, PlugDataset, PlugTrainer, is_whole, last_checkpoint
 from persona_plug.training_data import FitData, prepare
 
 if TYPE_CHECKING:
@@ -39,8 +40,15 @@ def train(
         resume: Go on from the newest whole checkpoint there, if any; the result is that of an uninterrupted run.
     """
     torch.manual_seed(config.seed)
+    checkpoint = last_checkpoint(folder) if resume else None
+    for old in folder.glob("checkpoint-*"):
+        if checkpoint is None or not is_whole(old):
+            shutil.rmtree(old)
+    if not resume:
+        (folder / "log.jsonl").unlink(missing_ok=True)
     train_set = PlugDataset(plug, data.train)
     valid_set = PlugDataset(plug, _spread(data.valid, config.eval_samples))
+    plug.splicer.plan([p.left for part in (train_set, valid_set) for p in part.parts])
     if train_set.cut:
         logger.warning("%d of %d requests are longer than max_input_tokens and were cut", train_set.cut, len(train_set))
     if plug.embedder.has_answer_head:
@@ -73,9 +81,9 @@ def train(
         use_cpu=plug.llm.device.type == "cpu",
         disable_tqdm=not os.isatty(2),
         dataloader_num_workers=0,
+        restore_callback_states_from_checkpoint=True,  # patience counts on
     )
     trainer = PlugTrainer(plug, args, train_set, valid_set, config)
-    checkpoint = last_checkpoint(folder) if resume else None
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     plug.eval()
     if data.answers:

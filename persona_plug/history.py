@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import glob
 import json
 import logging
-import math
 import os
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -16,6 +16,8 @@ from typing import Any
 from persona_plug.errors import DataError
 
 logger = logging.getLogger(__name__)
+
+LATEST = 1e300  # a timestamp beyond this is no time; NaN and infinity fail the comparison too
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,6 +84,12 @@ def parse_event(record: Mapping[str, Any], where: str) -> Event:
     for name in ("input", "output"):
         if not isinstance(record.get(name), str):
             raise DataError(f"{where}: field {name!r} must be a text, got {_shown(record, name)}")
+        try:
+            record[name].encode()
+        except UnicodeEncodeError as exc:
+            raise DataError(
+                f"{where}: field {name!r} holds half a character (a lone surrogate); repair the text"
+            ) from exc
     if not record["output"].strip():
         raise DataError(f"{where}: field 'output' is empty; remove the record or fill it")
     ident = record.get("id")
@@ -102,7 +110,7 @@ def _timestamp(value: object, where: str) -> float | None:
         return None
     if isinstance(value, datetime):
         return (value if value.tzinfo else value.replace(tzinfo=UTC)).timestamp()
-    if isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value):
+    if isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < LATEST:
         return float(value)
     if isinstance(value, str):
         try:
@@ -162,20 +170,23 @@ def read_events(path: str | os.PathLike[str], skip_bad: bool = False) -> ReadRes
 def _records(file: Path) -> Iterator[tuple[str, Mapping[str, Any] | DataError]]:
     from datasets import load_dataset
 
+    pattern = glob.escape(str(file))  # datasets expands * and [ in names
     if file.suffix == ".parquet":
         try:
-            rows = load_dataset("parquet", data_files=str(file), split="train", streaming=True)
+            rows = load_dataset("parquet", data_files=pattern, split="train", streaming=True)
             for number, row in enumerate(rows, 1):
                 yield f"{file}:row {number}", {k: v for k, v in row.items() if v is not None}
         except DataError:
             raise
         except Exception as exc:  # pyarrow's and datasets' own errors have no common base
+            if "BatchSize must be greater than 0" in str(exc):  # how pyarrow meets a file without rows
+                return
             raise DataError(f"{file}: not a readable Parquet file ({str(exc).splitlines()[0]:.120})") from exc
         return
     if file.suffix not in {".jsonl", ".json", ".ndjson"}:
         raise DataError(f"{file}: unknown ending {file.suffix!r}; use .jsonl or .parquet")
     try:
-        lines = load_dataset("text", data_files=str(file), split="train", streaming=True)
+        lines = load_dataset("text", data_files=pattern, split="train", streaming=True)
         for number, row in enumerate(lines, 1):
             if row["text"].strip():
                 yield f"{file}:{number}", _json_object(row["text"], f"{file}:{number}")
@@ -188,6 +199,8 @@ def _json_object(line: str, where: str) -> Mapping[str, Any] | DataError:
         record = json.loads(line)
     except json.JSONDecodeError as exc:
         return DataError(f"{where}: not JSON ({exc.msg} at column {exc.colno}); one JSON object a line is expected")
+    except (ValueError, RecursionError) as exc:
+        return DataError(f"{where}: not JSON that can be read ({exc!s:.60}); one JSON object a line is expected")
     if not isinstance(record, dict):
         return DataError(f"{where}: holds a JSON {type(record).__name__}, not an object with user_id, input, output")
     return record

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -159,5 +160,11 @@ def write_events(data: LampData, path: Path) -> int:
         for user, i in items
     ]
     kept = [{k: v for k, v in r.items() if v is not None} for r in records if str(r["output"]).strip()]
+    seen: Counter[tuple[object, object]] = Counter()
+    for record in kept:  # a question and an item, or two items, may share an id in LaMP's files
+        key = record["user_id"], record.get("id")
+        if "id" in record and seen[key]:
+            record["id"] = f"{record['id']}+{seen[key]}"
+        seen[key] += 1
     write_records(path, kept, data.template, {"task": data.task})
     return len(kept)

@@ -17,8 +17,8 @@ from persona_plug.plots import plot_lift, plot_loss
 from persona_plug.stats import Interval, derangement, identity, user_bootstrap
 
 if TYPE_CHECKING:
-    from persona_plug.fit import FitConfig
     from persona_plug.model import PersonaPlug
+    from persona_plug.trainer import FitConfig
     from persona_plug.training_data import FitData
 
 logger = logging.getLogger(__name__)
@@ -234,7 +234,8 @@ def evaluate(
         # The temperature was fitted for the plug's scores, not for log-likelihoods of the LLM alone.
         temperature = plug.embedder.score_temperature.cpu() if personal and head else 1.0
         return label_answers((scores / temperature).softmax(-1).double().numpy(), held, plug.config.answers)
-    from persona_plug.fit import PlugDataset, score_samples
+    from persona_plug.fit import score_samples
+    from persona_plug.trainer import PlugDataset
 
     dataset = PlugDataset(plug, held)
     loglik = score_samples(plug, dataset, personal=personal)[0][:, 0]

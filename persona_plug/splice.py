@@ -1,4 +1,4 @@
-"""Running the frozen LLM around soft tokens: masks, positions, reused keys and values; causal and encoder-decoder.
+"""Running the frozen LLM around soft tokens: masks, positions, reused states; the decoder-only case.
 
 A row is [left][soft][right][answers]. Nothing in `left` depends on what is trained, so it runs without a graph and its
 keys and values (for an encoder-decoder: its encoder states) are kept under a memory budget and reused across epochs.
@@ -53,6 +53,7 @@ class Splicer:
     def __init__(self, llm: Any, cache: StateCache, batch_size: int = 16) -> None:  # noqa: ANN401
         """Wrap a frozen LLM; `batch_size` rows at a time run without a graph."""
         self.llm, self.cache, self.batch_size = llm, cache, batch_size
+        self.groups: dict[tuple[int, ...], tuple[tuple[int, ...], ...]] = {}
 
     head: tuple[int, ...] = ()
     """Tokens that prompts begin with (chat header, instruction); they run once, and their states are kept once."""
@@ -61,7 +62,28 @@ class Splicer:
         """Set the head; states are kept without its positions, so those of another head are forgotten."""
         if head != self.head:
             self.cache.clear()
+            self.groups = {}
         self.head = head
+
+    def plan(self, lefts: Sequence[tuple[int, ...]]) -> None:
+        """Fix which prompts run together, so that a state's last bit does not hinge on the order they are asked for.
+
+        An interrupted training then goes on bit by bit. If not all states fit the budget, each prompt runs alone.
+        """
+        ordered = sorted(set(lefts), key=lambda left: (len(left), left))
+        size = self.batch_size
+        if ordered and ordered[-1]:
+            longest = self._compute_states([ordered[-1]])[0]
+            each = longest.numel() * longest.element_size() / max(1, len(ordered[-1]) - self.shared(ordered[-1]))
+            if each * sum(len(left) - self.shared(left) for left in ordered) > self.cache.budget:
+                size = 1
+        self.cache.clear()
+        batches = [tuple(ordered[i : i + size]) for i in range(0, len(ordered), size)]
+        self.groups = {left: batch for batch in batches for left in batch}
+
+    def shared(self, left: tuple[int, ...]) -> int:
+        """Return how many tokens of `left` are the head's (none for an encoder: each of its states sees all tokens)."""
+        return 0
 
     def loglik(self, parts: Sequence[PromptParts], soft: Tensor, trees: Sequence[AnswerTree]) -> tuple[Tensor, Tensor]:
         """Return log-likelihoods (B, C) of each row's candidates (-inf where a row has fewer) and (B,) of gold ends.
@@ -86,8 +108,10 @@ class Splicer:
         """Return the frozen states of each `left`, from the cache or computed in length-sorted batches."""
         found = {left: self.cache.get(left) for left in dict.fromkeys(lefts)}
         missing = sorted((left for left, state in found.items() if state is None), key=len)
-        for start in range(0, len(missing), self.batch_size):
-            part = missing[start : start + self.batch_size]
+        unplanned = [left for left in missing if left not in self.groups]
+        batches = [unplanned[i : i + self.batch_size] for i in range(0, len(unplanned), self.batch_size)]
+        batches += [list(batch) for batch in dict.fromkeys(self.groups[m] for m in missing if m in self.groups)]
+        for part in batches:
             for left, state in zip(part, self._compute_states(part), strict=True):
                 self.cache.put(left, state)
                 found[left] = state
@@ -110,7 +134,7 @@ class CausalSplicer(Splicer):
     """Decoder-only LLMs."""
 
     def shared(self, left: tuple[int, ...]) -> int:
-        """Return how many tokens of `left` are the head's."""
+        """See `Splicer.shared`."""
         same = 0
         for a, b in zip(left[:-1], self.head, strict=False):
             if a != b:
@@ -257,68 +281,6 @@ class CausalSplicer(Splicer):
         return {"inputs_embeds": embeds, "attention_mask": mask}
 
 
-class Seq2SeqSplicer(Splicer):
-    """Encoder-decoder LLMs: soft tokens in front of the encoder's input, or behind the encoder's output."""
-
-    @torch.no_grad()
-    def _compute_states(self, lefts: Sequence[tuple[int, ...]]) -> list[Tensor]:
-        """Return encoder states (length, H) for each left; for prefix placement there is nothing to compute."""
-        if not lefts[0]:
-            return [torch.zeros(0), *(self._compute_states(lefts[1:]) if len(lefts) > 1 else [])]
-        ids, mask = self._padded_ids(lefts)
-        hidden = self.llm.get_encoder()(input_ids=ids, attention_mask=mask).last_hidden_state
-        return [hidden[i, : len(left)].clone() for i, left in enumerate(lefts)]
-
-    def _encoded(self, parts: Sequence[PromptParts], soft: Tensor) -> tuple[Tensor, Tensor]:
-        """Return encoder states (B, L, H) with the soft tokens in place, and their mask (B, L)."""
-        states = self.states([p.left for p in parts])
-        dtype = self.llm.get_input_embeddings().weight.dtype
-        if any(p.right for p in parts):
-            rows = [torch.cat([s, self.embed(p.right).to(soft.dtype)]) for p, s in zip(parts, soft, strict=True)]
-            embeds, mask = _right_padded(rows)
-            out = self.llm.get_encoder()(inputs_embeds=embeds.to(dtype), attention_mask=mask)
-            return out.last_hidden_state, mask
-        rows = [torch.cat([state.to(soft.dtype), s]) for state, s in zip(states, soft, strict=True)]
-        embeds, mask = _right_padded(rows)
-        return embeds.to(dtype), mask
-
-    def loglik(self, parts: Sequence[PromptParts], soft: Tensor, trees: Sequence[AnswerTree]) -> tuple[Tensor, Tensor]:
-        """See `Splicer.loglik`; each candidate is a decoder row, since relative position biases know no tree."""
-        encoded, mask = self._encoded(parts, soft)
-        chains = [_chains(tree) for tree in trees]
-        owner = torch.tensor([b for b, c in enumerate(chains) for _ in c], device=soft.device)
-        start = self.llm.config.decoder_start_token_id
-        targets = [c for row in chains for c in row]
-        ids, _ = self._padded_ids([[start, *c[:-1]] for c in targets])
-        out = self.llm(
-            encoder_outputs=(encoded[owner],), attention_mask=mask[owner], decoder_input_ids=ids, use_cache=False
-        )
-        labels, valid = self._padded_ids(targets)
-        logp = out.logits.float().log_softmax(-1).gather(-1, labels.unsqueeze(-1)).squeeze(-1) * valid
-        total = torch.full((len(trees), max(len(t.paths) for t in trees)), float("-inf"), device=soft.device)
-        end = torch.zeros(len(trees), device=soft.device)
-        at = 0
-        for b, tree in enumerate(trees):
-            lengths = [len(path) for path in tree.paths]
-            sums = [logp[at + i, :n].sum() for i, n in enumerate(lengths)]
-            total = total.index_put(
-                (torch.full((len(sums),), b, device=soft.device), torch.arange(len(sums), device=soft.device)),
-                torch.stack(sums),
-            )
-            for i, n in enumerate(lengths):
-                if len(chains[b][i]) > n:
-                    end = end.index_put((torch.tensor(b, device=soft.device),), logp[at + i, n])
-            at += len(sums)
-        return total, end
-
-    def generation_inputs(self, parts: Sequence[PromptParts], soft: Tensor) -> dict[str, Any]:
-        """Return `encoder_outputs` and `attention_mask` for the LLM's own generate."""
-        from transformers.modeling_outputs import BaseModelOutput
-
-        encoded, mask = self._encoded(parts, soft)
-        return {"encoder_outputs": BaseModelOutput(last_hidden_state=encoded), "attention_mask": mask}
-
-
 def gather_paths(logits: Tensor, trees: Sequence[AnswerTree]) -> tuple[Tensor, Tensor]:
     """Sum token log-probabilities along each candidate's path.
 
@@ -362,35 +324,12 @@ def _tree_sight(tree: AnswerTree) -> tuple[Tensor, Tensor]:
     return depth, sight
 
 
-def _chains(tree: AnswerTree) -> list[tuple[int, ...]]:
-    """Return the predicted tokens of each candidate; the gold's end token is added where paths leave it out."""
-    chains = [tuple(token for _, token in path) for path in tree.paths]
-    if tree.gold_end is not None:
-        gold = next(i for i, path in enumerate(tree.paths) if _leaf(tree, path) == tree.gold_end[0])
-        chains[gold] = (*chains[gold], tree.gold_end[1])
-    return chains
-
-
-def _leaf(tree: AnswerTree, path: tuple[tuple[int, int], ...]) -> int:
-    parent, token = path[-1]
-    return next(
-        (i for i, (p, t) in enumerate(zip(tree.parents, tree.tokens, strict=True)) if (p, t) == (parent, token)), -2
-    )
-
-
 def _additive(allowed: Tensor, dtype: torch.dtype) -> Tensor:
     return (
         torch.zeros(allowed.shape, dtype=dtype, device=allowed.device)
         .masked_fill_(~allowed, torch.finfo(dtype).min)
         .unsqueeze(1)
     )
-
-
-def _right_padded(rows: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-    mask = torch.nn.utils.rnn.pad_sequence(
-        [torch.ones(len(r), dtype=torch.long, device=r.device) for r in rows], batch_first=True
-    )
-    return torch.nn.utils.rnn.pad_sequence(list(rows), batch_first=True), mask
 
 
 def _quantised(llm: Any) -> bool:  # noqa: ANN401

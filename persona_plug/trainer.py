@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset
-from transformers import EarlyStoppingCallback, Trainer, TrainerCallback, TrainingArguments
+from transformers import EarlyStoppingCallback, PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
 from persona_plug.batch import VectorTable
 from persona_plug.errors import ConfigError, DataError
@@ -21,6 +21,7 @@ from persona_plug.model import PersonaPlug
 from persona_plug.prompts import AnswerTree
 
 COMPLETE = "complete"
+NEEDED = (COMPLETE, "model.safetensors", "optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json")
 FEW, FEW_LR = 32, 10.0  # parameters of at most so many numbers learn so much faster
 
 
@@ -72,6 +73,11 @@ class FitConfig:
         for name in ("history_dropout", "dropout", "empty_history", "warmup"):
             if not 0 <= getattr(self, name) < 1:
                 raise ConfigError(f"{name}={getattr(self, name)!r} must be in [0, 1)")
+        if not 0 < self.lr < float("inf"):
+            raise ConfigError(f"lr={self.lr!r} must be a positive number")
+        for name in ("weight_decay", "token_weight"):
+            if not 0 <= getattr(self, name) < float("inf"):
+                raise ConfigError(f"{name}={getattr(self, name)!r} must not be negative")
 
     @classmethod
     def of(cls, settings: dict[str, Any]) -> FitConfig:
@@ -162,11 +168,13 @@ class PlugTrainer(Trainer):
             data_collator=train.collate,
             callbacks=callbacks,
         )
+        self.remove_callback(PrinterCallback)  # log.jsonl has it all
         self.valid = valid
 
     def create_optimizer(self, model: Any = None) -> Any:  # noqa: ANN401
         """AdamW; single numbers (gains, temperatures, weights) take larger steps, and only matrices decay."""
-        named = [(n, p) for n, p in self.model.named_parameters() if p.requires_grad]
+        trained: Any = model if model is not None else self.model
+        named = [(n, p) for n, p in trained.named_parameters() if p.requires_grad]
         few = [p for _, p in named if p.numel() <= FEW]
         flat = [p for _, p in named if p.numel() > FEW and p.dim() < 2]
         wide = [p for _, p in named if p.numel() > FEW and p.dim() >= 2]
@@ -235,7 +243,12 @@ class _MarkComplete(TrainerCallback):
         (Path(args.output_dir) / f"checkpoint-{state.global_step}" / COMPLETE).touch()
 
 
+def is_whole(checkpoint: Path) -> bool:
+    """Whether a checkpoint was written to its end (a kill while it is being deleted leaves its mark on a torso)."""
+    return all((checkpoint / name).is_file() for name in NEEDED)
+
+
 def last_checkpoint(folder: Path) -> Path | None:
     """Return the newest whole checkpoint of a run, or None."""
-    whole = [p.parent for p in folder.glob(f"checkpoint-*/{COMPLETE}")]
+    whole = [p for p in folder.glob("checkpoint-*") if is_whole(p)]
     return max(whole, key=lambda p: int(p.name.rsplit("-", 1)[1]), default=None)

@@ -176,5 +176,9 @@ def _sidecar_template(path: Path) -> str | None:
     meta = path.with_suffix(".meta.json")
     if not meta.is_file():
         return None
-    template = json.loads(meta.read_text(encoding="utf-8")).get("template")
+    try:
+        found = json.loads(meta.read_text(encoding="utf-8"))
+    except (UnicodeDecodeError, json.JSONDecodeError) as exc:
+        raise DataError(f"{meta}: not JSON; delete it or pass a template") from exc
+    template = found.get("template") if isinstance(found, dict) else None
     return template if isinstance(template, str) else None
