@@ -1,0 +1,112 @@
+"""`python -m eval.run` on a small LaMP-shaped folder, its settings, and the paired timing."""
+
+import json
+
+import pytest
+
+from eval import run
+from eval.bench.timing import paired
+from eval.config import load
+from persona_plug.errors import ConfigError
+
+WORDS = ["storm", "river", "engine", "castle", "forest", "market", "violin", "desert"]
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """Six training and three dev users who rate short reviews, in LaMP-3's published shape."""
+    for split, users in (("train", 6), ("dev", 3)):
+        questions, golds = [], []
+        for u in range(users):
+            taste = str(1 + u % 5)
+            items = [{"text": f"{WORDS[i]} review {u}", "score": taste, "id": f"{split}{u}-{i}"} for i in range(4)]
+            for q in range(2):
+                ident = f"{split}{u}-q{q}"
+                text = f"What is the score of the following review? review: {WORDS[4 + q]} by {u}"
+                questions.append({"id": ident, "user_id": f"{split}{u}", "input": text, "profile": items})
+                golds.append({"id": ident, "output": taste})
+        (tmp_path / f"{split}_questions.json").write_text(json.dumps(questions))
+        (tmp_path / f"{split}_outputs.json").write_text(json.dumps({"task": "LaMP_3", "golds": golds}))
+    return tmp_path
+
+
+ARGUMENTS = [
+    "task=LaMP_3",
+    "llm=tiny-llama",
+    "encoder=tiny-encoder",
+    "seeds=[0, 1]",
+    "fit={steps: 2, batch_size: 4, eval_every: 1, eval_samples: 4}",
+]
+
+
+def test_a_comparison_has_every_method_and_repeats_nothing(folder, capsys, monkeypatch):
+    arguments = [*ARGUMENTS, f"data={folder}", f"out={folder / 'out'}"]
+    run.main(arguments)
+    results = json.loads((folder / "out" / "results.json").read_text())
+    assert (results["n"], results["n_users"], results["seeds"]) == (6, 3, [0, 1])
+    assert {"none", "task_prompt", "plug", "plug_shuffled", "plug_empty"} <= set(results["methods"])
+    for name in ("plug", "task_prompt"):
+        row = results["methods"][name]
+        assert set(row["metrics"]) == {"nll", "accuracy", "mae", "rmse"}
+        assert len(row["per_seed"]) == 2
+        seeds = [seed["nll"] for seed in row["per_seed"]]
+        assert row["metrics"]["nll"]["value"] == pytest.approx(sum(seeds) / 2)
+        low, high = row["metrics"]["nll"]["ci95"]
+        assert low <= row["metrics"]["nll"]["value"] <= high
+    assert "| plug − plug_shuffled | nll |" in capsys.readouterr().out
+    monkeypatch.setattr("persona_plug.fit.train", lambda *_: pytest.fail("a finished seed was fitted again"))
+    run.main(arguments)
+    again = json.loads((folder / "out" / "results.json").read_text())
+    assert again["methods"] == results["methods"]
+
+
+def test_training_never_sees_the_split_it_reports_on(folder):
+    data = run.load_data({**run.DEFAULTS, "data": str(folder), "task": "LaMP_3"})
+    users = [{e.user_id for e in part} for part in (data.train, data.valid, data.held_out)]
+    assert not users[0] & users[1]
+    assert not (users[0] | users[1]) & users[2]
+    assert len(data.held_out) == 6
+    assert data.template.endswith("review: {input}")
+    # Each training user: two questions and four leave-one-out samples.
+    assert len(data.train) + len(data.valid) == 6 * (2 + 4)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["nonsense=1"], "unknown setting 'nonsense'; known are data"),
+        (["missing.yaml"], r"missing.yaml: no such config file"),
+        (["data=x", "stray"], "'stray' is neither"),
+    ],
+)
+def test_wrong_settings_are_named(arguments, message):
+    with pytest.raises(ConfigError, match=message):
+        load(arguments, run.DEFAULTS)
+
+
+def test_a_file_is_read_and_arguments_win(tmp_path):
+    path = tmp_path / "c.yaml"
+    path.write_text("seeds: [3]\nsplit: test\n")
+    settings = load([str(path), "split=dev"], run.DEFAULTS)
+    assert (settings["seeds"], settings["split"], settings["valid"]) == ([3], "dev", 0.15)
+
+
+def test_no_data_and_an_unknown_task_are_refused(folder):
+    with pytest.raises(ConfigError, match=r"data=DIR is missing"):
+        run.main([])
+    with pytest.raises(ConfigError, match=r"no task .LaMP_99.*movie_tagging"):
+        run.load_data({**run.DEFAULTS, "data": str(folder), "task": "LaMP_99"})
+
+
+def test_paired_timing_alternates_and_divides():
+    calls = []
+
+    def work(name, count):
+        calls.append(name)
+        sum(range(count))
+
+    ratio = paired(lambda: work("a", 2_000_000), lambda: work("b", 500_000), pairs=4, warmup=0)
+    assert calls == ["a", "b", "b", "a", "a", "b", "b", "a"]
+    assert ratio.pairs == 4
+    assert ratio.low <= ratio.median <= ratio.high
+    assert ratio.median > 1
