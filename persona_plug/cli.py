@@ -9,7 +9,7 @@ import logging
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 import typer
 
@@ -26,7 +26,6 @@ data_app = typer.Typer(help="Data: check your own, read LaMP's, make sets to try
 app.add_typer(models_app, name="models")
 app.add_typer(data_app, name="data")
 
-Quantization = Literal["int8", "nf4"]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON for programs.")]
 Device = Annotated[str | None, typer.Option(help="Torch device; default CUDA if there is one, else CPU.")]
 
@@ -45,6 +44,9 @@ def one_line_errors(command: Callable[..., None]) -> Callable[..., None]:
             command(*args, **kwargs)
         except PersonaPlugError as exc:
             sys.stderr.write(f"error: {exc}\n")
+            raise typer.Exit(1) from exc
+        except OSError as exc:  # a file or folder the user named cannot be read or written
+            sys.stderr.write(f"error: {exc.filename or 'file'}: {exc.strerror or exc}; choose another place\n")
             raise typer.Exit(1) from exc
 
     return run
@@ -67,7 +69,7 @@ def fit(
     encoder: Annotated[str, typer.Option(help="Frozen sentence encoder: short name, folder or Hub id.")] = "minilm-l6",
     recipe: Annotated[str, typer.Option(help="default, mean, or paper (PPlug as published).")] = "default",
     placement: Annotated[str | None, typer.Option(help="Where soft tokens go: suffix or prefix.")] = None,
-    quantization: Annotated[Quantization | None, typer.Option(help="int8 or nf4 for the LLM's matrices.")] = None,
+    quantization: Annotated[str | None, typer.Option(help="int8 or nf4 for the LLM's matrices.")] = None,
     template: Annotated[str | None, typer.Option(help="The LLM's instruction, with {input}.")] = None,
     answer: Annotated[list[str] | None, typer.Option(help="One answer of a labelling task; repeat it.")] = None,
     samples: Annotated[str, typer.Option(help="auto, leave_one_out, or time.")] = "auto",
@@ -93,8 +95,9 @@ def fit(
     from persona_plug.model import PersonaPlug
 
     _quiet()
+    kind: Any = quantization  # load_llm checks it
     plug = PersonaPlug.build(
-        llm, encoder, recipe=recipe, quantization=quantization, device=device, seed=seed, placement=placement,
+        llm, encoder, recipe=recipe, quantization=kind, device=device, seed=seed, placement=placement,
         max_input_tokens=max_input_tokens, max_answer_tokens=max_answer_tokens,
     )  # fmt: skip
     result = plug.fit(
@@ -273,7 +276,7 @@ def data_lamp(
 @one_line_errors
 def data_debian(
     out: Annotated[Path, typer.Option(help="JSONL to write.")],
-    task: Annotated[Literal["synopsis", "section"], typer.Option(help="Free text, or labels.")] = "synopsis",
+    task: Annotated[str, typer.Option(help="synopsis (free text) or section (labels).")] = "synopsis",
     users: Annotated[int, typer.Option(help="Maintainers at most.")] = 150,
     per_user: Annotated[int, typer.Option(help="Packages of one maintainer at most.")] = 40,
     least: Annotated[int, typer.Option(help="Packages of one maintainer at least.")] = 12,
@@ -283,7 +286,8 @@ def data_debian(
     """Make a set of real texts from Debian's package index, through the apt client."""
     from persona_plug.data import debian
 
-    made = debian.build(task, release, min_packages=least, max_users=users, max_per_user=per_user, seed=seed)
+    chosen: Any = task  # build checks it
+    made = debian.build(chosen, release, min_packages=least, max_users=users, max_per_user=per_user, seed=seed)
     made.write(out)
     say(json.dumps(made.meta, indent=2, ensure_ascii=False))
 
@@ -292,7 +296,7 @@ def data_debian(
 @one_line_errors
 def data_synthetic(
     out: Annotated[Path, typer.Option(help="JSONL to write.")],
-    kind: Annotated[Literal["label", "style"], typer.Option(help="Labels, or free text.")] = "label",
+    kind: Annotated[str, typer.Option(help="label, or style (free text).")] = "label",
     users: Annotated[int, typer.Option(help="Users.")] = 100,
     items: Annotated[int, typer.Option(help="Items a user.")] = 20,
     personal: Annotated[bool, typer.Option(help="--no-personal: labels do not depend on the user (control).")] = True,
@@ -301,7 +305,8 @@ def data_synthetic(
     """Generate users with known habits, whose best possible score is known."""
     from persona_plug.data import synthetic
 
-    made = synthetic.build(kind, users=users, items_per_user=items, seed=seed, personal=personal)
+    chosen: Any = kind  # build checks it
+    made = synthetic.build(chosen, users=users, items_per_user=items, seed=seed, personal=personal)
     made.write(out)
     say(f"{len(made.records)} records of {users} users in {out}")
 
@@ -312,7 +317,7 @@ def _history(path: Path | None, user: str | None) -> list[Any]:
     from persona_plug.errors import DataError
     from persona_plug.history import by_user, read_events
 
-    users = by_user(read_events(path).events)
+    users = by_user(read_events(path, owner=None if user else "-").events)
     if user is None and len(users) > 1:
         raise DataError(f"{path} holds {len(users)} users; choose one with --user")
     if user is not None and user not in users:

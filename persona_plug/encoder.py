@@ -17,6 +17,7 @@ from torch import Tensor
 from persona_plug import zoo
 from persona_plug.errors import ConfigError, DataError
 from persona_plug.fingerprint import weights_digest
+from persona_plug.llm import pick_device
 from persona_plug.vectors import VectorCache
 
 logger = logging.getLogger(__name__)
@@ -81,7 +82,7 @@ class HistoryEncoder:
             raise ConfigError(f"max_length={max_length} must be at least 3 and batch_size={batch_size} at least 1")
         self.name = name
         self.pooling, self.max_length, self.prefix, self.batch_size = pooling, max_length, prefix, batch_size
-        self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        self.device = pick_device(device)
         folder = zoo.resolve(name)
         try:
             self.tokenizer = AutoTokenizer.from_pretrained(folder)

@@ -126,7 +126,7 @@ def _shown(record: Mapping[str, Any], name: str) -> str:
     return f"{record[name]!r:.60}" if name in record else "nothing (field missing)"
 
 
-def read_events(path: str | os.PathLike[str], skip_bad: bool = False) -> ReadResult:
+def read_events(path: str | os.PathLike[str], skip_bad: bool = False, owner: str | None = None) -> ReadResult:
     """Read events from a JSONL (`.jsonl`, `.json`, `.ndjson`) or Parquet file.
 
     The file is streamed through `datasets`, so no second copy of personal data is left in a cache.
@@ -134,6 +134,7 @@ def read_events(path: str | os.PathLike[str], skip_bad: bool = False) -> ReadRes
     Args:
         path: The file.
         skip_bad: Leave bad records out and list them in `skipped` instead of raising at the first.
+        owner: Whose the records without a `user_id` are; by default these are bad.
 
     Raises:
         DataError: The file is missing or empty, or a record is bad; file, line and field are named.
@@ -148,7 +149,7 @@ def read_events(path: str | os.PathLike[str], skip_bad: bool = False) -> ReadRes
         try:
             if isinstance(record, DataError):
                 raise record
-            event = parse_event(record, where)
+            event = parse_event(record if owner is None else {"user_id": owner, **record}, where)
             if event.item.id is not None:
                 key = (event.user_id, event.item.id)
                 if key in seen:

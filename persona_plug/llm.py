@@ -36,7 +36,7 @@ def load_llm(
     """
     from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer
 
-    place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    place = pick_device(device)
     if isinstance(dtype, str):
         dtype = getattr(torch, dtype, None)
         if not isinstance(dtype, torch.dtype):
@@ -63,6 +63,18 @@ def load_llm(
         if hasattr(module, "support_avx512bf16_for_cpu"):
             module.support_avx512bf16_for_cpu = False
     return freeze(llm), tokenizer
+
+
+def pick_device(device: str | torch.device | None) -> torch.device:
+    """Return the device; by default CUDA if there is one, else the CPU.
+
+    Raises:
+        ConfigError: Torch knows no such device.
+    """
+    try:
+        return torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    except RuntimeError as exc:
+        raise ConfigError(f"device={device!r} is not one torch knows, such as cpu or cuda:0") from exc
 
 
 def freeze(llm: Any) -> Any:  # noqa: ANN401

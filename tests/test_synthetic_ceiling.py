@@ -1,4 +1,4 @@
-"""On generated users the best possible score is known: a plug must come close, and by nothing but the history."""
+"""On generated users the best possible score is known: a plug must come close, and by nothing but the history.
 
 Two topics, three answers, three types of users. What a user answers depends on type and topic, so neither the request
 nor the user's answer frequencies suffice: soft tokens have to carry what this user does with this topic. The answer
