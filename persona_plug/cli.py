@@ -87,6 +87,7 @@ def fit(
     skip_bad: Annotated[bool, typer.Option(help="Skip bad records and count them.")] = False,
     report: Annotated[bool, typer.Option(help="Hold users out and compare with the controls.")] = True,
     report_samples: Annotated[int, typer.Option(help="Held-out questions in the report at most.")] = 400,
+    generated: Annotated[int, typer.Option(help="Free text: answers generated a method for ROUGE.")] = 48,
     examples: Annotated[int, typer.Option(help="Held-out answers shown side by side.")] = 3,
     device: Device = None,
     as_json: Json = False,
@@ -104,7 +105,8 @@ def fit(
         data, output_dir=out, resume=resume, samples=samples, held_out=held_out, targets_per_user=targets_per_user,
         template=template, answers=answer or "auto", skip_bad=skip_bad, report=report, steps=steps,
         batch_size=batch_size, lr=lr, eval_every=eval_every, seed=seed, report_to=report_to,
-        report_samples=report_samples, examples=examples,
+        report_samples=report_samples, generated=generated,
+        examples=examples,
     )  # fmt: skip
     plug.save_pretrained(out)
     say(result.to_json() if as_json else f"{result}\n\nPlug, report and plots are in {out}")

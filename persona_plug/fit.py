@@ -168,6 +168,7 @@ def fit(
     skip_bad: bool = False,
     report: bool = True,
     report_samples: int = 400,
+    generated: int = 48,
     examples: int = 3,
     **settings: Any,  # noqa: ANN401
 ) -> FitReport:
@@ -187,6 +188,7 @@ def fit(
         resume: Go on with an interrupted run in `output_dir`.
         report: Also train the task prompt and compare on held-out users.
         report_samples: Held-out questions at most, evenly spread over the users.
+        generated: Free text: answers generated a method for ROUGE.
         examples: Held-out answers shown side by side.
         settings: Fields of `FitConfig`.
 
@@ -218,6 +220,8 @@ def fit(
         log = train(plug, made, config, folder / "plug", resume)
         from persona_plug.report import make_report
 
-        result = make_report(plug, made, config, log, folder, resume=resume, compare=report, examples=examples)
+        result = make_report(
+            plug, made, config, log, folder, resume=resume, compare=report, generated=generated, examples=examples
+        )
         object.__setattr__(plug, "fit_report", result)
         return result
