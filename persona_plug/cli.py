@@ -331,5 +331,6 @@ def _quiet() -> None:
     """Show our own bars and lines only, not the libraries' loading bars."""
     from transformers.utils import logging as transformers_logging
 
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # tells of optional CPU kernels at every import
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
