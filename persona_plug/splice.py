@@ -8,6 +8,7 @@ more than the soft and answer tokens.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Sequence
 from typing import Any
 
@@ -77,9 +78,11 @@ class Splicer:
             each = longest.numel() * longest.element_size() / max(1, len(ordered[-1]) - self.shared(ordered[-1]))
             if each * sum(len(left) - self.shared(left) for left in ordered) > self.cache.budget:
                 size = 1
-        self.cache.clear()
         batches = [tuple(ordered[i : i + size]) for i in range(0, len(ordered), size)]
-        self.groups = {left: batch for batch in batches for left in batch}
+        groups = {left: batch for batch in batches for left in batch}
+        if groups != self.groups:  # the same plan again finds the same states: a second method need not recompute them
+            self.cache.clear()
+            self.groups = groups
 
     def shared(self, left: tuple[int, ...]) -> int:
         """Return how many tokens of `left` are the head's (none for an encoder: each of its states sees all tokens)."""
@@ -133,6 +136,12 @@ class Splicer:
 class CausalSplicer(Splicer):
     """Decoder-only LLMs."""
 
+    def __init__(self, llm: Any, cache: StateCache, batch_size: int = 16) -> None:  # noqa: ANN401
+        """See `Splicer`."""
+        super().__init__(llm, cache, batch_size)
+        # Newer transformers call the argument for keys and values `cache`.
+        self.cache_argument = "cache" if "cache" in inspect.signature(llm.forward).parameters else "past_key_values"
+
     def shared(self, left: tuple[int, ...]) -> int:
         """See `Splicer.shared`."""
         same = 0
@@ -177,9 +186,9 @@ class CausalSplicer(Splicer):
             input_ids=ids,
             attention_mask=seen,
             position_ids=positions,
-            past_key_values=past,
             use_cache=True,
             logits_to_keep=1,
+            **{self.cache_argument: past},
         )
         pairs = [torch.stack([layer.keys, layer.values], 1)[..., offset:, :] for layer in past.layers]
         stacked = torch.stack(pairs, 1)  # (B, layers, 2, heads, length, head_dim)
@@ -193,9 +202,9 @@ class CausalSplicer(Splicer):
             inputs_embeds=embeds,
             attention_mask=self._mask_for_model(mask, positions, embeds.dtype),
             position_ids=positions[:, -embeds.shape[1] :],
-            past_key_values=cache,
             use_cache=cache is not None,
             logits_to_keep=keep,
+            **{self.cache_argument: cache},
         )
         return gather_paths(out.logits[:, -keep:], trees)
 
