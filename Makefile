@@ -48,7 +48,7 @@ demo: env ## fit a small plug on real data (DEMO=folder)
 	$(BIN)/persona-plug models pull minilm-l6
 	$(BIN)/persona-plug data debian --task synopsis --out $(DEMO)/debian.jsonl
 	$(BIN)/persona-plug fit $(DEMO)/debian.jsonl --llm smollm2-135m --encoder minilm-l6 --out $(DEMO)/plug \
-		--steps 40 --batch-size 16 --eval-every 20 --lr 2e-3 --max-input-tokens 96 --max-answer-tokens 24 \
+		--steps 24 --batch-size 16 --eval-every 12 --lr 2e-3 --max-input-tokens 96 --max-answer-tokens 24 \
 		--targets-per-user 6 --report-samples 96 --generated 24 --examples 3
 
 bench: env ## measure speed and memory against their floors

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -10,7 +10,7 @@ from torch import Tensor
 
 from persona_plug.config import PlugConfig
 from persona_plug.encoder import HistoryEncoder
-from persona_plug.errors import DataError
+from persona_plug.errors import ConfigError, DataError
 from persona_plug.history import Example
 
 
@@ -23,23 +23,45 @@ class HistoryBatch:
         keys: (B, n, d) float32, each item's input (its output where the input is empty).
         values: (B, n, v) float32, what is pooled: input, output and one-hot answer, as the config asks.
         mask: (B, n) bool, True where there is an item.
+        quotes: (B, n, T) int64, the LLM's ids of the first T tokens of each item's output, -1 where it has fewer; None
+            where the config quotes nothing.
     """
 
     request: Tensor
     keys: Tensor
     values: Tensor
     mask: Tensor
+    quotes: Tensor | None = None
 
     def to(self, device: torch.device) -> HistoryBatch:
         """Return the batch on a device."""
-        return HistoryBatch(*(getattr(self, n).to(device) for n in ("request", "keys", "values", "mask")))
+        return HistoryBatch(
+            self.request.to(device),
+            self.keys.to(device),
+            self.values.to(device),
+            self.mask.to(device),
+            None if self.quotes is None else self.quotes.to(device),
+        )
 
 
 class VectorTable:
     """Vectors of every text a set of examples mentions, encoded once; makes batches without the encoder."""
 
-    def __init__(self, encoder: HistoryEncoder, examples: Sequence[Example], config: PlugConfig) -> None:
-        """Encode (or read from the cache) all requests and the used items of all histories."""
+    def __init__(
+        self,
+        encoder: HistoryEncoder,
+        examples: Sequence[Example],
+        config: PlugConfig,
+        ids: Callable[[str], Sequence[int]] | None = None,
+    ) -> None:
+        """Encode (or read from the cache) all requests and the used items of all histories.
+
+        Args:
+            encoder: The history encoder.
+            examples: Examples whose texts are wanted.
+            config: Says what an item's value holds, and how many items count.
+            ids: The LLM's tokenizer, needed where the config quotes.
+        """
         self.config = config
         texts: dict[str, int] = {"": 0}
         for example in examples:
@@ -49,7 +71,18 @@ class VectorTable:
                 texts.setdefault(item.output, len(texts))
         self.rows = texts
         self.vectors = encoder.encode(list(texts))
+        self.quoted = self._quoted(examples, ids) if config.quotes else None
         self.answer_ids = {a: i for i, a in enumerate(config.answers or ())}
+
+    def _quoted(self, examples: Sequence[Example], ids: Callable[[str], Sequence[int]] | None) -> Tensor:
+        """Return the first T token ids of every output, (texts, T), -1 beyond its end."""
+        if ids is None:
+            raise ConfigError(f"quote_tokens={self.config.quote_tokens} needs the LLM's tokenizer: pass ids=")
+        table = torch.full((len(self.rows), self.config.quotes), -1)
+        for text in {i.output for e in examples for i in e.history[-self.config.max_history :]}:
+            first = list(ids(text))[: self.config.quotes]
+            table[self.rows[text], : len(first)] = torch.tensor(first, dtype=torch.long)
+        return table
 
     def batch(self, examples: Sequence[Example]) -> HistoryBatch:
         """Collate examples whose texts are all in the table."""
@@ -73,7 +106,8 @@ class VectorTable:
             one_hot = torch.nn.functional.one_hot(answers.clamp(min=0), len(self.answer_ids)).float()
             parts.append(one_hot * (answers >= 0).unsqueeze(-1))
         request = self.vectors[torch.tensor([self.rows[e.input] for e in examples], dtype=torch.long)]
-        return HistoryBatch(request, keys, torch.cat(parts, -1), mask)
+        quotes = None if self.quoted is None else self.quoted[outputs]
+        return HistoryBatch(request, keys, torch.cat(parts, -1), mask, quotes)
 
 
 def value_dim(config: PlugConfig) -> tuple[int, int]:

@@ -20,7 +20,7 @@ AGGREGATORS = ("attention", "mean", "paper")
 # A recipe is a named set of choices; explicit keyword arguments of PlugConfig.create win over it.
 RECIPES: dict[str, dict[str, Any]] = {
     "default": {},
-    "mean": {"aggregator": "mean"},
+    "mean": {"aggregator": "mean", "quote_tokens": 0},
     # PPlug as published: eq. 3-5, one user token and one instruction token in front of the input, the label
     # not part of an item, no other input to the projector than the pooled history.
     "paper": {
@@ -28,6 +28,7 @@ RECIPES: dict[str, dict[str, Any]] = {
         "placement": "prefix",
         "user_tokens": 1,
         "task_tokens": 1,
+        "quote_tokens": 0,
         "item_outputs": False,
         "use_request": False,
         "use_answer_counts": False,
@@ -54,6 +55,8 @@ class PlugConfig:
         key_dim: Width of the learned request and key views.
         user_tokens: k, soft tokens that depend on the user.
         task_tokens: m, soft tokens shared by all users.
+        quote_tokens: T, for free text: soft tokens made of the LLM's own embeddings of the first T tokens of the
+            user's outputs, position by position, weighted towards the items closest to the request.
         projector_hidden: Width of the projector's hidden layer.
         item_outputs: Whether an item's value holds its output beside its input.
         use_request: Whether the projector also sees the request's own vector.
@@ -81,6 +84,7 @@ class PlugConfig:
     key_dim: int = 64
     user_tokens: int = 4
     task_tokens: int = 4
+    quote_tokens: int = 8
     projector_hidden: int = 256
     item_outputs: bool = True
     use_request: bool = True
@@ -105,7 +109,7 @@ class PlugConfig:
         for name in ("heads", "key_dim", "projector_hidden", "max_history", "max_input_tokens", "max_answer_tokens"):
             if int(getattr(self, name)) < 1:
                 raise ConfigError(f"{name}={getattr(self, name)!r} must be at least 1")
-        for name in ("user_tokens", "task_tokens", "llm_width", "encoder_dim"):
+        for name in ("user_tokens", "task_tokens", "quote_tokens", "llm_width", "encoder_dim"):
             if int(getattr(self, name)) < 0:
                 raise ConfigError(f"{name}={getattr(self, name)!r} must not be negative")
         if self.user_tokens + self.task_tokens == 0:
@@ -133,6 +137,16 @@ class PlugConfig:
             raise ConfigError(f"unknown setting {unknown[0]!r}; known are {', '.join(sorted(known))}")
         chosen = {k: v for k, v in overrides.items() if v is not None}
         return cls(**{"llm": llm, "encoder": encoder, "recipe": recipe, **RECIPES[recipe], **chosen})
+
+    @property
+    def quotes(self) -> int:
+        """Quoted positions of this plug: none for labels, whose scores read the user's answers directly."""
+        return self.quote_tokens if self.answers is None and self.user_tokens else 0
+
+    @property
+    def soft_tokens(self) -> int:
+        """All soft tokens of a request, in their order: task, quoted, user."""
+        return self.task_tokens + self.quotes + self.user_tokens
 
     def replace(self, **changes: Any) -> Self:  # noqa: ANN401
         """Return a validated copy with the given fields changed."""

@@ -11,6 +11,7 @@ from persona_plug.aggregators import AttentionAggregator, MeanAggregator, PaperA
 from persona_plug.baselines import SMOOTHING
 from persona_plug.batch import HistoryBatch, check_finite, value_dim
 from persona_plug.config import PlugConfig
+from persona_plug.errors import DataError
 
 
 @dataclass(frozen=True, slots=True)
@@ -18,9 +19,10 @@ class Embedded:
     """What the embedder says of B requests.
 
     Attributes:
-        soft: (B, m + k, H) soft tokens [task; user].
+        soft: (B, m + T + k, H) soft tokens [task; quoted; user].
         bias: (B, C) what request and answer frequencies add to the scores of the C answers without the LLM, or None.
-        weights: (B, n) mean weight of each history item over the heads, or None without user tokens.
+        weights: (B, n) mean weight of each history item over the heads (quoting is one more), or None without user
+            tokens.
     """
 
     soft: Tensor
@@ -29,7 +31,7 @@ class Embedded:
 
 
 class UserEmbedder(nn.Module):
-    """Maps requests and histories to soft tokens [task; user], (B, m + k, H), float32.
+    """Maps requests and histories to soft tokens [task; quoted; user], (B, m + T + k, H), float32.
 
     Soft tokens are scaled to a learned gain that starts at the LLM's mean embedding norm; PPlug multiplies by a
     constant of one model instead. At the start user tokens hardly depend on the user: training begins at a task prompt.
@@ -48,11 +50,11 @@ class UserEmbedder(nn.Module):
         Args:
             config: Architecture; `llm_width` and `encoder_dim` must be set.
             embedding_norm: Mean L2 norm of the LLM's input embeddings.
-            start: (m + k, H) where the soft tokens start; rows of the LLM's embedding table are a good choice.
+            start: (m + T + k, H) where the soft tokens start; rows of the LLM's embedding table are a good choice.
         """
         super().__init__()
         self.config = config
-        total, width = config.task_tokens + config.user_tokens, config.llm_width
+        total, width = config.soft_tokens, config.llm_width
         start = torch.randn(total, width) if start is None else start.detach().clone().float()
         start = nn.functional.normalize(start, dim=-1)
         self.tokens = nn.Parameter(start)
@@ -78,6 +80,10 @@ class UserEmbedder(nn.Module):
             self.aggregator = AttentionAggregator(config.encoder_dim, config.heads, config.key_dim)
         else:
             self.aggregator = MeanAggregator() if config.aggregator == "mean" else PaperAggregator()
+        if config.quotes:
+            # Where it starts, the item closest to the request is quoted almost alone, and none that is not near.
+            self.quote_log_temperature = nn.Parameter(torch.tensor(40.0).log())
+            self.quote_threshold = nn.Parameter(torch.tensor(0.4))
         per_head = 0 if config.aggregator == "paper" else self.aggregator.heads
         width_in = (text + (answers if config.use_answer_counts else 0)) * (per_head or 1)
         width_in += config.encoder_dim if config.use_request else 0
@@ -86,22 +92,32 @@ class UserEmbedder(nn.Module):
         self.out = nn.Linear(config.projector_hidden, config.user_tokens * width, bias=False)
         nn.init.normal_(self.out.weight, std=1e-2 / config.projector_hidden**0.5)
 
-    def forward(self, batch: HistoryBatch) -> Embedded:
+    def forward(self, batch: HistoryBatch, vocabulary: Tensor | None = None) -> Embedded:
         """Embed a batch.
 
+        Args:
+            batch: Requests and histories.
+            vocabulary: (V, H) the LLM's input embeddings, needed where the config quotes.
+
         Raises:
-            DataError: A vector is not finite.
+            DataError: A vector is not finite, or what quoting needs is missing.
         """
         check_finite(batch)
         b = batch.request.shape[0]
-        m, k = self.config.task_tokens, self.config.user_tokens
+        m, t, k = self.config.task_tokens, self.config.quotes, self.config.user_tokens
         directions = self.tokens.unsqueeze(0).expand(b, -1, -1)
         weights = bias = None
         if k:
             mask = self._drop_items(batch.mask)
             offset, pooled = self._user_offset(batch, mask)
-            weights = pooled.weights.mean(1)
-            directions = torch.cat([directions[:, :m], directions[:, m:] + offset.view(b, k, -1)], 1)
+            heads = pooled.weights
+            parts = [directions[:, :m], directions[:, m + t :] + offset.view(b, k, -1)]
+            if t:
+                quoted, quoting = self._quote(batch, mask, vocabulary)
+                parts.insert(1, quoted)
+                heads = torch.cat([heads, quoting.unsqueeze(1)], 1)
+            weights = heads.mean(1)
+            directions = torch.cat(parts, 1)
             bias = self._answer_bias(batch)
         soft = nn.functional.normalize(directions, dim=-1) * self.log_gain.exp().view(1, -1, 1)
         return Embedded(soft, bias, weights)
@@ -132,6 +148,31 @@ class UserEmbedder(nn.Module):
             return pooled.vector[:, 0], pooled
         pooled = self.aggregator(batch.request, batch.keys, batch.values, mask, null)
         return self._project(pooled.vector.flatten(1), batch.request), pooled
+
+    def _quote(self, batch: HistoryBatch, mask: Tensor, vocabulary: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Return quoted tokens (B, T, H) and the items' weights (B, n).
+
+        Position t is the weighted mean of the LLM's embeddings of the t-th token of the user's outputs: a sentence
+        vector says what a text is about, not how it is worded, and a frozen LLM reads its own words without training.
+        What no item near enough fills goes to learned tokens.
+        """
+        if batch.quotes is None or vocabulary is None:
+            raise DataError("this plug quotes: its batch needs `quotes`, and its forward the LLM's embeddings")
+        b, n, t = batch.quotes.shape
+        near = (batch.keys @ batch.request.unsqueeze(-1)).squeeze(-1) - self.quote_threshold
+        scores = (self.quote_log_temperature.exp() * near).masked_fill(~mask, float("-inf"))
+        weights = torch.cat([scores, scores.new_zeros(b, 1)], 1).softmax(-1)[:, :-1]
+        share = weights.unsqueeze(-1) * (batch.quotes >= 0)
+        mixed = nn.functional.embedding_bag(
+            batch.quotes.clamp(min=0).transpose(1, 2).reshape(b * t, n),
+            vocabulary,
+            per_sample_weights=share.transpose(1, 2).reshape(b * t, n).to(vocabulary.dtype),
+            mode="sum",
+        )
+        m = self.config.task_tokens
+        size = vocabulary[:1024].float().norm(dim=-1).mean()  # rows as they are stored: some LLMs scale them when read
+        rest = (1 - share.sum(1)).unsqueeze(-1) * self.tokens[m : m + t] * size
+        return mixed.float().view(b, t, -1) + rest, weights
 
     def _project(self, vector: Tensor, request: Tensor) -> Tensor:
         text, answers = value_dim(self.config)

@@ -53,13 +53,18 @@ class Event:
 
 @dataclass(frozen=True, slots=True)
 class Example:
-    """A request of a user with what they answered and the history that may be used for it."""
+    """A request of a user with what they answered and the history that may be used for it.
+
+    `prompt` is what the LLM reads where that is not the template filled with the input (retrieval puts items into it);
+    the request's vector is the input's all the same.
+    """
 
     user_id: str
     input: str
     output: str
     history: tuple[HistoryItem, ...] = ()
     id: str = ""
+    prompt: str | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -27,8 +27,10 @@ from persona_plug.splice_seq2seq import Seq2SeqSplicer
 if TYPE_CHECKING:
     from persona_plug.report import FitReport
 
+Requests = str | Sequence[str] | Sequence[Example]
 History = Sequence[HistoryItem | Mapping[str, Any] | str]
 
+QUOTE_LEAD = '\nA similar one: "'  # where the task tokens in front of quoted ones start
 STATE_BUDGET = 4 << 30  # bytes of frozen states kept across epochs
 
 
@@ -75,13 +77,15 @@ class PersonaPlug(nn.Module):
 
     def reset(self, config: PlugConfig) -> None:
         """Start over with an untrained embedder for `config`, drawn from the plug's seed."""
-        total = config.user_tokens + config.task_tokens
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(self.seed)
-            start = sample_embeddings(self.llm, total, self.seed)
-            self.embedder = UserEmbedder(config, embedding_norm(self.llm), start).to(self.llm.device).eval()
         self.config = config
         self.prompter = Prompter(self.tokenizer, config, bool(self.llm.config.is_encoder_decoder))
+        start = sample_embeddings(self.llm, config.soft_tokens, self.seed)
+        if config.quotes:
+            lead = self.prompter.ids(QUOTE_LEAD)[-config.task_tokens :] if config.task_tokens else []
+            start[config.task_tokens - len(lead) : config.task_tokens] = self.splicer.embed(lead).float().cpu()
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(self.seed)
+            self.embedder = UserEmbedder(config, embedding_norm(self.llm), start).to(self.llm.device).eval()
         self.splicer.begin_with(self.prompter.head)
 
     @classmethod
@@ -200,22 +204,31 @@ class PersonaPlug(nn.Module):
         self, history: HistoryBatch, parts: Sequence[PromptParts], trees: Sequence[AnswerTree]
     ) -> tuple[Tensor, Tensor, Tensor | None]:
         """Return log-likelihoods (B, C) of candidates, (B,) of the gold's end token, and the answers' bias (B, C)."""
-        embedded = self.embedder(history.to(self.llm.device))
+        embedded = self.embed(history)
         loglik, end = self.splicer.loglik(parts, embedded.soft, trees)
         return loglik, end, embedded.bias
+
+    def embed(self, history: HistoryBatch) -> Embedded:
+        """Return what the embedder says of a batch."""
+        vocabulary = self.llm.get_input_embeddings().weight if self.config.quotes else None
+        return self.embedder(history.to(self.llm.device), vocabulary)
+
+    def table(self, examples: Sequence[Example]) -> VectorTable:
+        """Return the vectors of all texts that the examples mention, encoded once."""
+        return VectorTable(self.encoder, examples, self.config, self.prompter.ids)
 
     # -- use -------------------------------------------------------------------------------------------------------
 
     @torch.no_grad()
     def soft_prompt(self, input: str, history: History | None = None) -> Tensor:
-        """Return the soft tokens of one request, a dense finite float32 tensor (m + k, H) on the CPU."""
+        """Return the soft tokens of one request, a dense finite float32 tensor (m + T + k, H) on the CPU."""
         examples = self._examples(input, history)
         return next(self._batches(examples, True, 1))[1].soft[0].float().cpu()
 
     @torch.no_grad()
     def score(
         self,
-        inputs: str | Sequence[str],
+        inputs: Requests,
         candidates: Sequence[str] | None = None,
         history: History | Sequence[History] | None = None,
         *,
@@ -231,7 +244,7 @@ class PersonaPlug(nn.Module):
         one candidate begins another, or where there is only one.
 
         Args:
-            inputs: One request or B of them.
+            inputs: One request or B of them, or B examples with their histories.
             candidates: Answers to score; default the plug's own answer space.
             history: One history, or one for each request.
             personal: False for the plain LLM, without soft tokens.
@@ -261,7 +274,7 @@ class PersonaPlug(nn.Module):
 
     def choose(
         self,
-        inputs: str | Sequence[str],
+        inputs: Requests,
         candidates: Sequence[str] | None = None,
         history: History | Sequence[History] | None = None,
     ) -> tuple[list[str], Tensor]:
@@ -273,7 +286,7 @@ class PersonaPlug(nn.Module):
     @torch.no_grad()
     def generate(
         self,
-        inputs: str | Sequence[str],
+        inputs: Requests,
         history: History | Sequence[History] | None = None,
         *,
         personal: bool = True,
@@ -284,7 +297,7 @@ class PersonaPlug(nn.Module):
         """Generate an answer to each request in its user's manner.
 
         Args:
-            inputs: One request or a list; a text gives a text, a list a list.
+            inputs: One request or a list of them, or of examples with their histories; a text gives a text.
             history: One history, or one for each request; a batch may mix users.
             personal: False for the plain LLM, without soft tokens.
             return_details: Return `Generation` objects: text, item weights, what was cut.
@@ -326,22 +339,24 @@ class PersonaPlug(nn.Module):
 
     def _batches(self, examples: Sequence[Example], personal: bool, size: int) -> Any:  # noqa: ANN401
         """Yield (examples, what the embedder says, prompt parts) in order."""
-        table = VectorTable(self.encoder, examples, self.config) if personal else None
+        table = self.table(examples) if personal else None
         for start in range(0, len(examples), size):
             batch = list(examples[start : start + size])
-            parts = [self.prompter.parts(e.input) for e in batch]
-            embedded = self.embedder(table.batch(batch).to(self.llm.device)) if table else self.plain(len(batch))
+            parts = [self.prompter.parts(e.input, e.prompt) for e in batch]
+            embedded = self.embed(table.batch(batch)) if table else self.plain(len(batch))
             yield batch, embedded, parts
 
     def plain(self, rows: int) -> Embedded:
         """Return no soft tokens at all for B rows: the plain LLM."""
         return Embedded(torch.zeros(rows, 0, self.config.llm_width, device=self.llm.device), None, None)
 
-    def _examples(self, inputs: str | Sequence[str], history: Any) -> list[Example]:  # noqa: ANN401
+    def _examples(self, inputs: Requests, history: Any) -> list[Example]:  # noqa: ANN401
         """Pair requests with histories; one history for a list of requests is every request's."""
-        requests = [inputs] if isinstance(inputs, str) else list(inputs)
+        requests: list[Any] = [inputs] if isinstance(inputs, str) else list(inputs)
         if not requests:
             raise DataError("no input given")
+        if history is None and all(isinstance(r, Example) for r in requests):
+            return requests
         if any(not isinstance(r, str) for r in requests):
             raise DataError("inputs must be texts")
         if isinstance(history, str | Mapping):

@@ -44,23 +44,27 @@ class Prompter:
                     "the chat template does not render the user's text exactly once; pass another tokenizer"
                 )
             before, after = text.split(_MARK)
-            self.before = self.ids(before)
+            self.before = self.ids(before, plain=False)
         else:
             probe = tokenizer("a")["input_ids"]
             self.before = (
                 [probe[0]] if tokenizer.bos_token_id is not None and probe[0] == tokenizer.bos_token_id else []
             )
-        self.after = [self.eos] if encoder_decoder else self.ids(after)
+        self.after = [self.eos] if encoder_decoder else self.ids(after, plain=False)
         # What all prompts begin with; the last token may merge with the request's first and is left out.
         self.head = tuple([*self.before, *self.ids(config.template.split("{input}")[0])][:-1])
 
-    def ids(self, text: str) -> list[int]:
-        """Tokenise without special tokens."""
-        return list(self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+    def ids(self, text: str, plain: bool = True) -> list[int]:
+        """Tokenise without adding special tokens; in plain text those that people write out are mere characters.
 
-    def parts(self, request: str) -> PromptParts:
-        """Render one request."""
-        body, cut = self._body(request)
+        Else a request that holds the end-of-turn mark would end the user's turn.
+        """
+        options = {"add_special_tokens": False, "split_special_tokens": plain, "verbose": False}
+        return list(self.tokenizer(text, **options)["input_ids"])
+
+    def parts(self, request: str, prompt: str | None = None) -> PromptParts:
+        """Render one request; a `prompt` is taken as it is in place of the filled template."""
+        body, cut = self._body(request, self.config.template) if prompt is None else self._body(prompt, "{input}")
         if self.config.placement == "suffix":
             if self.encoder_decoder:
                 return PromptParts((*self.before, *body, *self.after), (), cut)
@@ -73,19 +77,21 @@ class Prompter:
         """Tokenise an answer, cut to leave room for the end token."""
         return tuple(self.ids(text)[: self.config.max_answer_tokens - 1])
 
-    def _body(self, request: str) -> tuple[list[int], int]:
+    def _body(self, request: str, template: str) -> tuple[list[int], int]:
         """Fill the template; only the request is cut, from its end, so that the instruction stays whole."""
         limit = self.config.max_input_tokens
-        body = self.ids(self.config.template.replace("{input}", request))
+        body = self.ids(template.replace("{input}", request))
         over = len(body) - limit
         if over <= 0:
             return body, 0
-        encoded = self.tokenizer(request, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+        encoded = self.tokenizer(
+            request, add_special_tokens=False, split_special_tokens=True, return_offsets_mapping=True, verbose=False
+        )
         offsets = encoded["offset_mapping"]
         keep = max(0, len(offsets) - over)
         while True:
             kept = request[: offsets[keep - 1][1]] if keep else ""
-            body = self.ids(self.config.template.replace("{input}", kept))
+            body = self.ids(template.replace("{input}", kept))
             if len(body) <= limit:
                 return body, len(offsets) - len(self.ids(kept))  # a character may be several tokens
             if keep == 0:

@@ -205,7 +205,7 @@ def run_methods(
         result["none"] = evaluate(plug, held, generated, personal=False)
     if "task_prompt" in methods:
         # As many soft tokens as the plug has, none of which knows the user; same data, steps and early stopping.
-        tokens = plug.config.task_tokens + plug.config.user_tokens
+        tokens = plug.config.soft_tokens
         twin = type(plug)(
             plug.config.replace(user_tokens=0, task_tokens=tokens), plug.llm, plug.tokenizer, plug.encoder, config.seed
         )
@@ -374,7 +374,7 @@ def _some(total: int, limit: int) -> list[int]:
 
 def _truncation_notes(plug: PersonaPlug, data: FitData) -> list[str]:
     notes = []
-    cut = sum(plug.prompter.parts(e.input).cut > 0 for e in data.held_out)
+    cut = sum(plug.prompter.parts(e.input, e.prompt).cut > 0 for e in data.held_out)
     if cut:
         notes.append(
             f"{cut} of {len(data.held_out)} held-out requests were cut to {plug.config.max_input_tokens} tokens"

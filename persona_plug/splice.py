@@ -17,6 +17,8 @@ from torch import Tensor
 
 from persona_plug.prompts import AnswerTree, PromptParts
 
+Soft = Tensor | Sequence[Tensor]  # (B, S, H), or one (S_b, H) a row
+
 MIN_SHARED = 8  # a shorter head is not worth a pass of its own
 
 
@@ -56,6 +58,9 @@ class Splicer:
         self.llm, self.cache, self.batch_size = llm, cache, batch_size
         self.groups: dict[tuple[int, ...], tuple[tuple[int, ...], ...]] = {}
 
+    frozen = True
+    """False while adapters inside the LLM are trained: then nothing is reused, and everything runs with a graph."""
+
     head: tuple[int, ...] = ()
     """Tokens that prompts begin with (chat header, instruction); they run once, and their states are kept once."""
 
@@ -71,6 +76,8 @@ class Splicer:
 
         An interrupted training then goes on bit by bit. If not all states fit the budget, each prompt runs alone.
         """
+        if not self.frozen:
+            return
         ordered = sorted(set(lefts), key=lambda left: (len(left), left))
         size = self.batch_size
         if ordered and ordered[-1]:
@@ -88,17 +95,17 @@ class Splicer:
         """Return how many tokens of `left` are the head's (none for an encoder: each of its states sees all tokens)."""
         return 0
 
-    def loglik(self, parts: Sequence[PromptParts], soft: Tensor, trees: Sequence[AnswerTree]) -> tuple[Tensor, Tensor]:
+    def loglik(self, parts: Sequence[PromptParts], soft: Soft, trees: Sequence[AnswerTree]) -> tuple[Tensor, Tensor]:
         """Return log-likelihoods (B, C) of each row's candidates (-inf where a row has fewer) and (B,) of gold ends.
 
         Args:
             parts: Prompts.
-            soft: (B, S, H), differentiable; S may be 0 for the plain LLM.
+            soft: (B, S, H), or B tensors (S_b, H) of different lengths; differentiable; S may be 0 for the plain LLM.
             trees: Candidates of each row.
         """
         raise NotImplementedError
 
-    def generation_inputs(self, parts: Sequence[PromptParts], soft: Tensor) -> dict[str, Any]:
+    def generation_inputs(self, parts: Sequence[PromptParts], soft: Soft) -> dict[str, Any]:
         """Return what the LLM's own `generate` takes."""
         raise NotImplementedError
 
@@ -194,9 +201,9 @@ class CausalSplicer(Splicer):
         stacked = torch.stack(pairs, 1)  # (B, layers, 2, heads, length, head_dim)
         return [stacked[i, :, :, :, : len(row)].clone() for i, row in enumerate(rows)]
 
-    def loglik(self, parts: Sequence[PromptParts], soft: Tensor, trees: Sequence[AnswerTree]) -> tuple[Tensor, Tensor]:
+    def loglik(self, parts: Sequence[PromptParts], soft: Soft, trees: Sequence[AnswerTree]) -> tuple[Tensor, Tensor]:
         """See `Splicer.loglik`; all candidates of a row share one pass."""
-        states = self.states([p.left for p in parts])
+        states = self.states([p.left for p in parts]) if self.frozen else []
         embeds, mask, positions, cache, keep = self._layout(parts, soft, trees, states)
         out = self.llm(
             inputs_embeds=embeds,
@@ -209,38 +216,40 @@ class CausalSplicer(Splicer):
         return gather_paths(out.logits[:, -keep:], trees)
 
     def _layout(
-        self, parts: Sequence[PromptParts], soft: Tensor, trees: Sequence[AnswerTree], states: Sequence[Tensor]
+        self, parts: Sequence[PromptParts], soft: Soft, trees: Sequence[AnswerTree], states: Sequence[Tensor]
     ) -> tuple[Tensor, Tensor, Tensor, Any, int]:
         """Lay rows out as [pad left | pad soft right | nodes pad], so that each row's nodes begin at one column.
+
+        Where the LLM is not frozen, `left` stands in front of the soft tokens in the second part.
 
         Returns embeddings of the tail (B, T, H), a boolean mask (B, T, past + T), positions (B, past + T), the cache,
         and how many columns at the end predict answers.
         """
-        device, s = soft.device, soft.shape[1]
-        past = max(len(p.left) for p in parts)
-        body = s + max(len(p.right) for p in parts)
+        device, dtype, width = soft[0].device, soft[0].dtype, soft[0].shape[-1]
+        leads = [() if self.frozen else p.left for p in parts]
+        sizes = [len(lead) + len(s) + len(p.right) for lead, s, p in zip(leads, soft, parts, strict=True)]
+        past, body = max(len(p.left) for p in parts) if self.frozen else 0, max(sizes)
         nodes = max(len(t.tokens) for t in trees)
         total = body + nodes
         columns = torch.zeros(len(parts), past + total, dtype=torch.bool)
         positions = torch.zeros(len(parts), past + total, dtype=torch.long)
         allowed = torch.ones(total, past + total, dtype=torch.bool).tril(past).repeat(len(parts), 1, 1)
         rows = []
-        width = soft.shape[-1]
         for b, (part, tree) in enumerate(zip(parts, trees, strict=True)):
-            left, right, n = len(part.left), len(part.right), len(tree.tokens)
-            start = past + body - s - right
+            left, size, n = len(part.left) if self.frozen else 0, sizes[b], len(tree.tokens)
+            start = past + body - size
             columns[b, past - left : past] = True
             columns[b, start : past + body + n] = True
             positions[b, past - left : past] = torch.arange(left)
-            positions[b, start : past + body] = torch.arange(left, left + s + right)
+            positions[b, start : past + body] = torch.arange(left, left + size)
             depth, sight = _tree_sight(tree)
-            positions[b, past + body : past + body + n] = left + s + right + depth
+            positions[b, past + body : past + body + n] = left + size + depth
             allowed[b, body : body + n, past + body : past + body + n] = sight
-            pieces = [torch.zeros(body - s - right, width, device=device, dtype=soft.dtype), soft[b]]
-            pieces.append(self.embed((*part.right, *tree.tokens)).to(soft.dtype))
-            pieces.append(torch.zeros(nodes - n, width, device=device, dtype=soft.dtype))
+            pieces = [torch.zeros(body - size, width, device=device, dtype=dtype), self.embed(leads[b]).to(dtype)]
+            pieces += [soft[b], self.embed((*part.right, *tree.tokens)).to(dtype)]
+            pieces.append(torch.zeros(nodes - n, width, device=device, dtype=dtype))
             rows.append(torch.cat(pieces))
-        embeds = torch.stack(rows).to(next(self.llm.parameters()).dtype if not _quantised(self.llm) else soft.dtype)
+        embeds = torch.stack(rows).to(next(self.llm.parameters()).dtype if not _quantised(self.llm) else dtype)
         mask = (allowed & columns.unsqueeze(1)).to(device)
         return embeds, mask, positions.to(device), self._stacked_cache(parts, states, past, embeds.dtype), nodes + 1
 
@@ -274,16 +283,16 @@ class CausalSplicer(Splicer):
         near = queries.unsqueeze(2) - positions.unsqueeze(1) < config.sliding_window
         return {"full_attention": full, "sliding_attention": _additive(allowed & near, dtype)}
 
-    def generation_inputs(self, parts: Sequence[PromptParts], soft: Tensor) -> dict[str, Any]:
+    def generation_inputs(self, parts: Sequence[PromptParts], soft: Soft) -> dict[str, Any]:
         """Return left-padded `inputs_embeds` and `attention_mask` for the LLM's own generate."""
         rows = [
-            torch.cat([self.embed(p.left).to(soft.dtype), s, self.embed(p.right).to(soft.dtype)])
+            torch.cat([self.embed(p.left).to(s.dtype), s, self.embed(p.right).to(s.dtype)])
             for p, s in zip(parts, soft, strict=True)
         ]
         width = max(len(r) for r in rows)
         dtype = self.llm.get_input_embeddings().weight.dtype
-        embeds = torch.zeros(len(rows), width, soft.shape[-1], dtype=dtype, device=soft.device)
-        mask = torch.zeros(len(rows), width, dtype=torch.long, device=soft.device)
+        embeds = torch.zeros(len(rows), width, rows[0].shape[-1], dtype=dtype, device=rows[0].device)
+        mask = torch.zeros(len(rows), width, dtype=torch.long, device=rows[0].device)
         for i, row in enumerate(rows):
             embeds[i, width - len(row) :] = row
             mask[i, width - len(row) :] = 1

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from persona_plug.prompts import AnswerTree, PromptParts
-from persona_plug.splice import Splicer
+from persona_plug.splice import Soft, Splicer
 
 
 class Seq2SeqSplicer(Splicer):
@@ -17,31 +17,35 @@ class Seq2SeqSplicer(Splicer):
 
     @torch.no_grad()
     def _compute_states(self, lefts: Sequence[tuple[int, ...]]) -> list[Tensor]:
+        return self._encode(lefts)
+
+    def _encode(self, lefts: Sequence[tuple[int, ...]]) -> list[Tensor]:
         """Return encoder states (length, H) for each left; for prefix placement there is nothing to compute."""
         if not lefts[0]:
-            return [torch.zeros(0), *(self._compute_states(lefts[1:]) if len(lefts) > 1 else [])]
+            return [torch.zeros(0), *(self._encode(lefts[1:]) if len(lefts) > 1 else [])]
         ids, mask = self._padded_ids(lefts)
         hidden = self.llm.get_encoder()(input_ids=ids, attention_mask=mask).last_hidden_state
         return [hidden[i, : len(left)].clone() for i, left in enumerate(lefts)]
 
-    def _encoded(self, parts: Sequence[PromptParts], soft: Tensor) -> tuple[Tensor, Tensor]:
+    def _encoded(self, parts: Sequence[PromptParts], soft: Soft) -> tuple[Tensor, Tensor]:
         """Return encoder states (B, L, H) with the soft tokens in place, and their mask (B, L)."""
-        states = self.states([p.left for p in parts])
+        lefts = [p.left for p in parts]
+        states = self.states(lefts) if self.frozen else self._encode(lefts)
         dtype = self.llm.get_input_embeddings().weight.dtype
         if any(p.right for p in parts):
-            rows = [torch.cat([s, self.embed(p.right).to(soft.dtype)]) for p, s in zip(parts, soft, strict=True)]
+            rows = [torch.cat([s, self.embed(p.right).to(s.dtype)]) for p, s in zip(parts, soft, strict=True)]
             embeds, mask = _right_padded(rows)
             out = self.llm.get_encoder()(inputs_embeds=embeds.to(dtype), attention_mask=mask)
             return out.last_hidden_state, mask
-        rows = [torch.cat([state.to(soft.dtype), s]) for state, s in zip(states, soft, strict=True)]
+        rows = [torch.cat([state.to(s.dtype), s]) for state, s in zip(states, soft, strict=True)]
         embeds, mask = _right_padded(rows)
         return embeds.to(dtype), mask
 
-    def loglik(self, parts: Sequence[PromptParts], soft: Tensor, trees: Sequence[AnswerTree]) -> tuple[Tensor, Tensor]:
+    def loglik(self, parts: Sequence[PromptParts], soft: Soft, trees: Sequence[AnswerTree]) -> tuple[Tensor, Tensor]:
         """See `Splicer.loglik`; each candidate is a decoder row, since relative position biases know no tree."""
         encoded, mask = self._encoded(parts, soft)
         chains = [_chains(tree) for tree in trees]
-        owner = torch.tensor([b for b, c in enumerate(chains) for _ in c], device=soft.device)
+        owner = torch.tensor([b for b, c in enumerate(chains) for _ in c], device=encoded.device)
         start = self.llm.config.decoder_start_token_id
         targets = [c for row in chains for c in row]
         ids, _ = self._padded_ids([[start, *c[:-1]] for c in targets])
@@ -50,23 +54,23 @@ class Seq2SeqSplicer(Splicer):
         )
         labels, valid = self._padded_ids(targets)
         logp = out.logits.float().log_softmax(-1).gather(-1, labels.unsqueeze(-1)).squeeze(-1) * valid
-        total = torch.full((len(trees), max(len(t.paths) for t in trees)), float("-inf"), device=soft.device)
-        end = torch.zeros(len(trees), device=soft.device)
+        total = torch.full((len(trees), max(len(t.paths) for t in trees)), float("-inf"), device=encoded.device)
+        end = torch.zeros(len(trees), device=encoded.device)
         at = 0
         for b, tree in enumerate(trees):
             lengths = [len(path) for path in tree.paths]
             sums = [logp[at + i, :n].sum() for i, n in enumerate(lengths)]
             total = total.index_put(
-                (torch.full((len(sums),), b, device=soft.device), torch.arange(len(sums), device=soft.device)),
+                (torch.full((len(sums),), b, device=encoded.device), torch.arange(len(sums), device=encoded.device)),
                 torch.stack(sums),
             )
             for i, n in enumerate(lengths):
                 if len(chains[b][i]) > n:
-                    end = end.index_put((torch.tensor(b, device=soft.device),), logp[at + i, n])
+                    end = end.index_put((torch.tensor(b, device=encoded.device),), logp[at + i, n])
             at += len(sums)
         return total, end
 
-    def generation_inputs(self, parts: Sequence[PromptParts], soft: Tensor) -> dict[str, Any]:
+    def generation_inputs(self, parts: Sequence[PromptParts], soft: Soft) -> dict[str, Any]:
         """Return `encoder_outputs` and `attention_mask` for the LLM's own generate."""
         from transformers.modeling_outputs import BaseModelOutput
 

@@ -14,7 +14,6 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 from transformers import EarlyStoppingCallback, PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
-from persona_plug.batch import VectorTable
 from persona_plug.errors import ConfigError, DataError
 from persona_plug.history import Example
 from persona_plug.model import PersonaPlug
@@ -96,10 +95,10 @@ class PlugDataset(Dataset[int]):
         if not examples:
             raise DataError("there are no samples to train on")
         self.examples = list(examples)
-        self.table = VectorTable(plug.encoder, examples, plug.config)
+        self.table = plug.table(examples)
         self.offsets: Tensor | None = None  # (N, C) what the answer head says in training
         prompter, answers = plug.prompter, plug.config.answers
-        self.parts = [prompter.parts(e.input) for e in self.examples]
+        self.parts = [prompter.parts(e.input, e.prompt) for e in self.examples]
         self.cut = sum(p.cut > 0 for p in self.parts)
         if answers:
             ids = [tuple(prompter.ids(a)) for a in answers]

@@ -188,7 +188,7 @@ def test_rows_may_have_candidates_of_their_own(plug, people):
     """Training draws candidates row by row: trees of many sizes in one batch."""
     wanted = [("1", "10", "2"), ("yes", "no"), ("a long answer",), ("a", "b"), ("",), ("ab", "abc", "x", "y")]
     examples = plug._examples(people.requests, people.histories)
-    batch = VectorTable(plug.encoder, examples, plug.config).batch(examples)
+    batch = plug.table(examples).batch(examples)
     trees = [AnswerTree.build([plug.prompter.answer(c) for c in row], plug.prompter.eos) for row in wanted]
     with torch.no_grad():
         loglik, end, _ = plug(batch, [plug.prompter.parts(r) for r in people.requests], trees)
@@ -205,7 +205,7 @@ def test_the_gold_end_token_is_scored_apart(plug, people):
     ids = [plug.prompter.answer(c) for c in candidates]
     tree = AnswerTree.build(ids, plug.prompter.eos, gold=1)
     examples = plug._examples(request, history)
-    batch = VectorTable(plug.encoder, examples, plug.config).batch(examples)
+    batch = plug.table(examples).batch(examples)
     with torch.no_grad():
         loglik, end, _ = plug(batch, [plug.prompter.parts(request)], [tree])
         logp = next_token_logits(plug, prompt(plug, request, history, True), ids[1]).log_softmax(-1)
@@ -371,8 +371,8 @@ def test_details_tell_weights_and_what_was_cut(make_plug, llm, placement, people
         assert min(weights) >= 0
         assert {item for item, _ in detail.weights} == set(history[-3:])
     frame = len(plug.prompter.parts("").left) + len(plug.prompter.parts("").right)
-    assert short.prompt_tokens == frame + len("short") + 8
-    assert long.prompt_tokens == frame + 20 + 8
+    assert short.prompt_tokens == frame + len("short") + plug.config.soft_tokens
+    assert long.prompt_tokens == frame + 20 + plug.config.soft_tokens
     plain = plug.generate("short", people.ann, personal=False, return_details=True)
     assert (plain.weights, plain.prompt_tokens) == ([], frame + len("short"))
 
@@ -384,7 +384,7 @@ def test_weights_belong_to_their_items(make_plug, people):
     for detail, request, history in zip(details, people.requests, people.histories, strict=True):
         examples = plug._examples(request, history)
         with torch.no_grad():
-            weights = plug.embedder(VectorTable(plug.encoder, examples, plug.config).batch(examples)).weights[0]
+            weights = plug.embed(plug.table(examples).batch(examples)).weights[0]
         expected = dict(zip(history, weights.tolist(), strict=False))
         assert dict(detail.weights) == pytest.approx(expected, abs=1e-5)
 
@@ -411,7 +411,7 @@ def test_only_the_latest_items_count(make_plug, people):
 def test_soft_prompt_is_a_plain_tensor(plug, people):
     for history in (None, [], people.one, people.many):
         soft = plug.soft_prompt("a request", history)
-        assert soft.shape == (plug.config.task_tokens + plug.config.user_tokens, plug.config.llm_width)
+        assert soft.shape == (plug.config.soft_tokens, plug.config.llm_width)
         assert soft.dtype == torch.float32
         assert soft.layout == torch.strided
         assert soft.device.type == "cpu"
@@ -479,7 +479,7 @@ def test_the_seed_draws_the_untrained_plug(make_plug):
 def loss_of(plug, people):
     """A loss as in training: candidates with a gold answer, its end token and the prior."""
     examples = plug._examples(people.requests, people.histories)
-    batch = VectorTable(plug.encoder, examples, plug.config).batch(examples)
+    batch = plug.table(examples).batch(examples)
     parts = [plug.prompter.parts(r) for r in people.requests]
     ids = [plug.prompter.answer(a) for a in plug.config.answers]
     loglik, end, bias = plug(batch, parts, [AnswerTree.build(ids, plug.prompter.eos, gold=0)] * len(examples))
@@ -532,7 +532,7 @@ def test_suffix_gradients_equal_those_of_one_plain_forward(make_plug, people):
     grads = {n: p.grad.clone() for n, p in plug.embedder.named_parameters()}
     plug.zero_grad()
     examples = plug._examples(people.requests, people.histories)
-    soft = plug.embedder(VectorTable(plug.encoder, examples, plug.config).batch(examples)).soft
+    soft = plug.embed(plug.table(examples).batch(examples)).soft
     table, losses = plug.llm.get_input_embeddings(), []
     ids = [plug.prompter.answer(a) for a in plug.config.answers]
     for row, request in enumerate(people.requests):

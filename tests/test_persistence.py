@@ -457,7 +457,7 @@ def test_quantised_llms_keep_their_bits_and_pass_gradients_on(plug, people, tmp_
     digest = full_digest(llm)
     quantised.score(people.requests, history=people.histories)
     examples = plug._examples(people.requests, people.histories)
-    batch = VectorTable(plug.encoder, examples, plug.config).batch(examples)
+    batch = plug.table(examples).batch(examples)
     parts = [plug.prompter.parts(r) for r in people.requests]
     tree = AnswerTree.build([plug.prompter.answer(a) for a in ANSWERS], plug.prompter.eos)
     grads = []

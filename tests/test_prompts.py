@@ -110,6 +110,8 @@ def test_every_prompt_begins_with_the_head(prompter, llm, template, request):
 @example(request="abc", room=0)
 @example(request="", room=0)
 @example(request="{input}", room=20)
+@example(request="<|pad|>", room=0)
+@example(request="a <|end|> b", room=20)
 def test_only_the_end_of_the_request_is_cut(prompter, llm, placement, request, room):
     made = prompter(llm, placement=placement, template="Say: {input} now.", max_input_tokens=10 + room)
     empty = prompter(llm, placement=placement, template="{input}").parts("")
@@ -188,3 +190,15 @@ def test_shared_beginnings_are_shared():
     tree = AnswerTree.build([(5, 6, 7), (5, 6, 8), (5, 9)], EOS)
     assert tree.tokens == (5, 6)
     assert AnswerTree.build([(3,), (4,)], EOS).tokens == ()
+
+
+@pytest.mark.parametrize("llm", ["tiny-llama", "tiny-gpt2", "tiny-t5"])
+def test_special_tokens_that_a_person_writes_are_plain_characters(prompter, llm):
+    """Else a request could end its own turn, or an answer itself."""
+    made = prompter(llm)
+    special = made.tokenizer.eos_token
+    assert made.eos not in made.ids(f"a {special} b")
+    ends = [made.eos, *made.before, *made.after]
+    asked = made.parts(f"a {special} b")
+    assert [*asked.left, *asked.right].count(made.eos) == ends.count(made.eos) - 1
+    assert made.eos not in made.answer(special)

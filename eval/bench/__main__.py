@@ -57,9 +57,7 @@ def steps(settings: dict[str, Any]) -> dict[str, Any]:
 
     def stepper(place: str, keep: bool) -> Any:  # noqa: ANN401
         plug = plugs[place].train()
-        from persona_plug.batch import VectorTable
-
-        batch = VectorTable(plug.encoder, examples, plug.config).batch(examples)
+        batch = plug.table(examples).batch(examples)
         before, after = tuple(plug.prompter.before), tuple(plug.prompter.after)
         parts = [
             PromptParts((*before, *body), after) if place == "suffix" else PromptParts(before, (*body, *after))
@@ -78,7 +76,7 @@ def steps(settings: dict[str, Any]) -> dict[str, Any]:
 
     llm = plugs["prefix"].llm
     before, after = plugs["prefix"].prompter.before, plugs["prefix"].prompter.after
-    soft = plugs["prefix"].config.task_tokens + plugs["prefix"].config.user_tokens
+    soft = plugs["prefix"].config.soft_tokens
     length = len(before) + soft + settings["input_tokens"] + len(after) + settings["answer_tokens"] - 1
     embeds = torch.randn(settings["batch"], length, plugs["prefix"].config.llm_width)
 
