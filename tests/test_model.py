@@ -5,7 +5,6 @@ from threading import Thread
 import pytest
 import torch
 
-from persona_plug.batch import VectorTable
 from persona_plug.errors import ConfigError, DataError
 from persona_plug.fingerprint import full_digest
 from persona_plug.history import HistoryItem

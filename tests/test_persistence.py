@@ -16,7 +16,6 @@ from safetensors import safe_open
 from safetensors.torch import load, load_file
 
 from persona_plug import persistence, zoo
-from persona_plug.batch import VectorTable
 from persona_plug.encoder import HistoryEncoder
 from persona_plug.errors import ConfigError, CorruptFileError, MismatchError, PersonaPlugError
 from persona_plug.fingerprint import full_digest, same_llm
