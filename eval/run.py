@@ -1,8 +1,8 @@
 """`python -m eval.run CONFIG [key=value ...]`: fit on train, compare on dev or test, with intervals over users.
 
-Reads a LaMP-shaped folder, fits the plug and the task prompt for every seed, and writes `results.json`, `report.md` and
+Reads a LaMP-shaped folder and runs every method for every seed. Writes `results.json`, `report.md`, `report.html` and
 `predictions/METHOD.json` (LaMP's own shape). A value is the mean over seeds; intervals are bootstraps over users of the
-per-question values averaged over seeds, and differences are paired.
+per-question values averaged over seeds, and differences are paired. A run that was stopped goes on where it was.
 """
 
 from __future__ import annotations
@@ -15,19 +15,26 @@ import os
 import platform
 import subprocess
 import sys
-import time
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import yaml
 
 from eval.config import load
+from eval.lamp.metrics import CORPUS as SET_METRICS
+from eval.lamp.metrics import compute, question_values
+from eval.methods import PRIOR, method
+from eval.metrics import expected_calibration_error
+from eval.report import html, markdown
+from eval.session import Outcome, Session, expected_texts, ordered
+from eval.significance import contrasts, direction, usual_pairs
+from eval.tasks import Task, load_task
+from persona_plug.baselines import is_rating
 from persona_plug.errors import ConfigError, PersonaPlugError
+from persona_plug.history import Example
 from persona_plug.lamp import leave_one_out_profiles, read_lamp
 from persona_plug.persistence import write_atomically
-from persona_plug.report import METRICS, Answers, contrasts, run_methods
 from persona_plug.stats import user_bootstrap
 from persona_plug.training_data import FitData
 
@@ -39,6 +46,7 @@ DEFAULTS: dict[str, Any] = {
     "split": "dev",
     "methods": ["none", "task_prompt", "plug", "plug_shuffled", "plug_empty", "user_prior"],
     "seeds": [0],
+    "adapter_seeds": None,
     "out": "runs/compare",
     "llm": "smollm2-135m",
     "encoder": "minilm-l6",
@@ -46,11 +54,12 @@ DEFAULTS: dict[str, Any] = {
     "fit": {},
     "valid": 0.15,
     "profile_targets": None,
+    "questions": None,
     "generated": 200,
     "threads": None,
     "state_gigabytes": 4,
 }
-TASKS = Path(__file__).parent.parent / "configs" / "tasks"
+SET_DRAWS = 200  # of a metric that is computed anew for each draw of users
 
 
 def main(arguments: Sequence[str]) -> None:
@@ -58,25 +67,32 @@ def main(arguments: Sequence[str]) -> None:
     settings = load(arguments, DEFAULTS)
     if not settings["data"]:
         raise ConfigError("data=DIR is missing: a folder with train_questions.json, train_outputs.json and the split's")
+    for name in settings["methods"]:
+        if name != PRIOR:
+            method(name)
     if settings["threads"]:
         import torch
 
         torch.set_num_threads(int(settings["threads"]))
     out = Path(settings["out"])
     out.mkdir(parents=True, exist_ok=True)
-    results = compare(settings, out)
+    results, details = compare(settings, out)
+    command = " ".join(["python -m eval.run", *arguments])
     write_atomically(out / "results.json", (json.dumps(results, indent=2) + "\n").encode())
-    report = markdown(results, " ".join(["python -m eval.run", *arguments]))
+    report = markdown(results, command)
     write_atomically(out / "report.md", report.encode())
+    write_atomically(out / "report.html", html(results, command, details).encode())
     sys.stdout.write(report)
 
 
-def load_data(settings: dict[str, Any]) -> FitData:
+def load_data(settings: Mapping[str, Any], task: Task) -> FitData:
     """Read train (its questions, and leave-one-out samples of its profiles) and the split to report on."""
     folder, split = Path(settings["data"]), settings["split"]
-    task = _task(settings)
-    train = read_lamp(folder / "train_questions.json", folder / "train_outputs.json")
-    held = read_lamp(folder / f"{split}_questions.json", folder / f"{split}_outputs.json", train.template)
+    fields = task.fields if task.fields != ("input", "output") else None
+    train = read_lamp(folder / "train_questions.json", folder / "train_outputs.json", fields=fields)
+    held = read_lamp(
+        folder / f"{split}_questions.json", folder / f"{split}_outputs.json", train.template, fields=fields
+    )
     samples = leave_one_out_profiles(train.examples)
     limit = settings["profile_targets"]
     if limit is not None and limit < len(samples):
@@ -88,139 +104,214 @@ def load_data(settings: dict[str, Any]) -> FitData:
     count = max(1, round(settings["valid"] * len(users)))
     valid = {str(u) for u in np.random.default_rng(0).choice(users, count, replace=False)}
     everything = [*train.examples, *samples]
-    answers = tuple(str(a) for a in task["answers"]) if task.get("answers") else None
-    if answers:
-        everything = [e for e in everything if e.output.strip() in answers]
+    if task.answers:
+        everything = [e for e in everything if e.output.strip() in task.answers]
     return FitData(
         [e for e in everything if e.user_id not in valid],
         [e for e in everything if e.user_id in valid],
-        held.examples,
+        sample_questions(held.examples, settings["questions"]),
         train.template,
-        answers,
+        task.answers,
     )
 
 
-def compare(settings: dict[str, Any], out: Path) -> dict[str, Any]:
-    """Fit and evaluate every method for every seed; a finished seed is read back from `out`, not computed again."""
-    from persona_plug import model
-    from persona_plug.fit import FitConfig, train
+def sample_questions(examples: Sequence[Example], limit: int | None) -> list[Example]:
+    """Return a fixed sample of about `limit` questions that keeps every user, in their order."""
+    if limit is None or limit >= len(examples):
+        return list(examples)
+    rng = np.random.default_rng(0)
+    order = rng.permutation(len(examples))
+    first: dict[str, int] = {}
+    for i in order:
+        first.setdefault(examples[i].user_id, int(i))
+    chosen = set(first.values())
+    for i in order:
+        if len(chosen) >= limit:
+            break
+        chosen.add(int(i))
+    return [examples[i] for i in sorted(chosen)]
 
+
+def compare(settings: dict[str, Any], out: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Run every method for every seed; what is finished is read back from `out`, not computed again."""
+    from persona_plug import model
+
+    git = _git()  # before, not after: sources may change while it runs
     model.STATE_BUDGET = int(settings["state_gigabytes"] * 2**30)
-    data = load_data(settings)
-    plug = model.PersonaPlug.build(settings["llm"], settings["encoder"], **settings["plug"])
-    runs: list[dict[str, Answers]] = []
-    timings = []
-    for seed in settings["seeds"]:
-        file = out / f"seed-{seed}.npz"
-        if not file.exists():
-            config = FitConfig.of({**settings["fit"], "seed": seed})
-            plug.seed = seed
-            plug.reset(plug.config.replace(template=data.template, answers=data.answers))
-            start = time.perf_counter()
-            log = train(plug, data, config, out / f"seed-{seed}" / "plug", resume=True)
-            seconds = time.perf_counter() - start
-            plug.save_pretrained(out / f"seed-{seed}" / "plug")
-            wanted = [m for m in settings["methods"] if m not in ("plug", "user_prior")]
-            found = run_methods(plug, data, config, out / f"seed-{seed}", True, wanted, settings["generated"])
-            _save_answers(file, found, {"fit_seconds": seconds, "steps": max(r.get("step", 0) for r in log)})
-        answers, facts = _load_answers(file)
-        runs.append(answers)
-        timings.append(facts)
+    task = load_task(settings["task"] or Path(settings["data"]).name)
+    data = load_data(settings, task)
+    lengths = {"max_answer_tokens": task.max_answer_tokens, "max_input_tokens": task.max_input_tokens}
+    plugged = {**lengths, **settings["plug"]}
+    base = model.PersonaPlug.build(settings["llm"], settings["encoder"], **plugged)
+    base.reset(base.config.replace(template=data.template, answers=data.answers))
+    session = Session(task, data, base, {**settings, "plug": plugged}, out)
+    found: dict[str, list[Outcome]] = {}
+    for name in ordered(settings["methods"]):
+        adapted = name != PRIOR and "lora" in str(method(name).recipe)
+        for seed in (settings["adapter_seeds"] or settings["seeds"]) if adapted else settings["seeds"]:
+            for row, outcome in session.outcomes(name, seed).items():
+                found.setdefault(row, []).append(outcome)
+    listed = [n for n in settings["methods"] if n in found] + [n for n in found if n not in settings["methods"]]
+    found = {name: found[name] for name in listed}
     users = [e.user_id for e in data.held_out]
-    merged = {
-        name: Answers({m: np.mean([r[name].values[m] for r in runs], axis=0) for m in runs[0][name].values})
-        for name in runs[0]
-    }
-    return {
-        "task": settings["task"] or Path(settings["data"]).name,
+    texts = expected_texts(data.held_out, data.answers, settings["generated"])
+    for outcomes in found.values():
+        for outcome in outcomes:
+            _complete(outcome, task, data, texts)
+    merged = {name: _mean_values([o.answers.values for o in outcomes]) for name, outcomes in found.items()}
+    for name, outcomes in found.items():
+        _write_predictions(out / "predictions", name, outcomes[0], task, data, texts)
+    results = {
+        "task": task.name,
+        "task_version": task.version,
         "split": settings["split"],
         "n": len(users),
         "n_users": len(set(users)),
-        "llm": f"{settings['llm']} {plug.config.llm_fingerprint}",
-        "encoder": f"{settings['encoder']} {plug.config.encoder_fingerprint}",
+        "llm": f"{settings['llm']} {base.config.llm_fingerprint}",
+        "encoder": f"{settings['encoder']} {base.config.encoder_fingerprint}",
         "seeds": list(settings["seeds"]),
-        "git": _git(),
+        "git": git,
         "versions": _versions(),
         "settings": settings,
         "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
         "machine": f"{platform.machine()}, {os.cpu_count()} cores, {platform.python_implementation()}",
-        "methods": {name: _row(name, merged[name], runs, users) for name in merged},
-        "fits": timings,
-        "contrasts": contrasts(merged, users),
+        "notes": session.notes,
+        "methods": {name: _row(merged[name], outcomes, task, data, texts, users) for name, outcomes in found.items()},
+        "contrasts": contrasts(merged, users, _pairs(merged)),
+    }
+    return results, _details(merged, found, data, users, texts)
+
+
+def _pairs(names: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """Return the usual pairs, and the plug against every other method."""
+    pairs = usual_pairs(names)
+    if "plug" in names:
+        pairs += [("plug", n) for n in names if n != "plug" and ("plug", n) not in pairs and (n, "plug") not in pairs]
+    return pairs
+
+
+def _complete(outcome: Outcome, task: Task, data: FitData, texts: Sequence[int]) -> None:
+    """Add what is computed from stored texts and needs no model: the official rules' values per question."""
+    values, answered = outcome.answers.values, outcome.answers.texts
+    if answered is None or data.answers:
+        return
+    chosen = [data.held_out[i].output for i in texts]
+    for metric, some in question_values(task, answered, chosen).items():
+        whole = np.full(len(data.held_out), np.nan)
+        whole[list(texts)] = some
+        values[metric] = whole
+
+
+def _mean_values(runs: Sequence[Mapping[str, np.ndarray]]) -> dict[str, np.ndarray]:
+    return {m: np.mean([r[m] for r in runs], axis=0) for m in runs[0]}
+
+
+def _row(
+    merged: Mapping[str, np.ndarray],
+    outcomes: Sequence[Outcome],
+    task: Task,
+    data: FitData,
+    texts: Sequence[int],
+    users: Sequence[str],
+) -> dict[str, Any]:
+    metrics: dict[str, Any] = {}
+    per_seed: list[dict[str, float]] = [{} for _ in outcomes]
+    for metric, values in merged.items():
+        transform = direction(metric)[1]
+        some = ~np.isnan(values)
+        owners = [u for u, s in zip(users, some, strict=True) if s]
+        interval = user_bootstrap(values[some], owners, transform=transform)
+        metrics[metric] = {"value": interval.value, "ci95": [interval.low, interval.high]}
+        for row, outcome in zip(per_seed, outcomes, strict=True):
+            row[metric] = float(transform(np.nanmean(outcome.answers.values[metric])))
+    gold = [data.held_out[i].output.strip() for i in texts]
+    owners = [users[i] for i in texts]
+    written = [o.answers.texts for o in outcomes]
+    if all(written):
+        runs = [list(w or ()) for w in written]
+        for name in SET_METRICS:
+            if name in task.metrics:
+                metrics[name] = _over_users(
+                    lambda rows, name=name: [
+                        compute(name, [run[i] for i in rows], [gold[i] for i in rows], data.answers or ())
+                        for run in runs
+                    ],
+                    owners,
+                )
+    if data.answers and all(o.answers.probabilities is not None for o in outcomes):
+        index = np.array([data.answers.index(g) for g in gold])
+        tables = [np.asarray(o.answers.probabilities) for o in outcomes]
+        metrics["ece"] = _over_users(
+            lambda rows: [expected_calibration_error(t[rows], index[rows]) for t in tables], owners
+        )
+    costs = {k: [o.costs.get(k) for o in outcomes] for k in outcomes[0].costs}
+
+    def mean(name: str) -> float | None:
+        known = [c for c in costs.get(name, []) if c is not None]
+        return float(np.mean(known)) if known else None
+
+    return {
+        "metrics": metrics,
+        "per_seed": per_seed,
+        "prompt_tokens_mean": mean("prompt_tokens"),
+        "generated_tokens_mean": mean("generated_tokens"),
+        "trainable_params": mean("trainable_params"),
+        "fit_seconds": mean("fit_seconds"),
+        "seconds_per_query": mean("seconds"),
+        "flops_per_query": mean("flops"),
+        "prompts_cut": mean("cut"),
     }
 
 
-def _row(name: str, merged: Answers, runs: list[dict[str, Answers]], users: Sequence[str]) -> dict[str, Any]:
-    metrics, per_seed = {}, []
-    for metric, values in merged.values.items():
-        transform = METRICS[metric][1]
-        some = ~np.isnan(values)
-        found = user_bootstrap(values[some], [u for u, s in zip(users, some, strict=True) if s], transform=transform)
-        metrics[metric] = {"value": found.value, "ci95": [found.low, found.high]}
-    for run in runs:
-        per_seed.append({m: float(METRICS[m][1](np.nanmean(v))) for m, v in run[name].values.items()})
-    return {"metrics": metrics, "per_seed": per_seed}
+def _over_users(measure: Callable[[np.ndarray], list[float]], users: Sequence[str]) -> dict[str, Any]:
+    """Return the mean over seeds of what `measure` says of rows, with the interval of drawing users anew."""
+    names, owner = np.unique(np.asarray(users), return_inverse=True)
+    groups = [np.flatnonzero(owner == u) for u in range(len(names))]
+    rng = np.random.default_rng(0)
+    drawn = (np.concatenate([groups[u] for u in rng.integers(0, len(names), len(names))]) for _ in range(SET_DRAWS))
+    low, high = np.percentile([np.mean(measure(rows)) for rows in drawn], [2.5, 97.5])
+    return {"value": float(np.mean(measure(np.arange(len(users))))), "ci95": [float(low), float(high)]}
 
 
-def markdown(results: dict[str, Any], command: str) -> str:
-    """Return the report: tables of values and of paired differences, and how to repeat them."""
-    names = [m for m in METRICS if any(m in row["metrics"] for row in results["methods"].values())]
-    lines = [
-        f"# {results['task']}, {results['split']}",
-        "",
-        f"{results['n']} questions of {results['n_users']} users; seeds {results['seeds']}; LLM {results['llm']}; "
-        f"encoder {results['encoder']}; {results['date']}; {results['machine']}; git {results['git']}.",
-        "Mean over seeds, 95% intervals from a bootstrap over users.",
-        "",
-        f"`{command}`",
-        "",
-        "| method | " + " | ".join(f"{m} {'↓' if METRICS[m][0] else '↑'}" for m in names) + " | per seed |",
-        "|---" * (len(names) + 2) + "|",
-    ]
-    for method, row in results["methods"].items():
-        cells = []
-        for metric in names:
-            found = row["metrics"].get(metric)
-            cells.append(f"{found['value']:.3f} [{found['ci95'][0]:.3f}, {found['ci95'][1]:.3f}]" if found else "–")
-        seeds = "; ".join(f"{s[names[0]]:.3f}" for s in row["per_seed"] if names[0] in s)
-        lines.append(f"| {method} | " + " | ".join(cells) + f" | {names[0]}: {seeds} |")
-    lines += ["", "| difference (positive: the first is better) | metric | delta [95% interval] |", "|---|---|---|"]
-    for c in results["contrasts"]:
-        mark = "" if c["low"] > 0 or c["high"] < 0 else " includes 0"
-        lines.append(
-            f"| {c['a']} − {c['b']} | {c['metric']} | {c['delta']:+.3f} [{c['low']:+.3f}, {c['high']:+.3f}]{mark} |"
-        )
-    return "\n".join(lines) + "\n"
+def _write_predictions(
+    folder: Path, name: str, outcome: Outcome, task: Task, data: FitData, texts: Sequence[int]
+) -> None:
+    """Write the first seed's answers in LaMP's shape; for ratings also the distribution's means, which RMSE is of."""
+    folder.mkdir(parents=True, exist_ok=True)
+    stem = name.replace(": ", "=").replace("/", "_")
+
+    def write(file: str, answers: Sequence[str]) -> None:
+        golds = [{"id": data.held_out[i].id, "output": a} for i, a in zip(texts, answers, strict=True)]
+        text = json.dumps({"task": task.name, "golds": golds}, ensure_ascii=False, indent=1)
+        write_atomically(folder / file, (text + "\n").encode())
+
+    if outcome.answers.texts is not None:
+        write(f"{stem}.json", outcome.answers.texts)
+    if outcome.answers.probabilities is not None and is_rating(data.answers):
+        means = outcome.answers.probabilities @ np.array([float(a) for a in data.answers or ()])
+        write(f"{stem}.mean.json", [repr(float(m)) for m in means])
 
 
-def _task(settings: dict[str, Any]) -> dict[str, Any]:
-    name = settings["task"] or Path(settings["data"]).name
-    path = TASKS / f"{name}.yaml"
-    if not path.is_file():
-        known = ", ".join(sorted(p.stem for p in TASKS.glob("*.yaml")))
-        raise ConfigError(f"no task {name!r} in configs/tasks; known are {known}")
-    found = yaml.safe_load(path.read_text(encoding="utf-8"))
-    return dict(found or {})
-
-
-def _save_answers(file: Path, answers: dict[str, Answers], facts: dict[str, float]) -> None:
-    arrays = {f"{name}|{metric}": v for name, a in answers.items() for metric, v in a.values.items()}
-    scratch = file.with_suffix(".tmp.npz")
-    np.savez(scratch, **arrays, **{f"fact|{k}": np.array(v) for k, v in facts.items()})
-    scratch.replace(file)
-
-
-def _load_answers(file: Path) -> tuple[dict[str, Answers], dict[str, float]]:
-    values: dict[str, dict[str, np.ndarray]] = {}
-    facts = {}
-    with np.load(file, allow_pickle=False) as stored:
-        for key in stored.files:
-            name, _, metric = key.partition("|")
-            if name == "fact":
-                facts[metric] = float(stored[key])
-            else:
-                values.setdefault(name, {})[metric] = stored[key]
-    return {name: Answers(v) for name, v in values.items()}, facts
+def _details(
+    merged: Mapping[str, Mapping[str, np.ndarray]],
+    found: Mapping[str, Sequence[Outcome]],
+    data: FitData,
+    users: Sequence[str],
+    texts: Sequence[int],
+) -> dict[str, Any]:
+    examples = []
+    for at, i in enumerate(texts):
+        answers = {n: o[0].answers.texts[at] for n, o in found.items() if o[0].answers.texts is not None}
+        examples.append({"input": data.held_out[i].input, "reference": data.held_out[i].output, "answers": answers})
+    return {
+        "users": list(users),
+        "history_lengths": [len(e.history) for e in data.held_out],
+        "values": {
+            n: {m: [None if np.isnan(x) else float(x) for x in v] for m, v in values.items()}
+            for n, values in merged.items()
+        },
+        "examples": examples,
+    }
 
 
 def _git() -> str:
@@ -232,7 +323,7 @@ def _git() -> str:
 
 
 def _versions() -> dict[str, str]:
-    names = ("persona-plug", "torch", "transformers", "numpy", "scikit-learn")
+    names = ("persona-plug", "torch", "transformers", "peft", "numpy", "scikit-learn")
     return {name: importlib.metadata.version(name) for name in names}
 
 

@@ -15,8 +15,9 @@ FORMAT_VERSION = 1
 CONFIG_NAME = "config.json"
 
 PLACEMENTS = ("suffix", "prefix")
-AGGREGATORS = ("attention", "mean", "paper")
+AGGREGATORS = ("attention", "mean", "paper", "uem", "persoma_mlp", "persoma_transformer", "persoma_perceiver")
 
+_ALONE = {"quote_tokens": 0, "use_request": False, "answer_head": False}
 # A recipe is a named set of choices; explicit keyword arguments of PlugConfig.create win over it.
 RECIPES: dict[str, dict[str, Any]] = {
     "default": {},
@@ -34,6 +35,11 @@ RECIPES: dict[str, dict[str, Any]] = {
         "use_answer_counts": False,
         "answer_head": False,
     },
+    # The neighbours, with the frozen LLM and what they say of a history alone: no request, no answer head, no quotes.
+    "uem": {**_ALONE, "aggregator": "uem", "max_history": 50},
+    "persoma": {**_ALONE, "aggregator": "persoma_perceiver"},
+    "persoma_mlp": {**_ALONE, "aggregator": "persoma_mlp"},
+    "persoma_transformer": {**_ALONE, "aggregator": "persoma_transformer"},
 }
 
 
@@ -50,10 +56,11 @@ class PlugConfig:
         encoder_dim: d, the width of the encoder's vectors.
         recipe: Name of the set of defaults the plug was created from.
         placement: Where the soft tokens go: `suffix` (behind the input) or `prefix` (in front of it).
-        aggregator: `attention` (default), `mean`, or `paper` (eq. 3-4 of PPlug).
+        aggregator: `attention` (default), `mean`, `paper` (eq. 3-4 of PPlug), `uem` (one token an item) or
+            `persoma_mlp`, `persoma_transformer`, `persoma_perceiver` (resampled to k tokens).
         heads: Attention heads of the default aggregator; head 0 starts as the plain mean.
         key_dim: Width of the learned request and key views.
-        user_tokens: k, soft tokens that depend on the user.
+        user_tokens: k, soft tokens that depend on the user (`uem` has one an item instead, and one more).
         task_tokens: m, soft tokens shared by all users.
         quote_tokens: T, for free text: soft tokens made of the LLM's own embeddings of the first T tokens of the
             user's outputs, position by position, weighted towards the items closest to the request.

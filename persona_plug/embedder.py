@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -12,6 +13,9 @@ from persona_plug.baselines import SMOOTHING
 from persona_plug.batch import HistoryBatch, check_finite, value_dim
 from persona_plug.config import PlugConfig
 from persona_plug.errors import DataError
+from persona_plug.resamplers import ItemTokens, Resampler
+
+Soft = Tensor | Sequence[Tensor]  # (B, S, H), or one (S_b, H) a row
 
 
 @dataclass(frozen=True, slots=True)
@@ -19,13 +23,13 @@ class Embedded:
     """What the embedder says of B requests.
 
     Attributes:
-        soft: (B, m + T + k, H) soft tokens [task; quoted; user].
+        soft: (B, m + T + k, H) soft tokens [task; quoted; user]; with `uem` B tensors of different lengths.
         bias: (B, C) what request and answer frequencies add to the scores of the C answers without the LLM, or None.
         weights: (B, n) mean weight of each history item over the heads (quoting is one more), or None without user
             tokens.
     """
 
-    soft: Tensor
+    soft: Soft
     bias: Tensor | None
     weights: Tensor | None
 
@@ -75,6 +79,17 @@ class UserEmbedder(nn.Module):
             self.register_buffer("frequency_weight", torch.ones(()))
             self.register_buffer("population", torch.full((answers,), 1 / answers))
             self.llm_log_weight = nn.Parameter(torch.tensor(0.1).log())
+        if config.aggregator not in ("attention", "mean", "paper"):
+            size = text + (answers if config.use_answer_counts else 0)
+            self.resampler = (
+                ItemTokens(size, config.projector_hidden)
+                if config.aggregator == "uem"
+                else Resampler(
+                    config.aggregator.removeprefix("persoma_"), size, config.projector_hidden, config.user_tokens
+                )
+            )
+            self._output(config.projector_hidden, width)
+            return
         self.aggregator: AttentionAggregator | MeanAggregator | PaperAggregator
         if config.aggregator == "attention":
             self.aggregator = AttentionAggregator(config.encoder_dim, config.heads, config.key_dim)
@@ -88,9 +103,12 @@ class UserEmbedder(nn.Module):
         width_in = (text + (answers if config.use_answer_counts else 0)) * (per_head or 1)
         width_in += config.encoder_dim if config.use_request else 0
         self.hidden = nn.Linear(width_in, config.projector_hidden)
+        self._output(config.projector_hidden, config.user_tokens * width)
+
+    def _output(self, hidden: int, width: int) -> None:
         self.dropout = nn.Dropout(0.0)
-        self.out = nn.Linear(config.projector_hidden, config.user_tokens * width, bias=False)
-        nn.init.normal_(self.out.weight, std=1e-2 / config.projector_hidden**0.5)
+        self.out = nn.Linear(hidden, width, bias=False)
+        nn.init.normal_(self.out.weight, std=1e-2 / hidden**0.5)
 
     def forward(self, batch: HistoryBatch, vocabulary: Tensor | None = None) -> Embedded:
         """Embed a batch.
@@ -105,6 +123,8 @@ class UserEmbedder(nn.Module):
         check_finite(batch)
         b = batch.request.shape[0]
         m, t, k = self.config.task_tokens, self.config.quotes, self.config.user_tokens
+        if hasattr(self, "resampler"):
+            return self._resampled(batch)
         directions = self.tokens.unsqueeze(0).expand(b, -1, -1)
         weights = bias = None
         if k:
@@ -121,6 +141,23 @@ class UserEmbedder(nn.Module):
             bias = self._answer_bias(batch)
         soft = nn.functional.normalize(directions, dim=-1) * self.log_gain.exp().view(1, -1, 1)
         return Embedded(soft, bias, weights)
+
+    def _resampled(self, batch: HistoryBatch) -> Embedded:
+        """Return the task tokens and a history's resampled ones, each row without padding."""
+        m, text = self.config.task_tokens, value_dim(self.config)[0]
+        size = self.config.encoder_dim**0.5
+        values = batch.values if self.config.use_answer_counts else batch.values[..., :text]
+        values = torch.cat([values[..., :text] * size, values[..., text:]], -1)
+        vectors, seen = self.resampler(values, self._drop_items(batch.mask))
+        offset = self.out(self.dropout(vectors))
+        user = self.tokens[m:] + offset if self.config.aggregator != "uem" else self.tokens[m] + offset
+        gain = self.log_gain.exp()
+        task = nn.functional.normalize(self.tokens[:m], dim=-1) * gain[:m, None]
+        scale = gain[m:, None] if self.config.aggregator != "uem" else gain[m]
+        user = nn.functional.normalize(user, dim=-1) * scale
+        rows = [torch.cat([task, row[here]]) for row, here in zip(user, seen, strict=True)]
+        same = self.config.aggregator != "uem"
+        return Embedded(torch.stack(rows) if same else rows, self._answer_bias(batch), None)
 
     def _answer_bias(self, batch: HistoryBatch) -> Tensor | None:
         """Return head(request) + weight * log(p_user / p_all), p_user smoothed by one pseudo-count of p_all.

@@ -36,13 +36,17 @@ class LampData:
 
 
 def read_lamp(
-    questions: str | os.PathLike[str], outputs: str | os.PathLike[str] | None = None, template: str | None = None
+    questions: str | os.PathLike[str],
+    outputs: str | os.PathLike[str] | None = None,
+    template: str | None = None,
+    fields: tuple[str, str] | None = None,
 ) -> LampData:
     """Read LaMP's own question file and, if given, its gold file.
 
     The instruction that all inputs share becomes the template (or the given `template`, which all must begin with),
-    what differs becomes `Example.input`. Profile items are mapped by `LAMP_FIELDS`. Without gold, outputs are empty.
-    In the time-based split `date` orders the profile.
+    what differs becomes `Example.input`. Profile items are mapped by `LAMP_FIELDS`, or by the given `fields`: the names
+    of an item's input and output, several joined by "+" being joined by a space, an empty name giving an empty input.
+    Without gold, outputs are empty. In the time-based split `date` orders the profile.
 
     Raises:
         DataError: A file is missing, not LaMP-shaped, or the ids of questions and gold differ.
@@ -72,7 +76,7 @@ def read_lamp(
                 f"{questions}: question {row['id']}: input does not begin with the instruction {prefix!r:.80}"
             )
         items = [
-            _lamp_item(raw, f"{questions}: question {row['id']}: profile item {i}")
+            _lamp_item(raw, f"{questions}: question {row['id']}: profile item {i}", fields)
             for i, raw in enumerate(row["profile"])
         ]
         if all(i.timestamp is not None for i in items):
@@ -102,16 +106,20 @@ def _load_json(path: Path) -> Any:  # noqa: ANN401
         raise DataError(f"{path}: not JSON ({exc})") from exc
 
 
-def _lamp_item(raw: object, where: str) -> HistoryItem:
+def _lamp_item(raw: object, where: str, fields: tuple[str, str] | None) -> HistoryItem:
     if isinstance(raw, Mapping):
-        for source, target in LAMP_FIELDS:
-            if target in raw and (not source or source in raw):
-                text = str(raw[source]) if source else ""
-                ident = raw.get("id")
-                return HistoryItem(
-                    text, str(raw[target]), _lamp_date(raw.get("date")), None if ident is None else str(ident)
+        for pair in LAMP_FIELDS if fields is None else (fields,):
+            names = [[n for n in side.split("+") if n] for side in pair]
+            if all(n in raw for side in names for n in side):
+                # One field stays as it is; of several, those without a value leave no gap.
+                source, target = (
+                    " ".join(str(raw[n]) for n in side if len(side) == 1 or raw[n] not in (None, "")) for side in names
                 )
-    raise DataError(f"{where}: has none of LaMP's field pairs")
+                ident = raw.get("id")
+                return HistoryItem(source, target, _lamp_date(raw.get("date")), None if ident is None else str(ident))
+    if fields is None:
+        raise DataError(f"{where}: has none of LaMP's field pairs")
+    raise DataError(f"{where}: lacks one of the fields {fields[0]!r} and {fields[1]!r}")
 
 
 def _lamp_date(value: object) -> float | None:

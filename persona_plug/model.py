@@ -322,7 +322,7 @@ class PersonaPlug(nn.Module):
             for i, example in enumerate(batch):
                 weights = None if embedded.weights is None else embedded.weights[i]
                 for text in texts[i * share : (i + 1) * share]:
-                    results.append(self._details(text.strip(), example, parts[i], embedded.soft.shape[1], weights))
+                    results.append(self._details(text.strip(), example, parts[i], len(embedded.soft[i]), weights))
         if return_details:
             return results[0] if isinstance(inputs, str) and len(results) == 1 else results
         texts = [r.text for r in results]

@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from persona_plug.baselines import is_rating, label_priors, rating_priors, text_priors
+from persona_plug.evaluation import METRICS, Answers, evaluate, prior_answers, spread, with_other_history
 from persona_plug.history import Example
 from persona_plug.plots import plot_lift, plot_loss
-from persona_plug.stats import Interval, derangement, identity, user_bootstrap
+from persona_plug.stats import Interval, user_bootstrap
 
 if TYPE_CHECKING:
     from persona_plug.model import PersonaPlug
@@ -23,24 +23,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-# Lower is better, and the transform from a mean over questions to the metric.
-METRICS: dict[str, tuple[bool, Any]] = {
-    "nll": (True, identity),
-    "accuracy": (False, identity),
-    "mae": (True, identity),
-    "rmse": (True, np.sqrt),
-    "rouge-1": (False, identity),
-    "rouge-L": (False, identity),
-}
 CONTROLS = ("none", "task_prompt", "plug_empty", "plug_shuffled")
-
-
-@dataclass(frozen=True, slots=True)
-class Answers:
-    """What one method gave on the held-out questions: per-question values of each metric, (N,) each."""
-
-    values: dict[str, np.ndarray]
-    texts: list[str] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -194,12 +177,6 @@ def run_methods(
     from persona_plug.fit import train
 
     held = data.held_out
-    other = derangement([e.user_id for e in held], config.seed)
-    pool: dict[str, list[Example]] = {}
-    for example in held:
-        pool.setdefault(example.user_id, []).append(example)
-    borrowed = [max(pool[other[e.user_id]], key=lambda o: len(o.history)).history for e in held]
-    shuffled = [replace(e, history=h) for e, h in zip(held, borrowed, strict=True)]
     result: dict[str, Answers] = {}
     if "none" in methods:
         result["none"] = evaluate(plug, held, generated, personal=False)
@@ -215,77 +192,13 @@ def run_methods(
     if "plug_empty" in methods:
         result["plug_empty"] = evaluate(plug, [replace(e, history=()) for e in held], generated)
     if "plug_shuffled" in methods:
-        result["plug_shuffled"] = evaluate(plug, shuffled, generated)
+        result["plug_shuffled"] = evaluate(plug, with_other_history(held, config.seed), generated)
     result["plug"] = evaluate(plug, held, generated)
     if plug.embedder.has_answer_head:
         result["plug: LLM alone"] = evaluate(plug, held, generated, head=False)
     for name, answer in prior_answers(plug, data, generated).items():
         result[f"user_prior: {name}"] = answer
     return result
-
-
-def evaluate(
-    plug: PersonaPlug, held: Sequence[Example], generated: int = 48, personal: bool = True, head: bool = True
-) -> Answers:
-    """Return one method's values on each question."""
-    inputs, histories = [e.input for e in held], [e.history for e in held]
-    if plug.config.answers:
-        scores = plug.score(inputs, history=histories, personal=personal, head=head)
-        # The temperature was fitted for the plug's scores, not for log-likelihoods of the LLM alone.
-        temperature = plug.embedder.score_temperature.cpu() if personal and head else 1.0
-        return label_answers((scores / temperature).softmax(-1).double().numpy(), held, plug.config.answers)
-    from persona_plug.fit import score_samples
-    from persona_plug.trainer import PlugDataset
-
-    dataset = PlugDataset(plug, held)
-    loglik = score_samples(plug, dataset, personal=personal)[0][:, 0]
-    lengths = np.array([len(t.paths[0]) for t in dataset.trees])
-    values = {"nll": -loglik.double().numpy() / lengths}
-    some = _some(len(held), generated)
-    texts = plug.generate([inputs[i] for i in some], [histories[i] for i in some], personal=personal) if some else []
-    return _with_rouge(values, texts, held, some)
-
-
-def label_answers(probabilities: np.ndarray, held: Sequence[Example], answers: Sequence[str]) -> Answers:
-    """Return values of a method that gives probabilities (N, C).
-
-    For ratings, MAE is of the median and RMSE of the mean of the distribution: each metric's own best decision.
-    """
-    gold = np.array([list(answers).index(e.output.strip()) for e in held])
-    rows = np.arange(len(gold))
-    values = {
-        "nll": -np.log(np.maximum(probabilities[rows, gold], 1e-12)),
-        "accuracy": (probabilities.argmax(1) == gold).astype(float),
-    }
-    if is_rating(answers):
-        levels = np.array([float(a) for a in answers])
-        order = np.argsort(levels)
-        cumulative = probabilities[:, order].cumsum(1)
-        median = levels[order][(cumulative >= 0.5 - 1e-9).argmax(1)]
-        values |= rating_errors(levels[gold], median, probabilities @ levels)
-    return Answers(values, [answers[i] for i in probabilities.argmax(1)])
-
-
-def rating_errors(gold: np.ndarray, median: np.ndarray, mean: np.ndarray) -> dict[str, np.ndarray]:
-    """Return absolute errors of one prediction and squared errors of another, (N,) each."""
-    return {"mae": np.abs(gold - median), "rmse": (gold - mean) ** 2}
-
-
-def prior_answers(plug: PersonaPlug, data: FitData, generated: int) -> dict[str, Answers]:
-    """Return the LLM-free family's values on the held-out users."""
-    held = data.held_out
-    if data.answers:
-        found = label_priors(data.train, data.valid, held, data.answers, plug.encoder)
-        result = {name: label_answers(p, held, data.answers) for name, p in found.items()}
-        if is_rating(data.answers):
-            gold = np.array([float(e.output) for e in held])
-            for name, prediction in rating_priors(data.train, data.valid, held, plug.encoder).items():
-                result[name] = Answers(rating_errors(gold, prediction, prediction))
-        return result
-    some = _some(len(held), generated)
-    chosen = [held[i] for i in some]
-    found_texts = text_priors(chosen, plug.encoder)
-    return {name: _with_rouge({}, texts, held, some) for name, texts in found_texts.items()}
 
 
 def contrasts(answers: dict[str, Answers], users: Sequence[str]) -> list[dict[str, Any]]:
@@ -330,7 +243,7 @@ def side_by_side(
     columns = {"no user": "plug_empty", "another user": "plug_shuffled", "this user": "plug"}
     if any(texts.get(m) is None for m in columns.values()):
         return []
-    some = range(len(held)) if plug.config.answers else _some(len(held), len(texts["plug"] or ()))
+    some = range(len(held)) if plug.config.answers else spread(len(held), len(texts["plug"] or ()))
     seen: set[str] = set()
     rows: list[dict[str, Any]] = []
     for at, i in enumerate(some):
@@ -345,19 +258,6 @@ def side_by_side(
     return rows
 
 
-def _with_rouge(
-    values: dict[str, np.ndarray], texts: list[str], held: Sequence[Example], some: Sequence[int]
-) -> Answers:
-    from rouge_score.rouge_scorer import RougeScorer
-
-    scorer = RougeScorer(["rouge1", "rougeL"])
-    one, longest = np.full(len(held), np.nan), np.full(len(held), np.nan)
-    for i, text in zip(some, texts, strict=True):
-        score = scorer.score(held[i].output, text)
-        one[i], longest[i] = score["rouge1"].fmeasure, score["rougeL"].fmeasure
-    return Answers({**values, "rouge-1": one, "rouge-L": longest}, texts)
-
-
 def _interval(answers: Answers, users: Sequence[str], metric: str) -> tuple[float, float, float]:
     values = answers.values[metric]
     some = ~np.isnan(values)
@@ -365,11 +265,6 @@ def _interval(answers: Answers, users: Sequence[str], metric: str) -> tuple[floa
         values[some], [u for u, s in zip(users, some, strict=True) if s], transform=METRICS[metric][1]
     )
     return found.value, found.low, found.high
-
-
-def _some(total: int, limit: int) -> list[int]:
-    """Return at most `limit` indices, evenly spread."""
-    return sorted({i * total // limit for i in range(limit)}) if total > limit else list(range(total))
 
 
 def _truncation_notes(plug: PersonaPlug, data: FitData) -> list[str]:

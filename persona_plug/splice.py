@@ -15,9 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from persona_plug.embedder import Soft
 from persona_plug.prompts import AnswerTree, PromptParts
-
-Soft = Tensor | Sequence[Tensor]  # (B, S, H), or one (S_b, H) a row
 
 MIN_SHARED = 8  # a shorter head is not worth a pass of its own
 

@@ -8,8 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from persona_plug.embedder import Soft
 from persona_plug.prompts import AnswerTree, PromptParts
-from persona_plug.splice import Soft, Splicer
+from persona_plug.splice import Splicer
 
 
 class Seq2SeqSplicer(Splicer):

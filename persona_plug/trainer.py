@@ -202,25 +202,29 @@ class PlugTrainer(Trainer):
         num_items_in_batch: Any = None,  # noqa: ANN401
     ) -> Any:  # noqa: ANN401
         """Candidate loss plus weighted token loss; for free text the token loss alone."""
-        loglik, end, bias = model(**inputs)
-        gold, lengths = inputs["gold"].to(loglik.device), inputs["lengths"].to(loglik.device)
-        chosen = loglik.gather(1, gold.unsqueeze(1)).squeeze(1)
-        # Every answer token counts the same, as in the LLM's own next-token loss.
-        token = -(chosen + end).sum() / lengths.sum()
-        if loglik.shape[1] == 1:
-            return (token, loglik) if return_outputs else token
-        if inputs["offset"] is not None:
-            bias = inputs["offset"].to(loglik.device)
-        scores = model.embedder.combine(loglik, bias)
-        loss = torch.nn.functional.cross_entropy(scores, gold)
-        if model.training:
-            loss = loss + self.fit_config.token_weight * token
-        return (loss, loglik) if return_outputs else loss
+        weight = self.fit_config.token_weight if model.training else 0.0
+        loss = batch_loss(model(**inputs), model.embedder, inputs, weight)
+        return (loss, None) if return_outputs else loss
 
     def prediction_step(self, model: Any, inputs: Any, prediction_loss_only: bool, ignore_keys: Any = None) -> Any:  # noqa: ANN401
         """Return the validation loss of a batch."""
         with torch.no_grad():
             return self.compute_loss(model, inputs).detach(), None, None
+
+
+def batch_loss(said: Any, embedder: Any, inputs: dict[str, Any], token_weight: float) -> Tensor:  # noqa: ANN401
+    """Return the loss of what a plug says (its `forward`) of a collated batch; for free text the token loss alone."""
+    loglik, end, bias = said
+    gold, lengths = inputs["gold"].to(loglik.device), inputs["lengths"].to(loglik.device)
+    chosen = loglik.gather(1, gold.unsqueeze(1)).squeeze(1)
+    # Every answer token counts the same, as in the LLM's own next-token loss.
+    token: Tensor = -(chosen + end).sum() / lengths.sum()
+    if loglik.shape[1] == 1:
+        return token
+    if inputs["offset"] is not None:
+        bias = inputs["offset"].to(loglik.device)
+    loss = torch.nn.functional.cross_entropy(embedder.combine(loglik, bias), gold)
+    return loss + token_weight * token if token_weight else loss
 
 
 class _JsonLog(TrainerCallback):

@@ -128,6 +128,27 @@ def test_rewriting_with_both_sides_known(tmp_path):
     assert example.history == (HistoryItem("Good day.", "hiya"),)
 
 
+@pytest.mark.parametrize(
+    ("fields", "pair"),
+    [
+        (("title", "abstract"), ("My paper", "We show")),  # not the pair that LAMP_FIELDS would find
+        (("", "abstract"), ("", "We show")),
+        (("overall+title+summary+empty+abstract", "abstract+title"), ("5.0 My paper We show", "We show My paper")),
+    ],
+)
+def test_fields_of_an_item_can_be_named(tmp_path, fields, pair):
+    item = {"id": "3", "title": "My paper", "abstract": "We show", "overall": 5.0, "summary": None, "empty": ""}
+    path = write(tmp_path, [{"id": "1", "input": "x", "profile": [item]}])[0]
+    (example,) = read_lamp(path, fields=fields).examples
+    assert example.history == (HistoryItem(*pair, None, "3"),)
+
+
+def test_named_fields_that_an_item_lacks_are_said(tmp_path):
+    path = write(tmp_path, [{"id": "1", "input": "x", "profile": [{"title": "t", "abstract": "a"}]}])[0]
+    with pytest.raises(DataError, match=r"profile item 0: lacks one of the fields 'title\+text' and 'abstract'"):
+        read_lamp(path, fields=("title+text", "abstract"))
+
+
 def test_numbers_become_texts(tmp_path):
     questions = [{"id": 7, "input": "a b", "profile": [{"id": 3, "text": "x", "score": 4}]}]
     (example,) = read_lamp(*write(tmp_path, questions, [{"id": "7", "output": 5}])).examples

@@ -6,9 +6,10 @@ import numpy as np
 import pytest
 
 from persona_plug.data import synthetic
+from persona_plug.evaluation import METRICS, Answers, evaluate, label_answers, rating_errors
 from persona_plug.history import Example, HistoryItem
 from persona_plug.plots import plot_lift, plot_loss
-from persona_plug.report import METRICS, Answers, FitReport, contrasts, evaluate, label_answers, rating_errors
+from persona_plug.report import FitReport, contrasts
 from persona_plug.training_data import FitData, prepare
 
 
@@ -81,7 +82,7 @@ def test_labels_that_are_not_numbers_have_no_errors():
 
 
 def test_rouge_is_the_plain_f_measure_without_stemming():
-    from persona_plug.report import _with_rouge
+    from persona_plug.evaluation import _with_rouge
 
     pairs = [
         ("the cat sat on the mat", "the cat sat on the mat"),
@@ -100,7 +101,7 @@ def test_rouge_is_the_plain_f_measure_without_stemming():
 
 
 def test_rouge_of_some_questions_leaves_the_others_unmeasured():
-    from persona_plug.report import _with_rouge
+    from persona_plug.evaluation import _with_rouge
 
     found = _with_rouge({}, ["a"], held("x", "a", "y"), [1])
     assert np.isnan(found.values["rouge-1"]).tolist() == [True, False, True]

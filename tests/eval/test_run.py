@@ -47,7 +47,7 @@ def test_a_comparison_has_every_method_and_repeats_nothing(folder, capsys, monke
     assert {"none", "task_prompt", "plug", "plug_shuffled", "plug_empty"} <= set(results["methods"])
     for name in ("plug", "task_prompt"):
         row = results["methods"][name]
-        assert set(row["metrics"]) == {"nll", "accuracy", "mae", "rmse"}
+        assert set(row["metrics"]) == {"nll", "accuracy", "mae", "rmse", "ece"}
         assert len(row["per_seed"]) == 2
         seeds = [seed["nll"] for seed in row["per_seed"]]
         assert row["metrics"]["nll"]["value"] == pytest.approx(sum(seeds) / 2)

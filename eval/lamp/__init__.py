@@ -1,0 +1,1 @@
+"""LaMP and LongLaMP: the official metrics."""

@@ -1,0 +1,91 @@
+"""The methods a comparison can name: what each changes about the plain LLM.
+
+Soft tokens and adapters come from a training recipe, text from the history comes into the prompt, and controls give a
+trained plug another history than the user's. A new method is a line here.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+
+from persona_plug.errors import ConfigError
+from persona_plug.retrieval import METHODS as RANKINGS
+
+PROMPTS = (*RANKINGS, "graph", "summary", "profile")
+HISTORIES = ("own", "other", "none")
+
+
+@dataclass(frozen=True, slots=True)
+class Method:
+    """A method.
+
+    Attributes:
+        recipe: What is trained, a name in `training.recipes`; None for nothing.
+        prompt: How the history enters the prompt: a ranking of `persona_plug.retrieval`, `graph` (with items of similar
+            users), `summary` (a text the LLM wrote, beside the nearest items) or `profile` (the answers' counts in
+            words); None for not at all.
+        items: History items in the prompt at most.
+        history: Whose history soft tokens and prompt see at the time of the question: `own`, `other`, `none`.
+        user_adapter: Whether the adapters are trained further on each user's history.
+        train_prompt: Whether training sees the same kind of prompt.
+    """
+
+    recipe: str | None = None
+    prompt: str | None = None
+    items: int = 4
+    history: str = "own"
+    user_adapter: bool = False
+    train_prompt: bool = True
+
+    def __post_init__(self) -> None:
+        """Refuse a choice that does not exist."""
+        for name, value, known in (("prompt", self.prompt, (None, *PROMPTS)), ("history", self.history, HISTORIES)):
+            if value not in known:
+                raise ConfigError(f"{name}={value!r} is not one of {', '.join(map(str, known))}")
+
+
+METHODS: dict[str, Method] = {
+    "none": Method(),
+    "task_prompt": Method("task_prompt"),
+    "plug": Method("plug"),
+    "plug_shuffled": Method("plug", history="other"),
+    "plug_empty": Method("plug", history="none"),
+    "plug_paper": Method("plug_paper"),
+    "plug_mean": Method("plug_mean"),
+    "uem": Method("uem"),
+    "persoma": Method("persoma"),
+    "persoma_mlp": Method("persoma_mlp"),
+    "persoma_transformer": Method("persoma_transformer"),
+    "persoma_lora": Method("persoma_lora"),
+    "random": Method(prompt="random"),
+    "recency": Method(prompt="recency"),
+    "bm25": Method(prompt="bm25"),
+    "dense": Method(prompt="dense"),
+    "rrf": Method(prompt="rrf"),
+    "graph_rag": Method(prompt="graph"),
+    "summary": Method(prompt="summary", items=2),
+    "summary_profile": Method(prompt="profile", items=2),
+    "plug_rag": Method("plug", prompt="bm25"),
+    "lora": Method("lora"),
+    "lora_rag": Method("lora", prompt="bm25"),
+    "lora_user": Method("lora", user_adapter=True),
+    "plug_lora": Method("plug_lora"),
+}
+PRIOR = "user_prior"  # the LLM-free family, reported row by row
+
+
+def method(name: str) -> Method:
+    """Return a method by name; `bm25-8` is `bm25` with 8 items.
+
+    Raises:
+        ConfigError: There is no such method.
+    """
+    stem, _, count = name.rpartition("-")
+    if name in METHODS:
+        return METHODS[name]
+    if stem in METHODS and METHODS[stem].prompt and count.isdigit() and int(count) > 0:
+        return dataclasses.replace(METHODS[stem], items=int(count))
+    raise ConfigError(
+        f"no method {name!r}; known are {', '.join([*METHODS, PRIOR])}; NAME-K puts K items into the prompt"
+    )

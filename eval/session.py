@@ -1,0 +1,285 @@
+"""One comparison: its data, its frozen models, and each method's outcome, computed once and kept in its folder."""
+
+from __future__ import annotations
+
+import io
+import json
+import logging
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from eval.lamp.prompts import render
+from eval.methods import METHODS, PRIOR, Method, method
+from eval.summaries import Summaries, profile_text, with_profile
+from eval.tasks import Task
+from persona_plug.evaluation import Answers, evaluate, prior_answers, spread, with_other_history
+from persona_plug.history import Example, HistoryItem
+from persona_plug.model import PersonaPlug
+from persona_plug.persistence import write_atomically
+from persona_plug.retrieval import Retriever, neighbours
+from persona_plug.splice import CausalSplicer, Splicer, StateCache
+from persona_plug.trainer import FitConfig
+from persona_plug.training_data import FitData
+from training.lora import for_each_user
+from training.recipes import Fitted, fit
+
+logger = logging.getLogger(__name__)
+
+NEIGHBOURS = 4  # users whose items help out where the own history is short
+USER_STEPS = 8  # of a user's own adapter
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """What one method gave with one seed: per-question values and texts, and what it cost."""
+
+    answers: Answers
+    costs: dict[str, float | None] = field(default_factory=dict)
+
+
+class Session:
+    """Runs methods; what is finished is read back from the folder, and models are shared between methods."""
+
+    def __init__(self, task: Task, data: FitData, base: PersonaPlug, settings: dict[str, Any], out: Path) -> None:
+        """Join the parts.
+
+        Args:
+            task: The task's definition.
+            data: Train, validation, and the questions as `held_out`.
+            base: An untrained plug with the data's template and answers: gives LLM, encoder and kept states.
+            settings: `fit`, `plug` and `generated` of the run.
+            out: The run's folder.
+        """
+        self.task, self.data, self.base, self.settings, self.out = task, data, base, settings, out
+        self.notes: dict[str, int] = {}
+        self._fitted: tuple[tuple[Any, ...], Fitted] | None = None  # the last one: methods are ordered by it
+        self._summaries: Summaries | None = None
+
+    def outcomes(self, name: str, seed: int) -> dict[str, Outcome]:
+        """Return the outcome of a method (of each of the family for `user_prior`) with a seed."""
+        if name == PRIOR:
+            return self._priors()
+        chosen = method(name)
+        # Without training and without drawing nothing depends on the seed.
+        seed = seed if chosen.recipe or chosen.prompt == "random" else 0
+        stem = self.out / f"seed-{seed}" / name
+        found = _read(stem)
+        if found is None:
+            found = self._run(chosen, seed)
+            _write(stem, found)
+        return {name: found}
+
+    def _priors(self) -> dict[str, Outcome]:
+        folder = self.out / "seed-0"
+        kept = {p.stem: _read(p.with_suffix("")) for p in sorted(folder.glob(f"{PRIOR}*.npz"))}
+        if kept:
+            return {name.replace("=", ": "): found for name, found in kept.items() if found is not None}
+        start = time.perf_counter()
+        answers = prior_answers(self.base, self.data, self.settings["generated"])
+        each = (time.perf_counter() - start) / len(answers)
+        costs = {"prompt_tokens": 0.0, "generated_tokens": 0.0, "trainable_params": 0.0, "fit_seconds": each}
+        found = {f"{PRIOR}: {name}": Outcome(a, {**costs, "seconds": None}) for name, a in answers.items()}
+        for name, outcome in found.items():
+            _write(folder / name.replace(": ", "="), outcome)
+        return found
+
+    def _run(self, chosen: Method, seed: int) -> Outcome:
+        config = FitConfig.of({**self.settings["fit"], "seed": seed})
+        fitted = self._fit(chosen, config) if chosen.recipe else None
+        plug = fitted.plug if fitted else self.base
+        held: list[Example] = list(self.data.held_out)
+        if chosen.history == "other":
+            held = with_other_history(held, seed)
+        elif chosen.history == "none":
+            held = [replace(e, history=()) for e in held]
+        start = time.perf_counter()
+        held = self._prompted(chosen, held, seed)
+        if chosen.user_adapter:
+            answers = self._by_user(plug, held, config)
+        elif chosen.prompt and chosen.recipe is None:
+            kept, plug.splicer = plug.splicer, _without_memory(plug)  # each prompt is read once
+            answers = self._answers(plug, held, personal=False)
+            plug.splicer = kept
+        else:
+            answers = self._answers(plug, held, personal=chosen.recipe is not None)
+        seconds = (time.perf_counter() - start) / len(held)
+        parts = [plug.prompter.parts(e.input, e.prompt) for e in held]
+        soft = plug.config.soft_tokens if fitted and hasattr(plug.embedder, "tokens") else 0
+        if plug.config.aggregator == "uem" and soft:
+            soft = plug.config.task_tokens + 1 + np.mean([min(len(e.history), plug.config.max_history) for e in held])
+        prompt = float(np.mean([len(p.left) + len(p.right) for p in parts])) + float(soft)
+        written = [] if plug.config.answers else [len(plug.prompter.ids(t)) for t in answers.texts or ()]
+        generated = float(np.mean(written)) if written else 0.0
+        return Outcome(
+            answers,
+            {
+                "prompt_tokens": prompt,
+                "generated_tokens": generated,
+                "trainable_params": float(fitted.parameters) if fitted else 0.0,
+                "fit_seconds": fitted.seconds if fitted else 0.0,
+                "seconds": seconds,
+                "cut": float(sum(p.cut > 0 for p in parts)),
+                # Twice the weights for each position that runs, the embedding table aside.
+                "flops": 2.0 * _running_weights(plug) * (prompt + generated),
+            },
+        )
+
+    def _fit(self, chosen: Method, config: FitConfig) -> Fitted:
+        prompt = chosen.prompt if chosen.train_prompt else None
+        name = str(chosen.recipe) + (f"+{prompt}-{chosen.items}" if prompt else "")
+        key = (name, config.seed)
+        if self._fitted is None or self._fitted[0] != key:
+            self._fitted = None  # frees an LLM with adapters before the next one is loaded
+            data = self.data
+            if prompt:
+                parts = [self._prompted(chosen, part, config.seed) for part in (data.train, data.valid)]
+                data = replace(data, train=parts[0], valid=parts[1])
+            folder = self.out / f"seed-{config.seed}" / "fitted" / name
+            found = fit(str(chosen.recipe), self.base, self.settings["plug"], data, config, folder)
+            self._fitted = key, found
+        return self._fitted[1]
+
+    def _answers(self, plug: PersonaPlug, held: Sequence[Example], personal: bool = True) -> Answers:
+        options = {"no_repeat_ngram_size": self.task.no_repeat_ngram} if self.task.no_repeat_ngram else {}
+        return evaluate(plug, held, self.settings["generated"], personal, **options)
+
+    def _by_user(self, plug: PersonaPlug, held: Sequence[Example], config: FitConfig) -> Answers:
+        """Ask each user's questions of the adapter trained further on that user's history."""
+        merged: dict[str, np.ndarray] = {}
+        texts: dict[int, str] = {}
+        rows: dict[int, np.ndarray] = {}
+        limit, self.settings["generated"] = self.settings["generated"], len(held)
+        budget = set(spread(len(held), limit))
+        for indices, own in for_each_user(plug, held, config, USER_STEPS):
+            found = self._answers(own, [held[i] for i in indices])
+            for metric, values in found.values.items():
+                merged.setdefault(metric, np.full(len(held), np.nan))[indices] = values
+            for at, i in enumerate(indices):
+                if plug.config.answers is not None or i in budget:
+                    texts[i] = (found.texts or [])[at]
+                if found.probabilities is not None:
+                    rows[i] = found.probabilities[at]
+        self.settings["generated"] = limit
+        table = np.stack([rows[i] for i in range(len(held))]) if rows else None
+        return Answers(merged, [texts[i] for i in sorted(texts)], table)
+
+    def _prompted(self, chosen: Method, examples: Sequence[Example], seed: int) -> list[Example]:
+        """Write history items, or a profile and items, into each question's prompt."""
+        if chosen.prompt is None:
+            return list(examples)
+        template = self.base.config.template
+        whole = [template.replace("{input}", e.input) for e in examples]
+        queries = [self.task.find_query(text) for text in whole]
+        self._count("questions whose query was not found: the whole input is used", sum(q is None for q in queries))
+        asked = [q if q is not None else text for q, text in zip(queries, whole, strict=True)]
+        shown = self._shown(chosen, examples, asked, seed)
+        profiles = [""] * len(examples)
+        if chosen.prompt == "profile" and self.data.answers:
+            profiles = [profile_text(e.history) for e in examples]
+        elif chosen.prompt in ("summary", "profile"):
+            if self._summaries is None:
+                self._summaries = Summaries(self.base, self.out)
+            profiles = self._summaries.of_many(self.task, [e.history for e in examples])
+        limit, tokenizer = self.base.config.max_input_tokens, self.base.tokenizer
+        result, cut, left_out = [], 0, 0
+        for example, text, items, profile in zip(examples, whole, shown, profiles, strict=True):
+            room = limit - len(tokenizer(with_profile(profile, "-"))["input_ids"])
+            made = render(self.task, text, items, tokenizer, room)
+            cut, left_out = cut + (made.items_cut > 0), left_out + len(items) - made.items_used
+            result.append(replace(example, prompt=with_profile(profile, made.text)))
+        self._count("prompts with an item that was cut", cut)
+        self._count("items that found no room in a prompt", left_out)
+        return result
+
+    def _shown(
+        self, chosen: Method, examples: Sequence[Example], queries: Sequence[str], seed: int
+    ) -> list[list[HistoryItem]]:
+        histories = [e.history for e in examples]
+        # LaMP leaves labels and scores out of what is matched; outputs that are texts (titles in LaMP-1) stay in.
+        labels = set(self.data.answers or ())
+        outputs = not any(i.output.strip() in labels for h in histories for i in h)
+        retriever = Retriever(self.base.encoder, seed, outputs=outputs)
+        if chosen.prompt != "graph":
+            ranking = "bm25" if chosen.prompt in ("summary", "profile") else str(chosen.prompt)
+            ranked = retriever.rank_many(ranking, queries, histories, chosen.items)
+            return [[h[i] for i in best] for h, best in zip(histories, ranked, strict=True)]
+        longest: dict[str, tuple[HistoryItem, ...]] = {}
+        for example in self.data.train:  # only training users lend items: held-out ones stay apart
+            if len(example.history) > len(longest.get(example.user_id, ())):
+                longest[example.user_id] = example.history
+        pool = list(longest.values())
+        vectors = retriever.user_vectors([*histories, *pool])
+        others = _nearest(vectors[: len(histories)], vectors[len(histories) :])
+        return [
+            retriever.graph(q, h, [pool[i] for i in near], chosen.items)
+            for q, h, near in zip(queries, histories, others, strict=True)
+        ]
+
+    def _count(self, what: str, how_many: int) -> None:
+        if how_many:
+            self.notes[what] = self.notes.get(what, 0) + how_many
+
+
+def ordered(names: Sequence[str]) -> list[str]:
+    """Return method names so that those that share a training stand together."""
+    known = list(METHODS)
+
+    def place(name: str) -> tuple[int, int]:
+        if name == PRIOR:
+            return len(known), 0
+        chosen = method(name)
+        first = next(i for i, n in enumerate(known) if METHODS[n].recipe == chosen.recipe)
+        return first, 1 if chosen.prompt else 0
+
+    return sorted(names, key=place)
+
+
+def expected_texts(held: Sequence[Example], answers: Sequence[str] | None, generated: int) -> list[int]:
+    """Return the questions whose texts an outcome holds: all of a labelling task, else those that were generated."""
+    return list(range(len(held))) if answers else spread(len(held), generated)
+
+
+def _nearest(wanted: np.ndarray, pool: np.ndarray) -> list[list[int]]:
+    both = np.concatenate([wanted, pool])
+    found = neighbours(both, range(len(wanted)), len(both))
+    return [[i - len(wanted) for i in near if i >= len(wanted)][:NEIGHBOURS] for near in found]
+
+
+def _without_memory(plug: PersonaPlug) -> Splicer:
+    made = type(plug.splicer)(plug.llm, StateCache(0))
+    if isinstance(made, CausalSplicer):
+        made.begin_with(plug.prompter.head)
+    return made
+
+
+def _running_weights(plug: PersonaPlug) -> float:
+    table = plug.llm.get_input_embeddings().weight
+    return float(sum(p.numel() for p in plug.llm.parameters()) - table.numel())
+
+
+def _write(stem: Path, outcome: Outcome) -> None:
+    arrays = {f"value|{metric}": values for metric, values in outcome.answers.values.items()}
+    if outcome.answers.probabilities is not None:
+        arrays["probabilities"] = outcome.answers.probabilities
+    buffer = io.BytesIO()
+    np.savez(buffer, **arrays)
+    stem.parent.mkdir(parents=True, exist_ok=True)
+    rest = {"texts": outcome.answers.texts, "costs": outcome.costs}
+    write_atomically(stem.with_name(stem.name + ".json"), (json.dumps(rest, ensure_ascii=False) + "\n").encode())
+    write_atomically(stem.with_name(stem.name + ".npz"), buffer.getvalue())  # last: it says that all is there
+
+
+def _read(stem: Path) -> Outcome | None:
+    file = stem.with_name(stem.name + ".npz")
+    if not file.is_file():
+        return None
+    rest = json.loads(stem.with_name(stem.name + ".json").read_text(encoding="utf-8"))
+    with np.load(file, allow_pickle=False) as stored:
+        values = {key.partition("|")[2]: stored[key] for key in stored.files if key.startswith("value|")}
+        probabilities = stored["probabilities"] if "probabilities" in stored.files else None
+    return Outcome(Answers(values, rest["texts"], probabilities), rest["costs"])

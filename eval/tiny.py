@@ -1,0 +1,123 @@
+"""`python -m eval.tiny [key=value ...]`: every method on every task shape with random tiny models. Checks the paths.
+
+`write` makes LaMP-shaped folders of generated users. Their numbers mean nothing here, except in the negative control:
+where answers do not depend on the user, no method may show a lift.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from eval.config import load
+from eval.methods import METHODS, PRIOR
+from persona_plug.errors import PersonaPlugError
+
+WORDS = ("storm", "river", "engine", "castle", "forest", "market", "violin", "desert", "lantern", "harbour", "meadow")
+# Shape -> task, instruction, and a profile item's fields.
+SHAPES: dict[str, tuple[str, str, tuple[str, str]]] = {
+    "label": ("LaMP_2", "Which tag does this movie relate to? description: ", ("description", "tag")),
+    "rating": ("LaMP_3", "What is the score of the following review? review: ", ("text", "score")),
+    "text": ("LaMP_5", "Generate a title for the following abstract of a paper: ", ("abstract", "title")),
+    "own_text": ("LaMP_7", "Paraphrase the following tweet: ", ("", "text")),
+}
+LABELS = {"label": ("comedy", "action", "classic"), "rating": ("1", "3", "5")}
+DEFAULTS: dict[str, Any] = {
+    "out": "build/bench-tiny",
+    "methods": [*METHODS, "bm25-2", PRIOR],
+    "shapes": list(SHAPES),
+    "llm": "tiny-llama",
+    "encoder": "tiny-encoder",
+    "users": 8,
+    "fit": {"steps": 2, "batch_size": 4, "eval_every": 1, "eval_samples": 4, "patience": 2},
+}
+
+
+def write(
+    folder: Path,
+    shape: str,
+    users: int = 8,
+    items: int = 4,
+    questions: int = 2,
+    personal: bool = True,
+    dev_users: int | None = None,
+) -> None:
+    """Write `{train,dev}_{questions,outputs}.json` of generated users.
+
+    Args:
+        folder: Where.
+        shape: A key of `SHAPES`.
+        users: Training users.
+        items: Items of a profile.
+        questions: Questions a user.
+        personal: Whether answers follow the user's taste; else they are drawn alike for all.
+        dev_users: Users of the dev split; default half of `users`.
+    """
+    task, instruction, (given, wanted) = SHAPES[shape]
+    folder.mkdir(parents=True, exist_ok=True)
+    rng = np.random.default_rng(0)
+    for split, count in (("train", users), ("dev", dev_users or users // 2)):
+        asked, golds = [], []
+        for u in range(count):
+            taste = int(rng.integers(3))
+
+            def answer(text: str, taste: int = taste) -> str:
+                if shape in LABELS:
+                    favourite = rng.random() < 0.8 if personal else False
+                    return LABELS[shape][taste if favourite else int(rng.integers(3))]
+                return (
+                    f"{('oh', 'well', 'so')[taste if personal else int(rng.integers(3))]} {' '.join(text.split()[:2])}"
+                )
+
+            def draw() -> str:
+                return " ".join(rng.choice(WORDS, 5)) + f" {rng.integers(1000)}"
+
+            profile = []
+            for i in range(items):
+                text = draw()
+                item = {wanted: answer(text), "id": f"{split}{u}-{i}", "date": f"2020-01-{i + 1:02d}"}
+                profile.append(item | ({given: text} if given else {}))
+            for q in range(questions):
+                ident, text = f"{split}{u}-q{q}", draw()
+                question = {"id": ident, "user_id": f"{split}{u}", "input": instruction + text, "profile": profile}
+                asked.append(question)
+                golds.append({"id": ident, "output": answer(text)})
+        (folder / f"{split}_questions.json").write_text(json.dumps(asked), encoding="utf-8")
+        (folder / f"{split}_outputs.json").write_text(json.dumps({"task": task, "golds": golds}), encoding="utf-8")
+
+
+def main(arguments: Sequence[str]) -> None:
+    """Run all methods on all shapes."""
+    from eval import run
+
+    settings = load(arguments, DEFAULTS)
+    out = Path(settings["out"])
+    for shape in settings["shapes"]:
+        folder = out / shape
+        write(folder / "data", shape, settings["users"])
+        run.main(
+            [
+                f"data={folder / 'data'}",
+                f"task={SHAPES[shape][0]}",
+                f"out={folder / 'run'}",
+                f"llm={settings['llm']}",
+                f"encoder={settings['encoder']}",
+                f"methods={json.dumps(settings['methods'])}",
+                f"fit={json.dumps(settings['fit'])}",
+                "generated=4",
+            ]
+        )
+
+
+if __name__ == "__main__":
+    logging.basicConfig(level=logging.WARNING)
+    try:
+        main(sys.argv[1:])
+    except PersonaPlugError as error:
+        sys.exit(f"error: {error}")

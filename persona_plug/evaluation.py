@@ -1,0 +1,141 @@
+"""What a method answers on held-out questions, and each question's value of each metric."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from persona_plug.baselines import is_rating, label_priors, rating_priors, text_priors
+from persona_plug.history import Example
+from persona_plug.stats import derangement, identity
+
+if TYPE_CHECKING:
+    from persona_plug.model import PersonaPlug
+    from persona_plug.training_data import FitData
+
+# Lower is better, and the transform from a mean over questions to the metric.
+METRICS: dict[str, tuple[bool, Any]] = {
+    "nll": (True, identity),
+    "accuracy": (False, identity),
+    "mae": (True, identity),
+    "rmse": (True, np.sqrt),
+    "rouge-1": (False, identity),
+    "rouge-L": (False, identity),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Answers:
+    """What one method gave on the held-out questions.
+
+    Attributes:
+        values: Metric -> (N,) per-question values.
+        texts: Answers: of free text those that were generated; else the likeliest label, for ratings the median.
+        probabilities: (N, C) of the answers of a labelling task.
+    """
+
+    values: dict[str, np.ndarray]
+    texts: list[str] | None = None
+    probabilities: np.ndarray | None = None
+
+
+def evaluate(
+    plug: PersonaPlug,
+    held: Sequence[Example],
+    generated: int = 48,
+    personal: bool = True,
+    head: bool = True,
+    **options: Any,  # noqa: ANN401
+) -> Answers:
+    """Return one method's values on each question; `options` go to `generate`."""
+    if plug.config.answers:
+        scores = plug.score(list(held), personal=personal, head=head)
+        # The temperature was fitted for the plug's scores, not for log-likelihoods of the LLM alone.
+        temperature = plug.embedder.score_temperature.cpu() if personal and head else 1.0
+        return label_answers((scores / temperature).softmax(-1).double().numpy(), held, plug.config.answers)
+    from persona_plug.fit import score_samples
+    from persona_plug.trainer import PlugDataset
+
+    dataset = PlugDataset(plug, held)
+    loglik = score_samples(plug, dataset, personal=personal)[0][:, 0]
+    lengths = np.array([len(t.paths[0]) for t in dataset.trees])
+    values = {"nll": -loglik.double().numpy() / lengths}
+    some = spread(len(held), generated)
+    texts = plug.generate([held[i] for i in some], personal=personal, **options) if some else []
+    return _with_rouge(values, texts, held, some)
+
+
+def label_answers(probabilities: np.ndarray, held: Sequence[Example], answers: Sequence[str]) -> Answers:
+    """Return values of a method that gives probabilities (N, C).
+
+    For ratings, MAE is of the median and RMSE of the mean of the distribution: each metric's own best decision.
+    """
+    gold = np.array([list(answers).index(e.output.strip()) for e in held])
+    rows = np.arange(len(gold))
+    values = {
+        "nll": -np.log(np.maximum(probabilities[rows, gold], 1e-12)),
+        "accuracy": (probabilities.argmax(1) == gold).astype(float),
+    }
+    if is_rating(answers):
+        levels = np.array([float(a) for a in answers])
+        order = np.argsort(levels)
+        cumulative = probabilities[:, order].cumsum(1)
+        median = levels[order][(cumulative >= 0.5 - 1e-9).argmax(1)]
+        values |= rating_errors(levels[gold], median, probabilities @ levels)
+        chosen = order[(cumulative >= 0.5 - 1e-9).argmax(1)]
+    else:
+        chosen = probabilities.argmax(1)
+    return Answers(values, [answers[i] for i in chosen], probabilities)
+
+
+def rating_errors(gold: np.ndarray, median: np.ndarray, mean: np.ndarray) -> dict[str, np.ndarray]:
+    """Return absolute errors of one prediction and squared errors of another, (N,) each."""
+    return {"mae": np.abs(gold - median), "rmse": (gold - mean) ** 2}
+
+
+def prior_answers(plug: PersonaPlug, data: FitData, generated: int) -> dict[str, Answers]:
+    """Return the LLM-free family's values on the held-out users."""
+    held = data.held_out
+    if data.answers:
+        found = label_priors(data.train, data.valid, held, data.answers, plug.encoder)
+        result = {name: label_answers(p, held, data.answers) for name, p in found.items()}
+        if is_rating(data.answers):
+            gold = np.array([float(e.output) for e in held])
+            for name, prediction in rating_priors(data.train, data.valid, held, plug.encoder).items():
+                result[name] = Answers(rating_errors(gold, prediction, prediction))
+        return result
+    some = spread(len(held), generated)
+    chosen = [held[i] for i in some]
+    found_texts = text_priors(chosen, plug.encoder)
+    return {name: _with_rouge({}, texts, held, some) for name, texts in found_texts.items()}
+
+
+def _with_rouge(
+    values: dict[str, np.ndarray], texts: list[str], held: Sequence[Example], some: Sequence[int]
+) -> Answers:
+    from rouge_score.rouge_scorer import RougeScorer
+
+    scorer = RougeScorer(["rouge1", "rougeL"])
+    one, longest = np.full(len(held), np.nan), np.full(len(held), np.nan)
+    for i, text in zip(some, texts, strict=True):
+        score = scorer.score(held[i].output, text)
+        one[i], longest[i] = score["rouge1"].fmeasure, score["rougeL"].fmeasure
+    return Answers({**values, "rouge-1": one, "rouge-L": longest}, texts)
+
+
+def spread(total: int, limit: int) -> list[int]:
+    """Return at most `limit` indices, evenly spread."""
+    return sorted({i * total // limit for i in range(limit)}) if total > limit else list(range(total))
+
+
+def with_other_history(held: Sequence[Example], seed: int = 0) -> list[Example]:
+    """Return the questions with the longest history of another held-out user each, the same one for all of a user's."""
+    other = derangement([e.user_id for e in held], seed)
+    longest: dict[str, Example] = {}
+    for example in held:
+        if len(example.history) > len(getattr(longest.get(example.user_id), "history", ())):
+            longest[example.user_id] = example
+    return [replace(e, history=longest[other[e.user_id]].history if other[e.user_id] in longest else ()) for e in held]

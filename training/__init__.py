@@ -1,0 +1,1 @@
+"""Recipes that train what is compared with a plug; `python -m training.run CONFIG`."""

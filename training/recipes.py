@@ -1,0 +1,117 @@
+"""What can be trained, by name, on the same samples and for the same steps."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import load_file, save
+
+from persona_plug.config import PlugConfig
+from persona_plug.errors import ConfigError
+from persona_plug.fit import train
+from persona_plug.model import PersonaPlug
+from persona_plug.persistence import write_atomically
+from persona_plug.trainer import FitConfig
+from persona_plug.training_data import FitData
+from training.lora import with_lora
+
+WEIGHTS, FACTS = "fitted.safetensors", "fitted.json"
+
+
+@dataclass(frozen=True, slots=True)
+class Recipe:
+    """How a method is trained.
+
+    Attributes:
+        plug: Fields of `PlugConfig` and the recipe's name under `recipe`; None trains no soft tokens.
+        adapter: Whether LoRA adapters in the LLM are trained.
+    """
+
+    plug: Mapping[str, Any] | None = field(default_factory=dict)
+    adapter: bool = False
+
+
+RECIPES: dict[str, Recipe] = {
+    "task_prompt": Recipe({"user_tokens": 0, "task_tokens": "all"}),
+    "plug": Recipe(),
+    "plug_mean": Recipe({"recipe": "mean"}),
+    "plug_paper": Recipe({"recipe": "paper"}),
+    "uem": Recipe({"recipe": "uem"}),
+    "persoma": Recipe({"recipe": "persoma"}),
+    "persoma_mlp": Recipe({"recipe": "persoma_mlp"}),
+    "persoma_transformer": Recipe({"recipe": "persoma_transformer"}),
+    "persoma_lora": Recipe({"recipe": "persoma"}, adapter=True),
+    "lora": Recipe(None, adapter=True),
+    "plug_lora": Recipe(adapter=True),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Fitted:
+    """A trained plug with what its training took."""
+
+    plug: PersonaPlug
+    seconds: float
+    steps: int
+    parameters: int
+
+
+def fit(
+    name: str, base: PersonaPlug, settings: Mapping[str, Any], data: FitData, config: FitConfig, folder: Path
+) -> Fitted:
+    """Train a recipe, or read it back from `folder` if it was trained there; an interrupted training goes on.
+
+    Args:
+        name: A name in `RECIPES`.
+        base: Gives the frozen LLM, its kept states and the encoder; its config holds template and answers.
+        settings: Fields of `PlugConfig` given by the user; a recipe's own choices win over them.
+        data: Samples.
+        config: Training settings, the seed among them.
+        folder: Checkpoints, log and the result.
+
+    Raises:
+        ConfigError: There is no such recipe.
+    """
+    plug = make(name, base, settings, config.seed)
+    facts = folder / FACTS
+    if facts.is_file():
+        plug.embedder.load_state_dict(load_file(folder / WEIGHTS))
+        found = json.loads(facts.read_text(encoding="utf-8"))
+    else:
+        start = time.perf_counter()
+        log = train(plug, data, config, folder, resume=True)
+        found = {"seconds": time.perf_counter() - start, "steps": max(int(r.get("step", 0)) for r in log)}
+        folder.mkdir(parents=True, exist_ok=True)
+        write_atomically(folder / WEIGHTS, save({k: v.clone() for k, v in plug.embedder.state_dict().items()}))
+        write_atomically(facts, (json.dumps(found) + "\n").encode())
+    count = sum(p.numel() for p in plug.embedder.parameters() if p.requires_grad)
+    return Fitted(plug, found["seconds"], found["steps"], count)
+
+
+def make(name: str, base: PersonaPlug, settings: Mapping[str, Any], seed: int) -> PersonaPlug:
+    """Return an untrained plug of a recipe. Without adapters it shares the frozen LLM and its kept states."""
+    if name not in RECIPES:
+        raise ConfigError(f"no recipe {name!r}; known are {', '.join(RECIPES)}")
+    recipe, known = RECIPES[name], base.config
+    chosen = {**settings, **(recipe.plug or {})}
+    if chosen.get("task_tokens") == "all":  # as many soft tokens as the plug has
+        chosen["task_tokens"] = known.soft_tokens
+    config = PlugConfig.create(known.llm, known.encoder, chosen.pop("recipe", known.recipe), **chosen).replace(
+        llm_width=known.llm_width,
+        encoder_dim=known.encoder_dim,
+        llm_fingerprint=known.llm_fingerprint,
+        encoder_fingerprint=known.encoder_fingerprint,
+        template=known.template,
+        answers=known.answers,
+    )
+    plug = PersonaPlug(config, base.llm, base.tokenizer, base.encoder, seed)
+    if recipe.adapter:
+        return with_lora(plug, soft=recipe.plug is not None)
+    if config.placement == known.placement:
+        plug.splicer = base.splicer
+    return plug
