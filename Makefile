@@ -18,10 +18,10 @@ SOURCES := $(wildcard persona_plug training eval tests)
 export OMP_WAIT_POLICY ?= PASSIVE
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: help env test lint format demo bench clean
+.PHONY: help env test lint format demo bench bench-tiny clean
 
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
 
 env: $(STAMP) ## build .venv (PYTHON=..., TORCH=... choose versions)
 
@@ -53,6 +53,9 @@ demo: env ## fit a small plug on real data (DEMO=folder)
 
 bench: env ## measure speed and memory against their floors
 	$(BIN)/python -m eval.bench $(ARGS)
+
+bench-tiny: env ## run every method on every task shape with tiny random models
+	$(BIN)/python -m eval.tiny $(ARGS)
 
 clean: ## remove build products and caches, keep .venv
 	rm -rf build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis

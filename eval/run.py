@@ -21,7 +21,6 @@ from typing import Any
 
 import numpy as np
 
-from eval.config import load
 from eval.lamp.metrics import CORPUS as SET_METRICS
 from eval.lamp.metrics import compute, question_values
 from eval.methods import PRIOR, method
@@ -29,51 +28,25 @@ from eval.metrics import expected_calibration_error
 from eval.report import html, markdown
 from eval.session import Outcome, Session, expected_texts, ordered
 from eval.significance import contrasts, direction, usual_pairs
-from eval.tasks import Task, load_task
 from persona_plug.baselines import is_rating
-from persona_plug.errors import ConfigError, PersonaPlugError
-from persona_plug.history import Example
-from persona_plug.lamp import leave_one_out_profiles, read_lamp
+from persona_plug.errors import PersonaPlugError
 from persona_plug.persistence import write_atomically
 from persona_plug.stats import user_bootstrap
 from persona_plug.training_data import FitData
+from training.run import prepare, settle
+from training.tasks import Task
 
 logger = logging.getLogger("eval.run")
 
-DEFAULTS: dict[str, Any] = {
-    "data": None,
-    "task": None,
-    "split": "dev",
-    "methods": ["none", "task_prompt", "plug", "plug_shuffled", "plug_empty", "user_prior"],
-    "seeds": [0],
-    "adapter_seeds": None,
-    "out": "runs/compare",
-    "llm": "smollm2-135m",
-    "encoder": "minilm-l6",
-    "plug": {},
-    "fit": {},
-    "valid": 0.15,
-    "profile_targets": None,
-    "questions": None,
-    "generated": 200,
-    "threads": None,
-    "state_gigabytes": 4,
-}
 SET_DRAWS = 200  # of a metric that is computed anew for each draw of users
 
 
 def main(arguments: Sequence[str]) -> None:
     """Run a comparison from the command line."""
-    settings = load(arguments, DEFAULTS)
-    if not settings["data"]:
-        raise ConfigError("data=DIR is missing: a folder with train_questions.json, train_outputs.json and the split's")
+    settings = settle(arguments)
     for name in settings["methods"]:
         if name != PRIOR:
             method(name)
-    if settings["threads"]:
-        import torch
-
-        torch.set_num_threads(int(settings["threads"]))
     out = Path(settings["out"])
     out.mkdir(parents=True, exist_ok=True)
     results, details = compare(settings, out)
@@ -85,66 +58,11 @@ def main(arguments: Sequence[str]) -> None:
     sys.stdout.write(report)
 
 
-def load_data(settings: Mapping[str, Any], task: Task) -> FitData:
-    """Read train (its questions, and leave-one-out samples of its profiles) and the split to report on."""
-    folder, split = Path(settings["data"]), settings["split"]
-    fields = task.fields if task.fields != ("input", "output") else None
-    train = read_lamp(folder / "train_questions.json", folder / "train_outputs.json", fields=fields)
-    held = read_lamp(
-        folder / f"{split}_questions.json", folder / f"{split}_outputs.json", train.template, fields=fields
-    )
-    samples = leave_one_out_profiles(train.examples)
-    limit = settings["profile_targets"]
-    if limit is not None and limit < len(samples):
-        chosen = np.random.default_rng(0).choice(len(samples), limit, replace=False)
-        samples = [samples[i] for i in sorted(chosen)]
-    users = sorted({e.user_id for e in train.examples})
-    if shared := set(users) & {e.user_id for e in held.examples}:
-        logger.warning("%d users are in train and in %s", len(shared), split)
-    count = max(1, round(settings["valid"] * len(users)))
-    valid = {str(u) for u in np.random.default_rng(0).choice(users, count, replace=False)}
-    everything = [*train.examples, *samples]
-    if task.answers:
-        everything = [e for e in everything if e.output.strip() in task.answers]
-    return FitData(
-        [e for e in everything if e.user_id not in valid],
-        [e for e in everything if e.user_id in valid],
-        sample_questions(held.examples, settings["questions"]),
-        train.template,
-        task.answers,
-    )
-
-
-def sample_questions(examples: Sequence[Example], limit: int | None) -> list[Example]:
-    """Return a fixed sample of about `limit` questions that keeps every user, in their order."""
-    if limit is None or limit >= len(examples):
-        return list(examples)
-    rng = np.random.default_rng(0)
-    order = rng.permutation(len(examples))
-    first: dict[str, int] = {}
-    for i in order:
-        first.setdefault(examples[i].user_id, int(i))
-    chosen = set(first.values())
-    for i in order:
-        if len(chosen) >= limit:
-            break
-        chosen.add(int(i))
-    return [examples[i] for i in sorted(chosen)]
-
-
 def compare(settings: dict[str, Any], out: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     """Run every method for every seed; what is finished is read back from `out`, not computed again."""
-    from persona_plug import model
-
     git = _git()  # before, not after: sources may change while it runs
-    model.STATE_BUDGET = int(settings["state_gigabytes"] * 2**30)
-    task = load_task(settings["task"] or Path(settings["data"]).name)
-    data = load_data(settings, task)
-    lengths = {"max_answer_tokens": task.max_answer_tokens, "max_input_tokens": task.max_input_tokens}
-    plugged = {**lengths, **settings["plug"]}
-    base = model.PersonaPlug.build(settings["llm"], settings["encoder"], **plugged)
-    base.reset(base.config.replace(template=data.template, answers=data.answers))
-    session = Session(task, data, base, {**settings, "plug": plugged}, out)
+    task, data, base, chosen = prepare(settings)
+    session = Session(task, data, base, {**settings, "plug": chosen}, out)
     found: dict[str, list[Outcome]] = {}
     for name in ordered(settings["methods"]):
         adapted = name != PRIOR and "lora" in str(method(name).recipe)

@@ -16,7 +16,6 @@ import numpy as np
 from eval.lamp.prompts import render
 from eval.methods import METHODS, PRIOR, Method, method
 from eval.summaries import Summaries, profile_text, with_profile
-from eval.tasks import Task
 from persona_plug.evaluation import Answers, evaluate, prior_answers, spread, with_other_history
 from persona_plug.history import Example, HistoryItem
 from persona_plug.model import PersonaPlug
@@ -27,6 +26,7 @@ from persona_plug.trainer import FitConfig
 from persona_plug.training_data import FitData
 from training.lora import for_each_user
 from training.recipes import Fitted, fit
+from training.tasks import Task
 
 logger = logging.getLogger(__name__)
 

@@ -21,10 +21,10 @@ from pathlib import Path
 from typing import Any
 
 from eval.lamp.prompts import render
-from eval.tasks import Task
 from persona_plug.errors import ConfigError, CorruptFileError
 from persona_plug.history import HistoryItem
 from persona_plug.model import PersonaPlug
+from training.tasks import Task
 
 logger = logging.getLogger(__name__)
 

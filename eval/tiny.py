@@ -15,9 +15,9 @@ from typing import Any
 
 import numpy as np
 
-from eval.config import load
 from eval.methods import METHODS, PRIOR
 from persona_plug.errors import PersonaPlugError
+from training.config import load
 
 WORDS = ("storm", "river", "engine", "castle", "forest", "market", "violin", "desert", "lantern", "harbour", "meadow")
 # Shape -> task, instruction, and a profile item's fields.
@@ -35,6 +35,9 @@ DEFAULTS: dict[str, Any] = {
     "llm": "tiny-llama",
     "encoder": "tiny-encoder",
     "users": 8,
+    "dev_users": 4,
+    "personal": True,
+    "seeds": [0],
     "fit": {"steps": 2, "batch_size": 4, "eval_every": 1, "eval_samples": 4, "patience": 2},
 }
 
@@ -100,7 +103,7 @@ def main(arguments: Sequence[str]) -> None:
     out = Path(settings["out"])
     for shape in settings["shapes"]:
         folder = out / shape
-        write(folder / "data", shape, settings["users"])
+        write(folder / "data", shape, settings["users"], personal=settings["personal"], dev_users=settings["dev_users"])
         run.main(
             [
                 f"data={folder / 'data'}",
@@ -110,6 +113,7 @@ def main(arguments: Sequence[str]) -> None:
                 f"encoder={settings['encoder']}",
                 f"methods={json.dumps(settings['methods'])}",
                 f"fit={json.dumps(settings['fit'])}",
+                f"seeds={json.dumps(settings['seeds'])}",
                 "generated=4",
             ]
         )

@@ -19,12 +19,12 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from eval.bench.timing import Ratio, paired
-from eval.config import load
 from persona_plug.encoder import HistoryEncoder
 from persona_plug.errors import PersonaPlugError
 from persona_plug.history import Example, HistoryItem
 from persona_plug.model import PersonaPlug
 from persona_plug.prompts import AnswerTree, PromptParts
+from training.config import load
 
 DEFAULTS: dict[str, Any] = {
     "llm": "smollm2-135m",

@@ -13,8 +13,8 @@ from typing import Any
 
 import numpy as np
 
-from eval.tasks import Task, load_task
 from persona_plug.errors import DataError
+from training.tasks import Task, load_task
 
 CORPUS = ("f1", "bleu")  # metrics of a whole set, no means over its questions
 RESAMPLES = 1000  # of the bootstrap in rouge_score, whose middle value `evaluate` reports
@@ -76,7 +76,7 @@ def compute(
     """Return one metric.
 
     Args:
-        name: One of `eval.tasks.METRICS`.
+        name: One of `training.tasks.METRICS`.
         predictions: (N,) texts.
         references: (N,) texts, answers of the task if it has any.
         answers: The answer space, for "f1", "mae" and "rmse".
@@ -96,7 +96,7 @@ def values(name: str, predictions: Sequence[str], references: Sequence[str], ans
     """Return (N,) values whose mean is a metric; for "rmse" squared errors, whose mean's root it is.
 
     Args:
-        name: One of `eval.tasks.METRICS` but not of `CORPUS`.
+        name: One of `training.tasks.METRICS` but not of `CORPUS`.
         predictions: (N,) texts.
         references: (N,) texts.
         answers: The answer space, for "mae" and "rmse".

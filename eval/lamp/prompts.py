@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from eval.tasks import Task
 from persona_plug.history import HistoryItem
+from training.tasks import Task
 
 ALONE = '"{output}"'  # an item whose input is empty, as LaMP writes tweets and titles
 MIN_TOKENS = 4  # of each text of an item; one that is shorter stays whole

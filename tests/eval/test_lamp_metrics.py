@@ -10,8 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from eval.lamp.metrics import bleu, meteor, question_values, rating_errors, rouge, score
-from eval.tasks import Task, load_task
 from persona_plug.errors import ConfigError, DataError
+from training.tasks import Task, load_task
 
 EXACT = 1e-12  # the same sums in another order
 TAGS = load_task("LaMP_2").answers

@@ -7,8 +7,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from eval.lamp.prompts import MIN_TOKENS, Rendered, render
-from eval.tasks import Task, load_task
 from persona_plug.history import HistoryItem
+from training.tasks import Task, load_task
 
 RATING = load_task("LaMP_3")
 TITLE = load_task("LaMP_5")

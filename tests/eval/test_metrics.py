@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 
 from eval import metrics
 from eval.lamp.metrics import rouge, score
-from eval.tasks import load_task
 from persona_plug.errors import ConfigError, DataError
+from training.tasks import load_task
 
 GOLD = ["The cats sat on a mat", "running shoes", "Über-große Fragen?", "the same words here", "x"]
 FOUND = ["the cat sat on the mat", "runs in shoes", "große Fragen", " the same words here\n", ""]

@@ -12,10 +12,10 @@ from hypothesis import strategies as st
 
 from eval import summaries
 from eval.summaries import REQUESTS, Summaries, profile_text, with_profile
-from eval.tasks import load_task
 from persona_plug.errors import ConfigError, CorruptFileError
 from persona_plug.history import HistoryItem
 from persona_plug.model import PersonaPlug
+from training.tasks import load_task
 
 TAGS = load_task("LaMP_2")
 SCORES = load_task("LaMP_3")

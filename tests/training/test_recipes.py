@@ -26,7 +26,9 @@ def data():
         ]
 
     people = [user(f"u{i}", i % 2) for i in range(6)]
-    return FitData([e for p in people[:3] for e in p], people[3], [e for p in people[4:] for e in p], "{input}", ANSWERS)
+    return FitData(
+        [e for p in people[:3] for e in p], people[3], [e for p in people[4:] for e in p], "{input}", ANSWERS
+    )
 
 
 @pytest.fixture

@@ -4,9 +4,9 @@ import json
 
 import pytest
 
-from eval.tasks import METRICS, TASKS, Task, load_task
 from persona_plug.errors import ConfigError
 from persona_plug.lamp import read_lamp
+from training.tasks import METRICS, TASKS, Task, load_task
 
 NAMES = sorted(p.stem for p in TASKS.glob("*.yaml"))
 MOVIE = (

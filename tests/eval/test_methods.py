@@ -1,0 +1,147 @@
+"""Every method on generated users: what is reported re-scores from what is stored, and nothing is computed twice."""
+
+import json
+
+import numpy as np
+import pytest
+
+from eval import methods, run, tiny
+from eval.lamp.metrics import score
+from eval.methods import METHODS, Method, method
+from eval.session import Session, ordered
+from persona_plug.errors import ConfigError
+from persona_plug.history import Example
+from training.data import sample_questions
+from training.recipes import RECIPES
+
+FIT = "fit={steps: 2, batch_size: 4, eval_every: 1, eval_samples: 4}"
+
+
+def compare(folder, shape, names, *more, **data):
+    if not (folder / "data").exists():
+        tiny.write(folder / "data", shape, **data)
+    run.main(
+        [
+            f"data={folder / 'data'}",
+            f"task={tiny.SHAPES[shape][0]}",
+            f"out={folder / 'out'}",
+            "llm=tiny-llama",
+            "encoder=tiny-encoder",
+            f"methods={json.dumps(names)}",
+            "generated=4",
+            FIT,
+            *more,
+        ]
+    )
+    return json.loads((folder / "out" / "results.json").read_text())
+
+
+@pytest.fixture(scope="module")
+def everything(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("label")
+    return folder, compare(folder, "label", [*METHODS, "bm25-2", "user_prior"])
+
+
+def test_every_method_has_a_row_with_costs(everything):
+    _, results = everything
+    assert {*METHODS, "bm25-2", "user_prior: majority"} <= set(results["methods"])
+    for name, row in results["methods"].items():
+        for found in row["metrics"].values():
+            low, high = found["ci95"]
+            assert np.isfinite([found["value"], low, high]).all()
+        if name.startswith("user_prior"):
+            continue
+        assert row["prompt_tokens_mean"] > 0
+        assert row["seconds_per_query"] > 0
+        assert (row["trainable_params"] > 0) == (METHODS.get(name, Method()).recipe is not None)
+    assert results["methods"]["bm25"]["prompt_tokens_mean"] > results["methods"]["bm25-2"]["prompt_tokens_mean"]
+    assert results["methods"]["none"]["prompt_tokens_mean"] < results["methods"]["bm25-2"]["prompt_tokens_mean"]
+
+
+@pytest.mark.parametrize("name", ["none", "plug", "bm25", "lora_user", "user_prior: majority"])
+def test_stored_predictions_score_what_is_reported(everything, name):
+    folder, results = everything
+    golds = json.loads((folder / "data" / "dev_outputs.json").read_text())
+    predictions = json.loads((folder / "out" / "predictions" / f"{name.replace(': ', '=')}.json").read_text())
+    for metric, value in score("LaMP_2", predictions, golds).items():
+        assert results["methods"][name]["metrics"][metric]["value"] == pytest.approx(value, abs=1e-12)
+
+
+def test_ratings_score_from_their_two_files(tmp_path):
+    results = compare(tmp_path, "rating", ["plug", "none"])
+    golds = json.loads((tmp_path / "data" / "dev_outputs.json").read_text())
+    for name in ("plug", "none"):
+        for file, metric in ((f"{name}.json", "mae"), (f"{name}.mean.json", "rmse")):
+            predictions = json.loads((tmp_path / "out" / "predictions" / file).read_text())
+            expected = score("LaMP_3", predictions, golds)[metric]
+            assert results["methods"][name]["metrics"][metric]["value"] == pytest.approx(expected, abs=1e-12)
+
+
+def test_texts_are_scored_on_those_that_were_generated(tmp_path):
+    results = compare(tmp_path, "text", ["none", "plug", "summary", "user_prior"])
+    golds = {g["id"]: g["output"] for g in json.loads((tmp_path / "data" / "dev_outputs.json").read_text())["golds"]}
+    found = json.loads((tmp_path / "out" / "predictions" / "plug.json").read_text())["golds"]
+    assert len(found) == 4 < len(golds)
+    chosen = {p["id"]: golds[p["id"]] for p in found}
+    expected = score("LaMP_5", {p["id"]: p["output"] for p in found}, chosen)
+    row = results["methods"]["plug"]
+    assert row["metrics"]["rouge-1"]["value"] == pytest.approx(expected["rouge-1"], abs=1e-12)
+    assert row["generated_tokens_mean"] > 0
+    assert (tmp_path / "out" / "report.html").read_text().lower().startswith("<!doctype html>")
+
+
+def test_a_stopped_run_computes_only_what_is_missing(everything, monkeypatch):
+    folder, results = everything
+    (folder / "out" / "seed-0" / "bm25.npz").unlink()
+    real, asked = Session._run, []
+    monkeypatch.setattr(Session, "_run", lambda self, chosen, seed: (asked.append(chosen), real(self, chosen, seed))[1])
+    again = compare(folder, "label", [*METHODS, "bm25-2", "user_prior"])
+    assert asked == [METHODS["bm25"]]
+    for name, row in results["methods"].items():
+        assert again["methods"][name]["metrics"] == row["metrics"]
+
+
+def test_where_answers_do_not_depend_on_the_user_no_lift_is_found(tmp_path):
+    """The negative control: labels are drawn alike for all, whatever the history says."""
+    names = ["none", "task_prompt", "plug", "plug_shuffled", "plug_empty"]
+    results = compare(tmp_path, "label", names, users=30, dev_users=30, personal=False)
+    lift = [c for c in results["contrasts"] if (c["a"], c["b"]) == ("plug", "plug_shuffled")]
+    assert {c["metric"] for c in lift} >= {"nll", "accuracy"}
+    for c in lift:
+        assert c["ci95"][0] <= 0 <= c["ci95"][1] or c["p_holm"] > 0.05
+
+
+def test_a_new_method_is_a_line_and_a_new_task_a_file(tmp_path, monkeypatch):
+    monkeypatch.setitem(methods.METHODS, "latest", Method(prompt="recency", items=1))
+    task = tmp_path / "mood.yaml"
+    task.write_text(
+        "version: 1\nkind: label\nanswers: [comedy, action, classic]\nfields: [description, tag]\n"
+        "query: 'description: (.*)'\nitem: '{input} is {output}'\nprompt: '{items}. {input}'\n"
+    )
+    results = compare(tmp_path, "label", ["latest", "none"], f"task={task}")
+    assert results["task"] == "mood"
+    assert results["methods"]["latest"]["prompt_tokens_mean"] > results["methods"]["none"]["prompt_tokens_mean"]
+
+
+def test_names_are_checked_and_methods_that_share_a_training_stand_together():
+    assert method("bm25-8").items == 8
+    for name in ("nonsense", "plug-4", "bm25-0", "bm25-x"):
+        with pytest.raises(ConfigError, match="no method"):
+            method(name)
+    with pytest.raises(ConfigError, match="prompt='nonsense' is not one of"):
+        Method(prompt="nonsense")
+    assert {m.recipe for m in METHODS.values() if m.recipe} <= set(RECIPES)
+    names = ordered(["plug_empty", "lora", "none", "plug", "task_prompt", "lora_user", "plug_shuffled", "user_prior"])
+    kinds = [method(n).recipe if n != "user_prior" else "prior" for n in names]
+    assert [k for i, k in enumerate(kinds) if i == 0 or kinds[i - 1] != k] == list(dict.fromkeys(kinds))
+
+
+def test_a_sample_of_questions_keeps_every_user_and_their_order():
+    examples = [Example(f"u{i % 7}", f"q{i}", "a") for i in range(50)]
+    some = sample_questions(examples, 12)
+    assert len(some) == 12
+    assert {e.user_id for e in some} == {f"u{i}" for i in range(7)}
+    assert some == sample_questions(examples, 12)
+    assert [examples.index(e) for e in some] == sorted(examples.index(e) for e in some)
+    assert len(sample_questions(examples, 3)) == 7  # every user, even beyond the limit
+    assert sample_questions(examples, None) == examples

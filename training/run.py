@@ -1,0 +1,96 @@
+"""`python -m training.run CONFIG [key=value ...]`: train recipes on a LaMP-shaped folder and keep what was learned.
+
+Takes the settings of a comparison (`python -m eval.run`), so that one config serves both, and `recipes=[NAME, ...]`.
+Each is written to `out/seed-S/fitted/NAME`, where a comparison with the same `out` finds it; a recipe without adapters
+also to `out/NAME-S` as a plug that `PersonaPlug.from_pretrained` reads.
+"""
+
+from __future__ import annotations
+
+import logging
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from persona_plug.errors import ConfigError, PersonaPlugError
+from training.config import load
+from training.data import load_data
+from training.tasks import Task, load_task
+
+DEFAULTS: dict[str, Any] = {
+    "data": None,
+    "task": None,
+    "split": "dev",
+    "methods": ["none", "task_prompt", "plug", "plug_shuffled", "plug_empty", "user_prior"],
+    "recipes": ["plug"],
+    "seeds": [0],
+    "adapter_seeds": None,
+    "out": "runs/compare",
+    "llm": "smollm2-135m",
+    "encoder": "minilm-l6",
+    "plug": {},
+    "fit": {},
+    "valid": 0.15,
+    "profile_targets": None,
+    "questions": None,
+    "generated": 200,
+    "threads": None,
+    "state_gigabytes": 4,
+}
+
+
+def settle(arguments: Sequence[str]) -> dict[str, Any]:
+    """Read settings from the command line, and set the number of threads.
+
+    Raises:
+        ConfigError: A setting is unknown, or no data is given.
+    """
+    settings = load(arguments, DEFAULTS)
+    if not settings["data"]:
+        raise ConfigError("data=DIR is missing: a folder with train_questions.json, train_outputs.json and the split's")
+    if settings["threads"]:
+        import torch
+
+        torch.set_num_threads(int(settings["threads"]))
+    return settings
+
+
+def prepare(settings: Mapping[str, Any]) -> tuple[Task, Any, Any, dict[str, Any]]:
+    """Return the task, its data, an untrained plug for it, and the plug's settings."""
+    from persona_plug import model
+
+    model.STATE_BUDGET = int(settings["state_gigabytes"] * 2**30)
+    task = load_task(settings["task"] or Path(settings["data"]).name)
+    data = load_data(settings, task)
+    lengths = {"max_answer_tokens": task.max_answer_tokens, "max_input_tokens": task.max_input_tokens}
+    chosen = {**lengths, **settings["plug"]}
+    base = model.PersonaPlug.build(settings["llm"], settings["encoder"], **chosen)
+    base.reset(base.config.replace(template=data.template, answers=data.answers))
+    return task, data, base, chosen
+
+
+def main(arguments: Sequence[str]) -> None:
+    """Train from the command line."""
+    from persona_plug.trainer import FitConfig
+    from training.recipes import RECIPES, fit
+
+    settings = settle(arguments)
+    _, data, base, chosen = prepare(settings)
+    out = Path(settings["out"])
+    for name in settings["recipes"]:
+        for seed in settings["seeds"]:
+            config = FitConfig.of({**settings["fit"], "seed": seed})
+            fitted = fit(name, base, chosen, data, config, out / f"seed-{seed}" / "fitted" / name)
+            line = f"{name}, seed {seed}: {fitted.steps} steps, {fitted.seconds:.0f} s, {fitted.parameters:,} numbers"
+            if not RECIPES[name].adapter:
+                line += f", {fitted.plug.save_pretrained(out / f'{name}-{seed}')}"
+            sys.stdout.write(line + "\n")
+
+
+if __name__ == "__main__":
+    logging.basicConfig(level=logging.WARNING)
+    try:
+        main(sys.argv[1:])
+    except PersonaPlugError as error:
+        sys.exit(f"error: {error}")
