@@ -16,6 +16,7 @@ from torch import Tensor
 from transformers import TrainingArguments
 
 from persona_plug.baselines import fit_label_model
+from persona_plug.errors import ConfigError
 from persona_plug.history import Example
 from persona_plug.model import PersonaPlug
 from persona_plug.trainer import FitConfig, PlugDataset, PlugTrainer, is_whole, last_checkpoint
@@ -83,7 +84,12 @@ def train(
         dataloader_num_workers=0,
         restore_callback_states_from_checkpoint=True,  # patience counts on
     )
-    trainer = PlugTrainer(plug, args, train_set, valid_set, config)
+    try:
+        trainer = PlugTrainer(plug, args, train_set, valid_set, config)
+    except RuntimeError as exc:  # transformers' way to say that a tracker is not installed
+        if config.report_to == "none" or "installed" not in str(exc):
+            raise
+        raise ConfigError(f"report_to={config.report_to!r}: {exc}") from exc
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     plug.eval()
     if data.answers:

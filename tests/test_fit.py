@@ -532,3 +532,9 @@ def test_data_of_the_caller_stays_as_it_is(make_plug, data, tmp_path):
     before = dataclasses.replace(data, notes=list(data.notes))
     make_plug().fit(data, output_dir=tmp_path, report_samples=5, **QUICK)
     assert data == before
+
+
+def test_a_tracker_that_is_not_installed_is_named(make_plug, people):
+    data = [Example(f"u{i}", f"rate {i}", "5", tuple(people.bob), str(i)) for i in range(6)]
+    with pytest.raises(ConfigError, match=r"report_to='comet_ml': .*installed"):
+        make_plug().fit(data, report=False, steps=1, batch_size=2, eval_every=1, report_to="comet_ml")

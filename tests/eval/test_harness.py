@@ -13,7 +13,7 @@ import torch
 from lm_eval import simple_evaluate
 from lm_eval.api.registry import get_model
 from lm_eval.models.huggingface import HFLM
-from lm_training.tasks import TaskManager
+from lm_eval.tasks import TaskManager
 
 from eval.harness import PluggedLM, main
 from eval.plugged import Row
