@@ -7,7 +7,9 @@ per-question values averaged over seeds, and differences are paired. A run that 
 
 from __future__ import annotations
 
+import dataclasses
 import datetime
+import hashlib
 import importlib.metadata
 import json
 import logging
@@ -29,7 +31,7 @@ from eval.report import html, markdown
 from eval.session import Outcome, Session, expected_texts, ordered
 from eval.significance import contrasts, direction, usual_pairs
 from persona_plug.baselines import is_rating
-from persona_plug.errors import PersonaPlugError
+from persona_plug.errors import ConfigError, PersonaPlugError
 from persona_plug.persistence import write_atomically
 from persona_plug.stats import user_bootstrap
 from persona_plug.training_data import FitData
@@ -38,6 +40,8 @@ from training.tasks import Task
 
 logger = logging.getLogger("eval.run")
 
+# What finished outcomes depend on; methods, seeds and threads may change from run to run in one folder.
+FIXED = ("split", "llm", "encoder", "plug", "fit", "valid", "profile_targets", "questions", "generated")
 SET_DRAWS = 200  # of a metric that is computed anew for each draw of users
 
 
@@ -62,6 +66,7 @@ def compare(settings: dict[str, Any], out: Path) -> tuple[dict[str, Any], dict[s
     """Run every method for every seed; what is finished is read back from `out`, not computed again."""
     git = _git()  # before, not after: sources may change while it runs
     task, data, base, chosen = prepare(settings)
+    _claim(out, settings, task)
     session = Session(task, data, base, {**settings, "plug": chosen}, out)
     found: dict[str, list[Outcome]] = {}
     for name in ordered(settings["methods"]):
@@ -98,6 +103,28 @@ def compare(settings: dict[str, Any], out: Path) -> tuple[dict[str, Any], dict[s
         "contrasts": contrasts(merged, users, _pairs(merged)),
     }
     return results, _details(merged, found, data, users, texts)
+
+
+def _claim(out: Path, settings: Mapping[str, Any], task: Task) -> None:
+    """Write down what the folder's outcomes depend on, or check that it is the same as when they were made.
+
+    Raises:
+        ConfigError: It differs; the first difference is named.
+    """
+    digest = hashlib.sha256()
+    for part in ("train", settings["split"]):
+        for kind in ("questions", "outputs"):
+            digest.update((Path(settings["data"]) / f"{part}_{kind}.json").read_bytes())
+    mine = {"task": dataclasses.asdict(task), "data": digest.hexdigest(), **{k: settings[k] for k in FIXED}}
+    mine = json.loads(json.dumps(mine))
+    file = out / "settings.json"
+    if not file.is_file():
+        write_atomically(file, (json.dumps(mine, indent=1) + "\n").encode())
+        return
+    kept = json.loads(file.read_text(encoding="utf-8"))
+    for key, value in mine.items():
+        if kept.get(key) != value:
+            raise ConfigError(f"{out} holds results made with another {key}; choose another out=, or delete the folder")
 
 
 def _pairs(names: Mapping[str, Any]) -> list[tuple[str, str]]:

@@ -76,9 +76,10 @@ class Session:
 
     def _priors(self) -> dict[str, Outcome]:
         folder = self.out / "seed-0"
-        kept = {p.stem: _read(p.with_suffix("")) for p in sorted(folder.glob(f"{PRIOR}*.npz"))}
-        if kept:
-            return {name.replace("=", ": "): found for name, found in kept.items() if found is not None}
+        done = folder / f"{PRIOR}.done"
+        if done.is_file():
+            kept = {p.stem: _read(p.with_suffix("")) for p in sorted(folder.glob(f"{PRIOR}=*.npz"))}
+            return {name.replace("=", ": "): outcome for name, outcome in kept.items() if outcome is not None}
         start = time.perf_counter()
         answers = prior_answers(self.base, self.data, self.settings["generated"])
         each = (time.perf_counter() - start) / len(answers)
@@ -86,6 +87,7 @@ class Session:
         found = {f"{PRIOR}: {name}": Outcome(a, {**costs, "seconds": None}) for name, a in answers.items()}
         for name, outcome in found.items():
             _write(folder / name.replace(": ", "="), outcome)
+        done.touch()
         return found
 
     def _run(self, chosen: Method, seed: int) -> Outcome:

@@ -101,6 +101,14 @@ def test_a_stopped_run_computes_only_what_is_missing(everything, monkeypatch):
         assert again["methods"][name]["metrics"] == row["metrics"]
 
 
+def test_a_folder_made_with_other_settings_is_refused(everything):
+    folder, _ = everything
+    for more in (["valid=0.3"], ["fit={steps: 3}"], ["plug={user_tokens: 2}"], ["questions=3"]):
+        with pytest.raises(ConfigError, match=f"made with another {more[0].partition('=')[0]}; choose another out="):
+            compare(folder, "label", ["none"], *more)
+    compare(folder, "label", ["none"], "seeds=[0, 1]")
+
+
 def test_where_answers_do_not_depend_on_the_user_no_lift_is_found(tmp_path):
     """The negative control: labels are drawn alike for all, whatever the history says."""
     names = ["none", "task_prompt", "plug", "plug_shuffled", "plug_empty"]
