@@ -11,6 +11,7 @@ from contextlib import closing
 from pathlib import Path
 
 import numpy as np
+from filelock import FileLock
 
 logger = logging.getLogger(__name__)
 
@@ -28,10 +29,11 @@ class VectorCache:
         """Open or create the cache file for vectors of width `dim`."""
         self.path, self.dim = path, dim
         path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            self._create()
-        except sqlite3.DatabaseError as exc:
-            self._rebuild(exc)
+        with self._alone():
+            try:
+                self._create()
+            except sqlite3.DatabaseError as exc:
+                self._rebuild(exc)
 
     def get(self, keys: Sequence[bytes]) -> dict[bytes, np.ndarray]:
         """Return the fp16 vectors (d,) of those keys that are stored and whole."""
@@ -40,7 +42,8 @@ class VectorCache:
         except sqlite3.OperationalError:
             raise
         except sqlite3.DatabaseError as exc:
-            self._rebuild(exc)
+            with self._alone():
+                self._rebuild(exc)
             return {}
 
     def put(self, vectors: Mapping[bytes, np.ndarray]) -> None:
@@ -57,6 +60,13 @@ class VectorCache:
     def _connect(self) -> sqlite3.Connection:
         # A connection per call: cheap beside an encoder pass, and safe across threads and forks.
         return sqlite3.connect(self.path, timeout=60)
+
+    def _alone(self) -> FileLock:
+        """Keep other processes from creating or rebuilding the file.
+
+        SQLite switches to the write-ahead log without waiting for others who try the same: one of them would fail.
+        """
+        return FileLock(f"{self.path}.lock")
 
     def _create(self) -> None:
         with closing(self._connect()) as db, db:

@@ -329,6 +329,32 @@ def test_processes_may_write_at_once(tmp_path):
     assert len(VectorCache(path, 16)) == 3 * 20 * 50
 
 
+OPENER = """
+import sys
+from pathlib import Path
+from persona_plug.vectors import VectorCache
+
+print("ready", flush=True)
+sys.stdin.readline()
+VectorCache(Path(sys.argv[1]), 16)
+"""
+
+
+def test_processes_may_create_the_file_at_once(tmp_path):
+    """SQLite's switch to the write-ahead log does not wait for others: without a lock some of these fail."""
+    pipe = subprocess.PIPE
+    for round_ in range(6):
+        command = [sys.executable, "-c", OPENER, str(tmp_path / f"{round_}.sqlite")]
+        processes = [subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=pipe, text=True) for _ in range(6)]
+        for process in processes:
+            process.stdout.readline()
+        for process in processes:
+            start(process)
+        for process in processes:
+            _, errors = process.communicate(timeout=60)
+            assert process.returncode == 0, errors
+
+
 def test_a_killed_writer_leaves_whole_vectors(tmp_path, caplog):
     path = tmp_path / "x.sqlite"
     for who in range(3):
