@@ -29,6 +29,7 @@ class Method:
         history: Whose history soft tokens and prompt see at the time of the question: `own`, `other`, `none`.
         user_adapter: Whether the adapters are trained further on each user's history.
         train_prompt: Whether training sees the same kind of prompt.
+        head: Whether a plug's answer head counts beside the LLM.
     """
 
     recipe: str | None = None
@@ -37,6 +38,7 @@ class Method:
     history: str = "own"
     user_adapter: bool = False
     train_prompt: bool = True
+    head: bool = True
 
     def __post_init__(self) -> None:
         """Refuse a choice that does not exist."""
@@ -51,6 +53,7 @@ METHODS: dict[str, Method] = {
     "plug": Method("plug"),
     "plug_shuffled": Method("plug", history="other"),
     "plug_empty": Method("plug", history="none"),
+    "plug_llm_alone": Method("plug", head=False),
     "plug_paper": Method("plug_paper"),
     "plug_mean": Method("plug_mean"),
     "uem": Method("uem"),

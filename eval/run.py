@@ -29,7 +29,7 @@ from eval.methods import PRIOR, method
 from eval.metrics import expected_calibration_error
 from eval.report import html, markdown
 from eval.session import Outcome, Session, expected_texts, ordered
-from eval.significance import contrasts, direction, usual_pairs
+from eval.significance import contrasts, direction
 from persona_plug.baselines import is_rating
 from persona_plug.errors import ConfigError, PersonaPlugError
 from persona_plug.persistence import write_atomically
@@ -98,9 +98,9 @@ def compare(settings: dict[str, Any], out: Path) -> tuple[dict[str, Any], dict[s
         "settings": settings,
         "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
         "machine": f"{platform.machine()}, {os.cpu_count()} cores, {platform.python_implementation()}",
-        "notes": session.notes,
+        "notes": {name: o[0].notes for name, o in found.items() if o[0].notes},
         "methods": {name: _row(merged[name], outcomes, task, data, texts, users) for name, outcomes in found.items()},
-        "contrasts": contrasts(merged, users, _pairs(merged)),
+        "contrasts": contrasts(merged, users),
     }
     return results, _details(merged, found, data, users, texts)
 
@@ -125,14 +125,6 @@ def _claim(out: Path, settings: Mapping[str, Any], task: Task) -> None:
     for key, value in mine.items():
         if kept.get(key) != value:
             raise ConfigError(f"{out} holds results made with another {key}; choose another out=, or delete the folder")
-
-
-def _pairs(names: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """Return the usual pairs, and the plug against every other method."""
-    pairs = usual_pairs(names)
-    if "plug" in names:
-        pairs += [("plug", n) for n in names if n != "plug" and ("plug", n) not in pairs and (n, "plug") not in pairs]
-    return pairs
 
 
 def _complete(outcome: Outcome, task: Task, data: FitData, texts: Sequence[int]) -> None:

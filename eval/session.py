@@ -36,10 +36,11 @@ USER_STEPS = 8  # of a user's own adapter
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """What one method gave with one seed: per-question values and texts, and what it cost."""
+    """What one method gave with one seed: values and texts, what it cost, and how often something was cut."""
 
     answers: Answers
     costs: dict[str, float | None] = field(default_factory=dict)
+    notes: dict[str, int] = field(default_factory=dict)
 
 
 class Session:
@@ -91,6 +92,7 @@ class Session:
         return found
 
     def _run(self, chosen: Method, seed: int) -> Outcome:
+        self.notes = {}
         config = FitConfig.of({**self.settings["fit"], "seed": seed})
         fitted = self._fit(chosen, config) if chosen.recipe else None
         plug = fitted.plug if fitted else self.base
@@ -108,7 +110,7 @@ class Session:
             answers = self._answers(plug, held, personal=False)
             plug.splicer = kept
         else:
-            answers = self._answers(plug, held, personal=chosen.recipe is not None)
+            answers = self._answers(plug, held, personal=chosen.recipe is not None, head=chosen.head)
         seconds = (time.perf_counter() - start) / len(held)
         parts = [plug.prompter.parts(e.input, e.prompt) for e in held]
         soft = plug.config.soft_tokens if fitted and hasattr(plug.embedder, "tokens") else 0
@@ -129,6 +131,7 @@ class Session:
                 # Twice the weights for each position that runs, the embedding table aside.
                 "flops": 2.0 * _running_weights(plug) * (prompt + generated),
             },
+            self.notes,
         )
 
     def _fit(self, chosen: Method, config: FitConfig) -> Fitted:
@@ -146,9 +149,9 @@ class Session:
             self._fitted = key, found
         return self._fitted[1]
 
-    def _answers(self, plug: PersonaPlug, held: Sequence[Example], personal: bool = True) -> Answers:
+    def _answers(self, plug: PersonaPlug, held: Sequence[Example], personal: bool = True, head: bool = True) -> Answers:
         options = {"no_repeat_ngram_size": self.task.no_repeat_ngram} if self.task.no_repeat_ngram else {}
-        return evaluate(plug, held, self.settings["generated"], personal, **options)
+        return evaluate(plug, held, self.settings["generated"], personal, head, **options)
 
     def _by_user(self, plug: PersonaPlug, held: Sequence[Example], config: FitConfig) -> Answers:
         """Ask each user's questions of the adapter trained further on that user's history."""
@@ -271,7 +274,7 @@ def _write(stem: Path, outcome: Outcome) -> None:
     buffer = io.BytesIO()
     np.savez(buffer, **arrays)
     stem.parent.mkdir(parents=True, exist_ok=True)
-    rest = {"texts": outcome.answers.texts, "costs": outcome.costs}
+    rest = {"texts": outcome.answers.texts, "costs": outcome.costs, "notes": outcome.notes}
     write_atomically(stem.with_name(stem.name + ".json"), (json.dumps(rest, ensure_ascii=False) + "\n").encode())
     write_atomically(stem.with_name(stem.name + ".npz"), buffer.getvalue())  # last: it says that all is there
 
@@ -284,4 +287,4 @@ def _read(stem: Path) -> Outcome | None:
     with np.load(file, allow_pickle=False) as stored:
         values = {key.partition("|")[2]: stored[key] for key in stored.files if key.startswith("value|")}
         probabilities = stored["probabilities"] if "probabilities" in stored.files else None
-    return Outcome(Answers(values, rest["texts"], probabilities), rest["costs"])
+    return Outcome(Answers(values, rest["texts"], probabilities), rest["costs"], rest.get("notes", {}))

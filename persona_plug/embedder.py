@@ -38,7 +38,7 @@ class UserEmbedder(nn.Module):
     """Maps requests and histories to soft tokens [task; quoted; user], (B, m + T + k, H), float32.
 
     Soft tokens are scaled to a learned gain that starts at the LLM's mean embedding norm; PPlug multiplies by a
-    constant of one model instead. At the start user tokens hardly depend on the user: training begins at a task prompt.
+    constant of one model instead. At the start the user tokens hardly depend on the user; quoted ones do.
 
     Attributes:
         score_temperature: Divides log-likelihoods of candidate answers; fitted on held-out users.

@@ -54,6 +54,8 @@ def test_every_method_has_a_row_with_costs(everything):
         assert row["prompt_tokens_mean"] > 0
         assert row["seconds_per_query"] > 0
         assert (row["trainable_params"] > 0) == (METHODS.get(name, Method()).recipe is not None)
+    alone, whole = (results["methods"][n]["metrics"]["nll"]["value"] for n in ("plug_llm_alone", "plug"))
+    assert alone != whole
     assert results["methods"]["bm25"]["prompt_tokens_mean"] > results["methods"]["bm25-2"]["prompt_tokens_mean"]
     assert results["methods"]["none"]["prompt_tokens_mean"] < results["methods"]["bm25-2"]["prompt_tokens_mean"]
 
@@ -99,6 +101,7 @@ def test_a_stopped_run_computes_only_what_is_missing(everything, monkeypatch):
     assert asked == [METHODS["bm25"]]
     for name, row in results["methods"].items():
         assert again["methods"][name]["metrics"] == row["metrics"]
+    assert again["notes"] == results["notes"] != {}  # what was cut is told again, not only by the run that cut it
 
 
 def test_a_folder_made_with_other_settings_is_refused(everything):
