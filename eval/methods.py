@@ -50,6 +50,7 @@ class Method:
 METHODS: dict[str, Method] = {
     "none": Method(),
     "task_prompt": Method("task_prompt"),
+    "prefix_tuning": Method("prefix_tuning"),
     "plug": Method("plug"),
     "plug_shuffled": Method("plug", history="other"),
     "plug_empty": Method("plug", history="none"),

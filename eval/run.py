@@ -41,7 +41,19 @@ from training.tasks import Task
 logger = logging.getLogger("eval.run")
 
 # What finished outcomes depend on; methods, seeds and threads may change from run to run in one folder.
-FIXED = ("split", "llm", "encoder", "plug", "fit", "valid", "profile_targets", "questions", "generated")
+FIXED = (
+    "split",
+    "llm",
+    "encoder",
+    "plug",
+    "fit",
+    "lr_grid",
+    "lr_steps",
+    "valid",
+    "profile_targets",
+    "questions",
+    "generated",
+)
 SET_DRAWS = 200  # of a metric that is computed anew for each draw of users
 
 
@@ -184,7 +196,7 @@ def _row(
     costs = {k: [o.costs.get(k) for o in outcomes] for k in outcomes[0].costs}
 
     def mean(name: str) -> float | None:
-        known = [c for c in costs.get(name, []) if c is not None]
+        known = [c for c in costs.get(name, []) if isinstance(c, float)]
         return float(np.mean(known)) if known else None
 
     return {
@@ -197,6 +209,9 @@ def _row(
         "seconds_per_query": mean("seconds"),
         "flops_per_query": mean("flops"),
         "prompts_cut": mean("cut"),
+        "outside_llm": mean("outside_llm"),
+        "lr": mean("lr"),
+        "curve": outcomes[0].costs.get("curve"),
     }
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import io
 import json
 import logging
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -21,17 +20,17 @@ from persona_plug.history import Example, HistoryItem
 from persona_plug.model import PersonaPlug
 from persona_plug.persistence import write_atomically
 from persona_plug.retrieval import Retriever, neighbours
-from persona_plug.splice import CausalSplicer, Splicer, StateCache
+from persona_plug.splice import CausalSplicer, Splicer
+from persona_plug.states import StateCache, clock
 from persona_plug.trainer import FitConfig
 from persona_plug.training_data import FitData
 from training.lora import for_each_user
-from training.recipes import Fitted, fit
+from training.recipes import Fitted, choose_lr, fit
 from training.tasks import Task
 
 logger = logging.getLogger(__name__)
 
 NEIGHBOURS = 4  # users whose items help out where the own history is short
-USER_STEPS = 8  # of a user's own adapter
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,7 +38,7 @@ class Outcome:
     """What one method gave with one seed: values and texts, what it cost, and how often something was cut."""
 
     answers: Answers
-    costs: dict[str, float | None] = field(default_factory=dict)
+    costs: dict[str, Any] = field(default_factory=dict)
     notes: dict[str, int] = field(default_factory=dict)
 
 
@@ -53,7 +52,7 @@ class Session:
             task: The task's definition.
             data: Train, validation, and the questions as `held_out`.
             base: An untrained plug with the data's template and answers: gives LLM, encoder and kept states.
-            settings: `fit`, `plug` and `generated` of the run.
+            settings: The run's, see `training.run.DEFAULTS`.
             out: The run's folder.
         """
         self.task, self.data, self.base, self.settings, self.out = task, data, base, settings, out
@@ -81,9 +80,9 @@ class Session:
         if done.is_file():
             kept = {p.stem: _read(p.with_suffix("")) for p in sorted(folder.glob(f"{PRIOR}=*.npz"))}
             return {name.replace("=", ": "): outcome for name, outcome in kept.items() if outcome is not None}
-        start = time.perf_counter()
+        start = clock(self.base.llm)
         answers = prior_answers(self.base, self.data, self.settings["generated"])
-        each = (time.perf_counter() - start) / len(answers)
+        each = (clock(self.base.llm) - start) / len(answers)
         costs = {"prompt_tokens": 0.0, "generated_tokens": 0.0, "trainable_params": 0.0, "fit_seconds": each}
         found = {f"{PRIOR}: {name}": Outcome(a, {**costs, "seconds": None}) for name, a in answers.items()}
         for name, outcome in found.items():
@@ -101,7 +100,7 @@ class Session:
             held = with_other_history(held, seed)
         elif chosen.history == "none":
             held = [replace(e, history=()) for e in held]
-        start = time.perf_counter()
+        watch = LLMClock(plug.llm)
         held = self._prompted(chosen, held, seed)
         if chosen.user_adapter:
             answers = self._by_user(plug, held, config)
@@ -111,9 +110,10 @@ class Session:
             plug.splicer = kept
         else:
             answers = self._answers(plug, held, personal=chosen.recipe is not None, head=chosen.head)
-        seconds = (time.perf_counter() - start) / len(held)
+        seconds, outside = watch.stop()
         parts = [plug.prompter.parts(e.input, e.prompt) for e in held]
         soft = plug.config.soft_tokens if fitted and hasattr(plug.embedder, "tokens") else 0
+        soft += getattr(plug.splicer, "prefix_length", 0)
         if plug.config.aggregator == "uem" and soft:
             soft = plug.config.task_tokens + 1 + np.mean([min(len(e.history), plug.config.max_history) for e in held])
         prompt = float(np.mean([len(p.left) + len(p.right) for p in parts])) + float(soft)
@@ -126,7 +126,10 @@ class Session:
                 "generated_tokens": generated,
                 "trainable_params": float(fitted.parameters) if fitted else 0.0,
                 "fit_seconds": fitted.seconds if fitted else 0.0,
-                "seconds": seconds,
+                "seconds": seconds / len(held),
+                "outside_llm": outside,
+                "lr": fitted.lr if fitted else None,
+                "curve": fitted.curve if fitted else None,
                 "cut": float(sum(p.cut > 0 for p in parts)),
                 # Twice the weights for each position that runs, the embedding table aside.
                 "flops": 2.0 * _running_weights(plug) * (prompt + generated),
@@ -144,8 +147,12 @@ class Session:
             if prompt:
                 parts = [self._prompted(chosen, part, config.seed) for part in (data.train, data.valid)]
                 data = replace(data, train=parts[0], valid=parts[1])
+            common = str(chosen.recipe), self.base, self.settings["plug"], data
+            first = replace(config, seed=self.settings["seeds"][0])  # every seed learns at the same rate
+            grid, steps = self.settings["lr_grid"], self.settings["lr_steps"]
+            lr = choose_lr(*common, first, self.out / "lr" / name, grid, steps)
             folder = self.out / f"seed-{config.seed}" / "fitted" / name
-            found = fit(str(chosen.recipe), self.base, self.settings["plug"], data, config, folder)
+            found = fit(*common, replace(config, lr=lr), folder)
             self._fitted = key, found
         return self._fitted[1]
 
@@ -160,7 +167,7 @@ class Session:
         rows: dict[int, np.ndarray] = {}
         limit, self.settings["generated"] = self.settings["generated"], len(held)
         budget = set(spread(len(held), limit))
-        for indices, own in for_each_user(plug, held, config, USER_STEPS):
+        for indices, own in for_each_user(plug, held, config, self.settings["user_steps"]):
             found = self._answers(own, [held[i] for i in indices])
             for metric, values in found.values.items():
                 merged.setdefault(metric, np.full(len(held), np.nan))[indices] = values
@@ -228,6 +235,29 @@ class Session:
     def _count(self, what: str, how_many: int) -> None:
         if how_many:
             self.notes[what] = self.notes.get(what, 0) + how_many
+
+
+class LLMClock:
+    """Measures how long something takes, and which share of it is spent outside the LLM's passes."""
+
+    def __init__(self, llm: Any) -> None:  # noqa: ANN401
+        """Start the clock (see `persona_plug.states.clock`)."""
+        self.llm, self.inside, self.entered = llm, 0.0, 0.0
+        self.hooks = [llm.register_forward_pre_hook(self._enter), llm.register_forward_hook(self._leave)]
+        self.began = clock(llm)
+
+    def _enter(self, *_: Any) -> None:  # noqa: ANN401
+        self.entered = clock(self.llm)
+
+    def _leave(self, *_: Any) -> None:  # noqa: ANN401
+        self.inside += clock(self.llm) - self.entered
+
+    def stop(self) -> tuple[float, float]:
+        """Return seconds and the share outside."""
+        seconds = clock(self.llm) - self.began
+        for hook in self.hooks:
+            hook.remove()
+        return seconds, 1 - self.inside / seconds
 
 
 def ordered(names: Sequence[str]) -> list[str]:

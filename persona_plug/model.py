@@ -21,8 +21,9 @@ from persona_plug.fingerprint import llm_fingerprint
 from persona_plug.history import Example, HistoryItem
 from persona_plug.llm import Quantization, embedding_norm, freeze, load_llm, sample_embeddings
 from persona_plug.prompts import AnswerTree, Prompter, PromptParts
-from persona_plug.splice import CausalSplicer, Splicer, StateCache
+from persona_plug.splice import CausalSplicer, Splicer
 from persona_plug.splice_seq2seq import Seq2SeqSplicer
+from persona_plug.states import StateCache
 
 if TYPE_CHECKING:
     from persona_plug.report import FitReport

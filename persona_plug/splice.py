@@ -17,36 +17,9 @@ from torch import Tensor
 
 from persona_plug.embedder import Soft
 from persona_plug.prompts import AnswerTree, PromptParts
+from persona_plug.states import StateBill, StateCache, clock
 
 MIN_SHARED = 8  # a shorter head is not worth a pass of its own
-
-
-class StateCache:
-    """Tensors by token ids, kept while they fit a budget in bytes; what does not fit is computed again."""
-
-    def __init__(self, budget: int) -> None:
-        """Create an empty cache for `budget` bytes."""
-        self.budget, self.used, self.hits, self.misses = budget, 0, 0, 0
-        self._kept: dict[tuple[int, ...], Tensor] = {}
-
-    def get(self, key: tuple[int, ...]) -> Tensor | None:
-        """Return the tensor or None, counting hits and misses."""
-        found = self._kept.get(key)
-        self.hits += found is not None
-        self.misses += found is None
-        return found
-
-    def put(self, key: tuple[int, ...], state: Tensor) -> None:
-        """Keep the tensor if it fits."""
-        size = state.numel() * state.element_size()
-        if key not in self._kept and self.used + size <= self.budget:
-            self._kept[key] = state
-            self.used += size
-
-    def clear(self) -> None:
-        """Forget everything."""
-        self._kept.clear()
-        self.used = 0
 
 
 class Splicer:
@@ -56,9 +29,10 @@ class Splicer:
         """Wrap a frozen LLM; `batch_size` rows at a time run without a graph."""
         self.llm, self.cache, self.batch_size = llm, cache, batch_size
         self.groups: dict[tuple[int, ...], tuple[tuple[int, ...], ...]] = {}
+        self.bill = StateBill()
 
     frozen = True
-    """False while adapters inside the LLM are trained: then nothing is reused, and everything runs with a graph."""
+    """False while something inside the LLM is trained: then nothing is reused, and everything runs with a graph."""
 
     head: tuple[int, ...] = ()
     """Tokens that prompts begin with (chat header, instruction); they run once, and their states are kept once."""
@@ -75,6 +49,7 @@ class Splicer:
 
         An interrupted training then goes on bit by bit. If not all states fit the budget, each prompt runs alone.
         """
+        self.bill = StateBill()
         if not self.frozen:
             return
         ordered = sorted(set(lefts), key=lambda left: (len(left), left))
@@ -121,9 +96,18 @@ class Splicer:
         batches = [unplanned[i : i + self.batch_size] for i in range(0, len(unplanned), self.batch_size)]
         batches += [list(batch) for batch in dict.fromkeys(self.groups[m] for m in missing if m in self.groups)]
         for part in batches:
-            for left, state in zip(part, self._compute_states(part), strict=True):
+            start = clock(self.llm)
+            made = self._compute_states(part)
+            seconds = clock(self.llm) - start
+            self.bill.spent += seconds
+            for left, state in zip(part, made, strict=True):
                 self.cache.put(left, state)
+                self.cache.seconds[left] = seconds / len(part)
                 found[left] = state
+        for left in found:
+            if left not in self.bill.used:
+                self.bill.used.add(left)
+                self.bill.owed += self.cache.seconds.get(left, 0.0)
         return [found[left] for left in lefts]  # type: ignore[misc]
 
     def _compute_states(self, lefts: Sequence[tuple[int, ...]]) -> list[Tensor]:
@@ -147,6 +131,8 @@ class CausalSplicer(Splicer):
         super().__init__(llm, cache, batch_size)
         # Newer transformers call the argument for keys and values `cache`.
         self.cache_argument = "cache" if "cache" in inspect.signature(llm.forward).parameters else "past_key_values"
+        self.prefix: Tensor | None = None
+        """Trained keys and values in front of every prompt (layers, 2, heads, P, head_dim): prefix tuning."""
 
     def shared(self, left: tuple[int, ...]) -> int:
         """See `Splicer.shared`."""
@@ -219,7 +205,8 @@ class CausalSplicer(Splicer):
     ) -> tuple[Tensor, Tensor, Tensor, Any, int]:
         """Lay rows out as [pad left | pad soft right | nodes pad], so that each row's nodes begin at one column.
 
-        Where the LLM is not frozen, `left` stands in front of the soft tokens in the second part.
+        Where the LLM is not frozen, `left` stands in front of the soft tokens in the second part, and what is past is
+        the trained prefix, if there is one.
 
         Returns embeddings of the tail (B, T, H), a boolean mask (B, T, past + T), positions (B, past + T), the cache,
         and how many columns at the end predict answers.
@@ -227,7 +214,8 @@ class CausalSplicer(Splicer):
         device, dtype, width = soft[0].device, soft[0].dtype, soft[0].shape[-1]
         leads = [() if self.frozen else p.left for p in parts]
         sizes = [len(lead) + len(s) + len(p.right) for lead, s, p in zip(leads, soft, parts, strict=True)]
-        past, body = max(len(p.left) for p in parts) if self.frozen else 0, max(sizes)
+        before = [len(p.left) if self.frozen else self.prefix_length for p in parts]
+        past, body = max(before), max(sizes)
         nodes = max(len(t.tokens) for t in trees)
         total = body + nodes
         columns = torch.zeros(len(parts), past + total, dtype=torch.bool)
@@ -235,7 +223,7 @@ class CausalSplicer(Splicer):
         allowed = torch.ones(total, past + total, dtype=torch.bool).tril(past).repeat(len(parts), 1, 1)
         rows = []
         for b, (part, tree) in enumerate(zip(parts, trees, strict=True)):
-            left, size, n = len(part.left) if self.frozen else 0, sizes[b], len(tree.tokens)
+            left, size, n = before[b], sizes[b], len(tree.tokens)
             start = past + body - size
             columns[b, past - left : past] = True
             columns[b, start : past + body + n] = True
@@ -259,6 +247,8 @@ class CausalSplicer(Splicer):
             return None
         from transformers import DynamicCache
 
+        if self.prefix is not None:
+            return self._prefix_cache(len(parts))
         some = next(s for s in states if s.numel())
         layers, _, heads, _, head_dim = some.shape
         full = torch.zeros(layers, 2, len(parts), heads, past, head_dim, dtype=some.dtype, device=some.device)
@@ -270,6 +260,17 @@ class CausalSplicer(Splicer):
                 full[:, :, b, :, begin : begin + shared] = self._head_state(shared)
             full[:, :, b, :, begin + shared :] = state
         return DynamicCache([(full[i, 0], full[i, 1]) for i in range(layers)])
+
+    @property
+    def prefix_length(self) -> int:
+        """Positions of the trained prefix."""
+        return 0 if self.prefix is None else self.prefix.shape[-2]
+
+    def _prefix_cache(self, rows: int) -> Any:  # noqa: ANN401
+        from transformers import DynamicCache
+
+        wide = self.prefix.unsqueeze(2).expand(-1, -1, rows, -1, -1, -1)  # type: ignore[union-attr]
+        return DynamicCache([(layer[0], layer[1]) for layer in wide])
 
     def _mask_for_model(self, allowed: Tensor, positions: Tensor, dtype: torch.dtype) -> Any:  # noqa: ANN401
         """Return the additive 4-D mask; for models with sliding-window layers, one for each kind of layer."""
@@ -288,14 +289,17 @@ class CausalSplicer(Splicer):
             torch.cat([self.embed(p.left).to(s.dtype), s, self.embed(p.right).to(s.dtype)])
             for p, s in zip(parts, soft, strict=True)
         ]
-        width = max(len(r) for r in rows)
+        first = self.prefix_length  # generate passes over as many rows as its cache already holds
+        width = first + max(len(r) for r in rows)
         dtype = self.llm.get_input_embeddings().weight.dtype
         embeds = torch.zeros(len(rows), width, rows[0].shape[-1], dtype=dtype, device=rows[0].device)
         mask = torch.zeros(len(rows), width, dtype=torch.long, device=rows[0].device)
         for i, row in enumerate(rows):
             embeds[i, width - len(row) :] = row
             mask[i, width - len(row) :] = 1
-        return {"inputs_embeds": embeds, "attention_mask": mask}
+        mask[:, :first] = 1
+        past = {} if self.prefix is None else {self.cache_argument: self._prefix_cache(len(rows))}
+        return {"inputs_embeds": embeds, "attention_mask": mask, **past}
 
 
 def gather_paths(logits: Tensor, trees: Sequence[AnswerTree]) -> tuple[Tensor, Tensor]:

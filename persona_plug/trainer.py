@@ -18,6 +18,7 @@ from persona_plug.errors import ConfigError, DataError
 from persona_plug.history import Example
 from persona_plug.model import PersonaPlug
 from persona_plug.prompts import AnswerTree
+from persona_plug.states import clock
 
 COMPLETE = "complete"
 NEEDED = (COMPLETE, "model.safetensors", "optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json")
@@ -156,7 +157,7 @@ class PlugTrainer(Trainer):
         self.fit_config = config
         callbacks = [
             EarlyStoppingCallback(config.patience),
-            _JsonLog(Path(str(args.output_dir)) / "log.jsonl"),
+            _JsonLog(Path(str(args.output_dir)) / "log.jsonl", plug),
             _MarkComplete(),
         ]
         super().__init__(
@@ -228,15 +229,32 @@ def batch_loss(said: Any, embedder: Any, inputs: dict[str, Any], token_weight: f
 
 
 class _JsonLog(TrainerCallback):
-    """Append every log line to a JSONL file."""
+    """Append every log line to a JSONL file, with the seconds that the steps so far took (see `states.clock`).
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
+    Looks at the validation users do not count, and frozen states count as if this training had computed all it used.
+    """
+
+    def __init__(self, path: Path, plug: PersonaPlug) -> None:
+        self.path, self.plug = path, plug
+        lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
+        self.seconds: float = json.loads(lines[-1]).get("seconds", 0.0) if lines else 0.0
+        self.began = 0.0
+
+    def _now(self) -> float:
+        bill = self.plug.splicer.bill
+        return clock(self.plug.llm) - bill.spent + bill.owed
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:  # noqa: ANN401
+        self.began = self._now()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:  # noqa: ANN401
+        self.seconds += self._now() - self.began
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:  # noqa: ANN401
         self.path.parent.mkdir(parents=True, exist_ok=True)
+        line = {"step": state.global_step, "seconds": round(self.seconds, 3), **(logs or {})}
         with self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps({"step": state.global_step, **(logs or {})}) + "\n")
+            file.write(json.dumps(line) + "\n")
 
 
 class _MarkComplete(TrainerCallback):

@@ -11,7 +11,7 @@ from persona_plug.history import HistoryItem
 from persona_plug.llm import load_llm
 from persona_plug.model import PersonaPlug
 from persona_plug.prompts import AnswerTree
-from persona_plug.splice import StateCache
+from persona_plug.states import StateCache
 
 LLMS = ("tiny-llama", "tiny-gpt2", "tiny-t5")
 PLACEMENTS = ("suffix", "prefix")

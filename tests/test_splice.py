@@ -6,7 +6,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from persona_plug.prompts import AnswerTree, PromptParts
-from persona_plug.splice import CausalSplicer, StateCache, _tree_sight, gather_paths
+from persona_plug.splice import CausalSplicer, _tree_sight, gather_paths
+from persona_plug.states import StateCache
 from persona_plug.splice_seq2seq import Seq2SeqSplicer
 
 EOS = 2

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,20 @@ from typing import Any
 import yaml
 
 from persona_plug.errors import ConfigError
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML in which 1e-3 is a number, as in YAML 1.2; PyYAML alone reads it as a text."""
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+$"), list("-+0123456789")
+)
+
+
+def read_yaml(text: str) -> Any:  # noqa: ANN401
+    """Return what a YAML text says."""
+    return yaml.load(text, _Loader)  # noqa: S506 (it is a SafeLoader)
 
 
 def load(arguments: Sequence[str], defaults: dict[str, Any]) -> dict[str, Any]:
@@ -23,12 +38,12 @@ def load(arguments: Sequence[str], defaults: dict[str, Any]) -> dict[str, Any]:
             path = Path(argument)
             if not path.is_file():
                 raise ConfigError(f"{path}: no such config file")
-            found = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+            found = read_yaml(path.read_text(encoding="utf-8")) or {}
             if not isinstance(found, dict):
                 raise ConfigError(f"{path}: a config is a mapping of settings")
         elif "=" in argument:
             key, _, value = argument.partition("=")
-            found = {key: yaml.safe_load(value)}
+            found = {key: read_yaml(value)}
         else:
             raise ConfigError(f"{argument!r} is neither a config file nor key=value")
         if unknown := sorted(set(found) - set(defaults)):

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
-import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,8 +19,9 @@ from persona_plug.persistence import write_atomically
 from persona_plug.trainer import FitConfig
 from persona_plug.training_data import FitData
 from training.lora import with_lora
+from training.prefix import with_prefix
 
-WEIGHTS, FACTS = "fitted.safetensors", "fitted.json"
+WEIGHTS, FACTS, LOG = "fitted.safetensors", "fitted.json", "log.jsonl"
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,14 +31,17 @@ class Recipe:
     Attributes:
         plug: Fields of `PlugConfig` and the recipe's name under `recipe`; None trains no soft tokens.
         adapter: Whether LoRA adapters in the LLM are trained.
+        prefix: Whether keys and values in front of every prompt are trained; no soft tokens then.
     """
 
     plug: Mapping[str, Any] | None = field(default_factory=dict)
     adapter: bool = False
+    prefix: bool = False
 
 
 RECIPES: dict[str, Recipe] = {
     "task_prompt": Recipe({"user_tokens": 0, "task_tokens": "all"}),
+    "prefix_tuning": Recipe(None, prefix=True),
     "plug": Recipe(),
     "plug_mean": Recipe({"recipe": "mean"}),
     "plug_paper": Recipe({"recipe": "paper"}),
@@ -53,12 +57,23 @@ RECIPES: dict[str, Recipe] = {
 
 @dataclass(frozen=True, slots=True)
 class Fitted:
-    """A trained plug with what its training took."""
+    """A trained plug with what its training took.
+
+    Attributes:
+        plug: The plug.
+        seconds: Of all optimiser steps, see `persona_plug.states.clock`.
+        steps: Optimiser steps.
+        parameters: Trained numbers.
+        lr: Peak learning rate.
+        curve: (step, seconds so far, validation loss) at each look.
+    """
 
     plug: PersonaPlug
     seconds: float
     steps: int
     parameters: int
+    lr: float
+    curve: tuple[tuple[int, float, float], ...]
 
 
 def fit(
@@ -81,16 +96,54 @@ def fit(
     facts = folder / FACTS
     if facts.is_file():
         plug.embedder.load_state_dict(load_file(folder / WEIGHTS))
-        found = json.loads(facts.read_text(encoding="utf-8"))
     else:
-        start = time.perf_counter()
-        log = train(plug, data, config, folder, resume=True)
-        found = {"seconds": time.perf_counter() - start, "steps": max(int(r.get("step", 0)) for r in log)}
+        train(plug, data, config, folder, resume=True)
+        lines = [json.loads(line) for line in (folder / LOG).read_text(encoding="utf-8").splitlines()]
+        looks = {
+            line["step"]: (line["step"], line["seconds"], line["eval_loss"]) for line in lines if "eval_loss" in line
+        }
+        found = {
+            "seconds": lines[-1]["seconds"],
+            "steps": lines[-1]["step"],
+            "lr": config.lr,
+            "curve": [*looks.values()],
+        }
         folder.mkdir(parents=True, exist_ok=True)
         write_atomically(folder / WEIGHTS, save({k: v.clone() for k, v in plug.embedder.state_dict().items()}))
         write_atomically(facts, (json.dumps(found) + "\n").encode())
+    found = json.loads(facts.read_text(encoding="utf-8"))
     count = sum(p.numel() for p in plug.embedder.parameters() if p.requires_grad)
-    return Fitted(plug, found["seconds"], found["steps"], count)
+    curve = tuple((int(step), float(seconds), float(loss)) for step, seconds, loss in found["curve"])
+    return Fitted(plug, found["seconds"], found["steps"], count, found["lr"], curve)
+
+
+def choose_lr(
+    name: str,
+    base: PersonaPlug,
+    settings: Mapping[str, Any],
+    data: FitData,
+    config: FitConfig,
+    folder: Path,
+    grid: Sequence[float],
+    steps: int,
+) -> float:
+    """Return the learning rate of a grid with the lowest validation loss after a short training each.
+
+    Args:
+        name: See `fit`, also for the next five arguments; each trial is kept in a folder of its own under `folder`.
+        base: See above.
+        settings: See above.
+        data: See above.
+        config: See above; its learning rate is returned if the grid is empty.
+        folder: See above.
+        grid: Peak learning rates to try.
+        steps: Optimiser steps of a trial.
+    """
+    losses = {}
+    for lr in grid:
+        trial = dataclasses.replace(config, lr=lr, steps=steps, eval_every=steps)
+        losses[lr] = fit(name, base, settings, data, trial, folder / f"lr-{lr:g}").curve[-1][2]
+    return min(losses, key=losses.__getitem__, default=config.lr)
 
 
 def make(name: str, base: PersonaPlug, settings: Mapping[str, Any], seed: int) -> PersonaPlug:
@@ -110,6 +163,8 @@ def make(name: str, base: PersonaPlug, settings: Mapping[str, Any], seed: int) -
         answers=known.answers,
     )
     plug = PersonaPlug(config, base.llm, base.tokenizer, base.encoder, seed)
+    if recipe.prefix:
+        return with_prefix(plug)
     if recipe.adapter:
         return with_lora(plug, soft=recipe.plug is not None)
     if config.placement == known.placement:

@@ -1,7 +1,7 @@
 """`python -m training.run CONFIG [key=value ...]`: train recipes on a LaMP-shaped folder and keep what was learned.
 
 Takes the settings of a comparison (`python -m eval.run`), so that one config serves both, and `recipes=[NAME, ...]`.
-Each is written to `out/seed-S/fitted/NAME`, where a comparison with the same `out` finds it; a recipe without adapters
+Each is written to `out/seed-S/fitted/NAME`, where a comparison with the same `out` finds it; one of soft tokens alone
 also to `out/NAME-S` as a plug that `PersonaPlug.from_pretrained` reads.
 """
 
@@ -31,6 +31,9 @@ DEFAULTS: dict[str, Any] = {
     "encoder": "minilm-l6",
     "plug": {},
     "fit": {},
+    "lr_grid": [],
+    "lr_steps": 10,
+    "user_steps": 8,
     "valid": 0.15,
     "profile_targets": None,
     "questions": None,
@@ -73,17 +76,21 @@ def prepare(settings: Mapping[str, Any]) -> tuple[Task, Any, Any, dict[str, Any]
 def main(arguments: Sequence[str]) -> None:
     """Train from the command line."""
     from persona_plug.trainer import FitConfig
-    from training.recipes import RECIPES, fit
+    from training.recipes import RECIPES, choose_lr, fit
 
     settings = settle(arguments)
     _, data, base, chosen = prepare(settings)
     out = Path(settings["out"])
     for name in settings["recipes"]:
+        first = FitConfig.of({**settings["fit"], "seed": settings["seeds"][0]})
+        grid, steps = settings["lr_grid"], settings["lr_steps"]
+        lr = choose_lr(name, base, chosen, data, first, out / "lr" / name, grid, steps)
         for seed in settings["seeds"]:
-            config = FitConfig.of({**settings["fit"], "seed": seed})
+            config = FitConfig.of({**settings["fit"], "seed": seed, "lr": lr})
             fitted = fit(name, base, chosen, data, config, out / f"seed-{seed}" / "fitted" / name)
             line = f"{name}, seed {seed}: {fitted.steps} steps, {fitted.seconds:.0f} s, {fitted.parameters:,} numbers"
-            if not RECIPES[name].adapter:
+            line += f", learning rate {fitted.lr:g}"
+            if not (RECIPES[name].adapter or RECIPES[name].prefix):
                 line += f", {fitted.plug.save_pretrained(out / f'{name}-{seed}')}"
             sys.stdout.write(line + "\n")
 
