@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 
 from eval import figures
+from eval.budgets import budget_note, budget_table
 from eval.figures import STYLE, Bar, Point, Table, cell, escaped, figure, folded, missing, paragraph, section
 from eval.significance import FLIPS, GAIN, LIFT, METRICS, as_array, difference, smallest_p
 
@@ -34,6 +35,7 @@ COSTS = (
     ("fit_seconds", "fit, s"),
     ("seconds_per_query", "s per query"),
     ("flops_per_query", "FLOPs per query"),
+    ("outside_llm", "share outside the LLM"),
 )
 CONTROLS = ("plug_shuffled", "task_prompt", "plug_empty", "none")
 SHOWN = 5  # examples won, and as many lost
@@ -56,6 +58,7 @@ def markdown(results: Mapping[str, Any], command: str) -> str:
         ["## Lift and gain", "", cell(EXPLAINED), "", *_controls(results).markdown()],
         ["## Methods", "", AVERAGED, "", *_values(results).markdown()],
         ["## Cost", "", *_costs(results).markdown()],
+        ["## Training budgets", "", cell(budget_note(results)), "", *budget_table(results).markdown()],
         ["## Contrasts", "", cell(_test_note(results)), "", *_contrasts(results).markdown()],
         ["## How to repeat it", "", f"{quote} {' '.join(command.split())} {quote}", "", *facts.markdown()],
     ]
@@ -79,6 +82,7 @@ def html(results: Mapping[str, Any], command: str, details: Mapping[str, Any] | 
         section("Lift and gain", paragraph(EXPLAINED), _controls(results).html()),
         section("Methods", paragraph(AVERAGED), _values(results).html()),
         section("Cost", _costs(results).html()),
+        section("Training budgets", paragraph(budget_note(results)), budget_table(results).html()),
         section("Contrasts", paragraph(_test_note(results)), _contrasts(results).html()),
         section("Lifts", *folded([(m, _lifts(results, details, m)) for m in metrics])),
         section("Lift by history length", *folded([(m, _by_length(details, m)) for m in metrics])),

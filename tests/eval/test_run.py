@@ -113,3 +113,12 @@ def test_paired_timing_alternates_and_divides():
     assert ratio.pairs == 4
     assert ratio.low <= ratio.median <= ratio.high
     assert ratio.median > 1
+
+
+def test_numbers_with_an_exponent_are_numbers(tmp_path):
+    """PyYAML reads 1e-3 as a text; a learning rate is a number."""
+    file = tmp_path / "run.yaml"
+    file.write_text("lr_grid: [3e-4, 1E-3, 2.5e+1, 1e]\n")
+    found = load([str(file), "fit={lr: 2e-3}"], DEFAULTS)
+    assert found["lr_grid"] == [3e-4, 1e-3, 25.0, "1e"]
+    assert found["fit"] == {"lr": 2e-3}

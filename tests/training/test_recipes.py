@@ -8,11 +8,13 @@ import torch
 from persona_plug.errors import ConfigError
 from persona_plug.fingerprint import full_digest
 from persona_plug.history import Example, HistoryItem
+from persona_plug.prompts import AnswerTree, PromptParts
 from persona_plug.trainer import FitConfig
 from persona_plug.training_data import FitData
 from training import recipes
 from training.lora import for_each_user, with_lora
-from training.recipes import RECIPES, fit, make
+from training.prefix import with_prefix
+from training.recipes import RECIPES, choose_lr, fit, make
 
 ANSWERS = ("good", "bad")
 
@@ -112,6 +114,79 @@ def test_each_user_starts_from_the_shared_adapters(base, data, tmp_path):
     alone = [e for e in data.held_out if e.user_id == last]
     for _, own in for_each_user(plug, alone, config, 3):
         torch.testing.assert_close(own.score(data.held_out[:1]), scores[last], atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("llm", ["tiny-llama", "tiny-gpt2"])
+def test_a_prefix_made_of_words_is_those_words_in_front_of_every_prompt(make_plug, llm):
+    """Trained keys and values are checked where they are known: as those of a text."""
+    base = make_plug(llm=llm, max_answer_tokens=6)
+    plug = with_prefix(base)
+    words = [5, 6, 7, 8]
+    state = base.splicer.states([tuple(words)])[0]
+    plug.splicer.prefix = state
+    texts = ["rate this", "and one that is much longer than the first"]
+    parts = [plug.prompter.parts(t) for t in texts]
+    trees = [AnswerTree.build([(9, 10), (11,)], plug.prompter.eos)] * 2
+    soft = torch.zeros(2, 0, plug.config.llm_width)
+    found = plug.splicer.loglik(parts, soft, trees)[0]
+    shown = [PromptParts((*words, *p.left), p.right) for p in parts]
+    with torch.no_grad():
+        torch.testing.assert_close(found, base.splicer.loglik(shown, soft, trees)[0], atol=1e-4, rtol=1e-4)
+    options = {"max_new_tokens": 5, "do_sample": False, "pad_token_id": plug.prompter.eos}
+    written = [
+        plug.llm.generate(**plug.splicer.generation_inputs(p, soft[: len(p)]), **options) for p in (parts, parts[1:])
+    ]
+    for row, part in zip(written[0], shown, strict=True):
+        ids = torch.tensor([[*part.left, *part.right]])
+        alone = base.llm.generate(ids, attention_mask=torch.ones_like(ids), **options)[0, ids.shape[1] :]
+        assert row[: len(alone)].tolist() == alone.tolist()
+    assert written[1][0].tolist() == written[0][1][: written[1].shape[1]].tolist()
+
+
+def test_prefix_tuning_trains_its_prefix_for_decoders_only(make_plug, base, data, tmp_path):
+    plug = fit("prefix_tuning", base, {}, data, CONFIG, tmp_path).plug
+    start = make("prefix_tuning", base, {}, CONFIG.seed)
+    assert not torch.equal(plug.embedder.prefix, start.embedder.prefix)
+    assert plug.splicer.prefix is plug.embedder.prefix
+    assert plug.splicer.prefix_length == base.config.soft_tokens
+    with pytest.raises(ConfigError, match="decoder-only"):
+        with_prefix(make_plug(llm="tiny-t5"))
+
+
+def test_the_learning_rate_with_the_lowest_validation_loss_is_chosen(base, data, tmp_path, monkeypatch):
+    asked = []
+
+    def look(name, base, settings, data, config, folder):
+        asked.append((config.lr, config.steps, config.eval_every, folder.name))
+        return recipes.Fitted(base, 1.0, config.steps, 1, config.lr, ((4, 1.0, abs(config.lr - 0.003)),))
+
+    monkeypatch.setattr(recipes, "fit", look)
+    assert choose_lr("plug", base, {}, data, CONFIG, tmp_path, [1e-3, 3e-3, 1e-2], 4) == 3e-3
+    assert asked == [(1e-3, 4, 4, "lr-0.001"), (3e-3, 4, 4, "lr-0.003"), (1e-2, 4, 4, "lr-0.01")]
+    assert choose_lr("plug", base, {}, data, CONFIG, tmp_path, [], 4) == CONFIG.lr
+
+
+def test_shared_states_are_charged_to_every_training_that_uses_them(base, data, tmp_path, monkeypatch):
+    """Which of two trainings computes a state first is chance; both pay for it."""
+    ticks = iter(range(1_000_000))
+    monkeypatch.setattr("persona_plug.splice.clock", lambda _: float(next(ticks)))
+    bills = []
+    for name in ("task_prompt", "plug"):
+        fit(name, base, {"max_input_tokens": 64}, data, CONFIG, tmp_path / name)
+        bills.append(base.splicer.bill)
+    prices = base.splicer.cache.seconds
+    for bill in bills:
+        assert bill.owed == pytest.approx(sum(prices[left] for left in bill.used))
+        assert bill.owed > 0
+    assert bills[1].spent < bills[1].owed  # some were there already
+
+
+def test_the_curve_holds_each_look_with_rising_seconds(base, data, tmp_path):
+    fitted = fit("plug", base, {"max_input_tokens": 64}, data, CONFIG, tmp_path)
+    steps, seconds, losses = zip(*fitted.curve, strict=True)
+    assert steps == (1, 2)
+    assert 0 < seconds[0] < seconds[1] <= fitted.seconds
+    assert all(0 < loss < 100 for loss in losses)
 
 
 def test_an_unknown_recipe_is_named(base):
