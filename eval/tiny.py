@@ -1,7 +1,8 @@
 """`python -m eval.tiny [key=value ...]`: every method on every task shape with random tiny models. Checks the paths.
 
-`write` makes LaMP-shaped folders of generated users. Their numbers mean nothing here, except in the negative control:
-where answers do not depend on the user, no method may show a lift.
+Settings that are not its own go to the comparison, see configs/tiny/all_methods.yaml. `write` makes LaMP-shaped folders
+of generated users. Their numbers mean nothing here, except in the negative control: where answers do not depend on the
+user, no method may show a lift.
 """
 
 from __future__ import annotations
@@ -15,7 +16,6 @@ from typing import Any
 
 import numpy as np
 
-from eval.methods import METHODS, PRIOR
 from persona_plug.errors import PersonaPlugError
 from training.config import load
 
@@ -28,17 +28,13 @@ SHAPES: dict[str, tuple[str, str, tuple[str, str]]] = {
     "own_text": ("LaMP_7", "Paraphrase the following tweet: ", ("", "text")),
 }
 LABELS = {"label": ("comedy", "action", "classic"), "rating": ("1", "3", "5")}
+CONFIG = Path(__file__).parent.parent / "configs" / "tiny" / "all_methods.yaml"
 DEFAULTS: dict[str, Any] = {
     "out": "build/bench-tiny",
-    "methods": [*METHODS, "bm25-2", PRIOR],
     "shapes": list(SHAPES),
-    "llm": "tiny-llama",
-    "encoder": "tiny-encoder",
     "users": 8,
     "dev_users": 4,
     "personal": True,
-    "seeds": [0],
-    "fit": {"steps": 2, "batch_size": 4, "eval_every": 1, "eval_samples": 4, "patience": 2},
 }
 
 
@@ -99,24 +95,15 @@ def main(arguments: Sequence[str]) -> None:
     """Run all methods on all shapes."""
     from eval import run
 
-    settings = load(arguments, DEFAULTS)
+    own = [a for a in arguments if a.partition("=")[0] in DEFAULTS]
+    settings = load(own, DEFAULTS)
+    more = [a for a in arguments if a not in own]
     out = Path(settings["out"])
     for shape in settings["shapes"]:
         folder = out / shape
         write(folder / "data", shape, settings["users"], personal=settings["personal"], dev_users=settings["dev_users"])
-        run.main(
-            [
-                f"data={folder / 'data'}",
-                f"task={SHAPES[shape][0]}",
-                f"out={folder / 'run'}",
-                f"llm={settings['llm']}",
-                f"encoder={settings['encoder']}",
-                f"methods={json.dumps(settings['methods'])}",
-                f"fit={json.dumps(settings['fit'])}",
-                f"seeds={json.dumps(settings['seeds'])}",
-                "generated=4",
-            ]
-        )
+        task = f"task={SHAPES[shape][0]}"
+        run.main([str(CONFIG), f"data={folder / 'data'}", task, f"out={folder / 'run'}", *more])
 
 
 if __name__ == "__main__":
