@@ -50,22 +50,35 @@ def evaluate(
     head: bool = True,
     **options: Any,  # noqa: ANN401
 ) -> Answers:
-    """Return one method's values on each question; `options` go to `generate`."""
+    """Return one method's values on each question; `options` go to `generate`.
+
+    Questions of like length run together: a batch is as wide as its longest row.
+    """
+    order = np.argsort([_length(plug, e) for e in held], kind="stable")
+    back = np.argsort(order)
+    queue = [held[i] for i in order]
     if plug.config.answers:
-        scores = plug.score(list(held), personal=personal, head=head)
+        scores = plug.score(queue, personal=personal, head=head)[back]
         # The temperature was fitted for the plug's scores, not for log-likelihoods of the LLM alone.
         temperature = plug.embedder.score_temperature.cpu() if personal and head else 1.0
         return label_answers((scores / temperature).softmax(-1).double().numpy(), held, plug.config.answers)
     from persona_plug.fit import score_samples
     from persona_plug.trainer import PlugDataset
 
-    dataset = PlugDataset(plug, held)
-    loglik = score_samples(plug, dataset, personal=personal)[0][:, 0]
+    dataset = PlugDataset(plug, queue)
+    loglik = score_samples(plug, dataset, personal=personal)[0][:, 0].double().numpy()
     lengths = np.array([len(t.paths[0]) for t in dataset.trees])
-    values = {"nll": -loglik.double().numpy() / lengths}
+    values = {"nll": (-loglik / lengths)[back]}
     some = spread(len(held), generated)
-    texts = plug.generate([held[i] for i in some], personal=personal, **options) if some else []
-    return _with_rouge(values, texts, held, some)
+    asked = sorted(some, key=lambda i: int(back[i]))
+    written = plug.generate([held[i] for i in asked], personal=personal, **options) if some else []
+    texts = dict(zip(asked, written, strict=True))
+    return _with_rouge(values, [texts[i] for i in some], held, some)
+
+
+def _length(plug: PersonaPlug, example: Example) -> int:
+    parts = plug.prompter.parts(example.input, example.prompt)
+    return len(parts.left) + len(parts.right)
 
 
 def label_answers(probabilities: np.ndarray, held: Sequence[Example], answers: Sequence[str]) -> Answers:
