@@ -7,11 +7,6 @@ from persona_plug.evaluation import evaluate
 from persona_plug.history import Example, HistoryItem
 
 TEXTS = ["a long request with many words in it that goes on", "short", "of middling length, this one", "tiny"] * 5
-    "a long request with many words in it that goes on and on",
-    "short",
-    "of middling length, this one",
-    "tiny",
-] * 5
 
 
 @pytest.mark.parametrize("answers", [("good", "bad"), None])
