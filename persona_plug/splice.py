@@ -104,7 +104,7 @@ class Splicer:
                 self.cache.put(left, state)
                 self.cache.seconds[left] = seconds / len(part)
                 found[left] = state
-        for left in found:
+        for left in dict.fromkeys(lefts):  # not the others of a planned group, which ran along
             if left not in self.bill.used:
                 self.bill.used.add(left)
                 self.bill.owed += self.cache.seconds.get(left, 0.0)

@@ -7,8 +7,8 @@ from hypothesis import strategies as st
 
 from persona_plug.prompts import AnswerTree, PromptParts
 from persona_plug.splice import CausalSplicer, _tree_sight, gather_paths
-from persona_plug.states import StateCache
 from persona_plug.splice_seq2seq import Seq2SeqSplicer
+from persona_plug.states import StateCache
 
 EOS = 2
 HEAD = tuple(range(20, 32))  # tokens that most prompts below begin with
@@ -197,3 +197,18 @@ def test_nodes_see_their_ancestors_and_themselves(row):
             at = tree.parents[at]
         assert sight[node].nonzero().flatten().tolist() == sorted(line)
         assert int(depth[node]) == len(line) - 1
+
+
+def test_a_training_is_charged_for_the_states_it_asked_for_alone(load_parts, monkeypatch):
+    """A planned group runs as a whole; what one of it costs is its share."""
+    llm, _ = load_parts("tiny-llama")
+    splicer = causal(llm, HEAD, batch_size=4)
+    lefts = [(*HEAD, 50 + i) for i in range(4)]
+    splicer.plan(lefts)
+    ticks = iter([0.0, 8.0])
+    monkeypatch.setattr("persona_plug.splice.clock", lambda _: next(ticks))
+    splicer.states([lefts[1]])
+    assert (splicer.bill.spent, splicer.bill.owed, splicer.bill.used) == (8.0, 2.0, {lefts[1]})
+    splicer.plan(lefts)
+    splicer.states([lefts[2], lefts[1], lefts[2]])  # both are there: nothing is timed, both are charged
+    assert (splicer.bill.spent, splicer.bill.owed) == (0.0, 4.0)
