@@ -65,6 +65,9 @@ class PlugConfig:
         quote_tokens: T, for free text: soft tokens made of the LLM's own embeddings of the first T tokens of the
             user's outputs, position by position, weighted towards the items closest to the request.
         projector_hidden: Width of the projector's hidden layer.
+        fixed_scale: Length of every user token, and seven times that of a task token, in place of learned gains; 0 for
+            these. PPlug's released code multiplies so, by 539.9738 for FlanT5-XXL, which its paper does not mention;
+            there the vectors in front of the factor have no fixed length, here they are unit vectors.
         item_outputs: Whether an item's value holds its output beside its input.
         use_request: Whether the projector also sees the request's own vector.
         use_answer_counts: Whether the projector also sees how often the user gave each answer in `answers`.
@@ -93,6 +96,7 @@ class PlugConfig:
     task_tokens: int = 4
     quote_tokens: int = 8
     projector_hidden: int = 256
+    fixed_scale: float = 0.0
     item_outputs: bool = True
     use_request: bool = True
     use_answer_counts: bool = True
@@ -119,6 +123,8 @@ class PlugConfig:
         for name in ("user_tokens", "task_tokens", "quote_tokens", "llm_width", "encoder_dim"):
             if int(getattr(self, name)) < 0:
                 raise ConfigError(f"{name}={getattr(self, name)!r} must not be negative")
+        if not 0 <= self.fixed_scale < float("inf"):
+            raise ConfigError(f"fixed_scale={self.fixed_scale!r} must be 0 or a positive number")
         if self.user_tokens + self.task_tokens == 0:
             raise ConfigError("user_tokens and task_tokens are both 0: a plug needs at least one soft token")
         if self.template.count("{input}") != 1:
@@ -219,7 +225,7 @@ def _one_of(name: str, value: str, allowed: tuple[str, ...]) -> None:
 
 
 _KINDS = {
-    f.name: {"str": str, "int": int, "bool": bool}[str(f.type)]
+    f.name: {"str": str, "int": int, "bool": bool, "float": float}[str(f.type)]
     for f in dataclasses.fields(PlugConfig)
-    if f.type in ("str", "int", "bool")
+    if f.type in ("str", "int", "bool", "float")
 }

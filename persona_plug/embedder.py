@@ -38,7 +38,8 @@ class UserEmbedder(nn.Module):
     """Maps requests and histories to soft tokens [task; quoted; user], (B, m + T + k, H), float32.
 
     Soft tokens are scaled to a learned gain that starts at the LLM's mean embedding norm; PPlug multiplies by a
-    constant of one model instead. At the start the user tokens hardly depend on the user; quoted ones do.
+    constant of one model instead (`fixed_scale`). At the start the user tokens hardly depend on the user; quoted ones
+    do.
 
     Attributes:
         score_temperature: Divides log-likelihoods of candidate answers; fitted on held-out users.
@@ -62,7 +63,10 @@ class UserEmbedder(nn.Module):
         start = torch.randn(total, width) if start is None else start.detach().clone().float()
         start = nn.functional.normalize(start, dim=-1)
         self.tokens = nn.Parameter(start)
-        self.log_gain = nn.Parameter(torch.full((total,), embedding_norm).log())
+        gain = torch.full((total,), config.fixed_scale or embedding_norm)
+        if config.fixed_scale:
+            gain[: config.task_tokens] /= 7
+        self.log_gain = nn.Parameter(gain.log(), requires_grad=not config.fixed_scale)
         self.register_buffer("score_temperature", torch.ones(()))
         # Set by training: the largest share of a row's items left out, and the share of rows left without any.
         self.history_dropout = self.empty_history = 0.0

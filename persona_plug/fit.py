@@ -12,6 +12,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from accelerate import PartialState
+from accelerate.utils import broadcast_object_list
 from torch import Tensor
 from transformers import TrainingArguments
 
@@ -33,6 +35,9 @@ def train(
 ) -> list[dict[str, float]]:
     """Train the plug's embedder in place and calibrate its scores; returns the Trainer's log.
 
+    Several processes (`accelerate launch`) train one plug: each calls this with the same arguments and gets the same
+    plug. The main process alone writes to `folder`, which all must see.
+
     Args:
         plug: The plug; its config must already hold the data's template and answers.
         data: Samples; only `train` and `valid` are read.
@@ -41,19 +46,23 @@ def train(
         resume: Go on from the newest whole checkpoint there, if any; the result is that of an uninterrupted run.
     """
     torch.manual_seed(config.seed)
+    processes = PartialState(cpu=plug.llm.device.type == "cpu")
     checkpoint = last_checkpoint(folder) if resume else None
-    for old in folder.glob("checkpoint-*"):
-        if checkpoint is None or not is_whole(old):
-            shutil.rmtree(old)
-    if not resume:
-        (folder / "log.jsonl").unlink(missing_ok=True)
-    train_set = PlugDataset(plug, data.train)
-    valid_set = PlugDataset(plug, _spread(data.valid, config.eval_samples))
+    processes.wait_for_everyone()  # all have looked
+    if processes.is_main_process:
+        for old in folder.glob("checkpoint-*"):
+            if checkpoint is None or not is_whole(old):
+                shutil.rmtree(old)
+        if not resume:
+            (folder / "log.jsonl").unlink(missing_ok=True)
+    with processes.main_process_first():  # it encodes, the others read the cache
+        train_set = PlugDataset(plug, data.train)
+        valid_set = PlugDataset(plug, _spread(data.valid, config.eval_samples))
     plug.splicer.plan([p.left for part in (train_set, valid_set) for p in part.parts])
-    if train_set.cut:
+    if train_set.cut and processes.is_main_process:
         logger.warning("%d of %d requests are longer than max_input_tokens and were cut", train_set.cut, len(train_set))
     if plug.embedder.has_answer_head:
-        train_set.offsets = start_answer_head(plug, data)
+        train_set.offsets = _agreed(start_answer_head(plug, data))
     plug.embedder.history_dropout, plug.embedder.empty_history = config.history_dropout, config.empty_history
     if plug.config.user_tokens:
         plug.embedder.dropout.p = config.dropout
@@ -93,8 +102,14 @@ def train(
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     plug.eval()
     if data.answers:
-        calibrate(plug, valid_set, config.batch_size)
+        plug.embedder.score_temperature.fill_(_agreed(calibrate(plug, valid_set, config.batch_size)))
+    processes.wait_for_everyone()
     return list(trainer.state.log_history)
+
+
+def _agreed(found: Any) -> Any:  # noqa: ANN401
+    """Return what the main process found: the last bit may differ between machines, and all must train one plug."""
+    return broadcast_object_list([found])[0]
 
 
 @torch.no_grad()

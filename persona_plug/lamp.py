@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -13,6 +14,8 @@ from typing import Any
 from persona_plug.data import write_records
 from persona_plug.errors import DataError
 from persona_plug.history import Example, HistoryItem, leave_one_out
+
+logger = logging.getLogger(__name__)
 
 # Fields of a LaMP profile item -> (input, output); the first row whose fields are all present wins.
 LAMP_FIELDS: tuple[tuple[str, str], ...] = (
@@ -27,12 +30,40 @@ LAMP_FIELDS: tuple[tuple[str, str], ...] = (
 
 
 @dataclass(frozen=True, slots=True)
+class Defect:
+    """A question of the official files that lacks its instruction: its input is `stray` and the request's text.
+
+    Attributes:
+        name: Where it stands, for the report.
+        id: The question's id.
+        stray: What the input begins with instead.
+        mark: What the instruction ends with, and no input of the file should lack.
+    """
+
+    name: str
+    id: str
+    stray: str
+    mark: str
+
+
+DEFECTS = (Defect("LaMP-2 (movies, user split, dev)", "110", "x ", "description: "),)
+
+
+@dataclass(frozen=True, slots=True)
 class LampData:
-    """Examples of a LaMP questions file; `template` is the instruction all inputs begin with."""
+    """Examples of a LaMP questions file.
+
+    Attributes:
+        examples: One a question.
+        template: The instruction that all inputs begin with, and `{input}`.
+        task: What the gold file says, or nothing without one.
+        repairs: What was done about each of `DEFECTS` that the file has, one line each.
+    """
 
     examples: list[Example]
     template: str
     task: str
+    repairs: tuple[str, ...] = ()
 
 
 def read_lamp(
@@ -46,7 +77,8 @@ def read_lamp(
     The instruction that all inputs share becomes the template (or the given `template`, which all must begin with),
     what differs becomes `Example.input`. Profile items are mapped by `LAMP_FIELDS`, or by the given `fields`: the names
     of an item's input and output, several joined by "+" being joined by a space, an empty name giving an empty input.
-    Without gold, outputs are empty. In the time-based split `date` orders the profile.
+    Without gold, outputs are empty. In the time-based split `date` orders the profile. Known `DEFECTS` of the official
+    files are repaired, or left out with their gold, and logged.
 
     Raises:
         DataError: A file is missing, not LaMP-shaped, or the ids of questions and gold differ.
@@ -59,6 +91,9 @@ def read_lamp(
             if not isinstance(row, dict) or not isinstance(row.get(name), kind):
                 raise DataError(f"{questions}: question {number}: field {name!r} is missing or of the wrong type")
     task, gold = _read_gold(Path(outputs)) if outputs is not None else ("", {})
+    repairs = _repair(rows, gold)
+    for done in repairs:
+        logger.warning("%s: %s", questions, done)
     if outputs is not None:
         ids = {str(row["id"]) for row in rows}
         if ids != set(gold):
@@ -84,7 +119,31 @@ def read_lamp(
         ident = str(row["id"])
         user = str(row.get("user_id", ident))
         examples.append(Example(user, row["input"][len(prefix) :], gold.get(ident, ""), tuple(items), ident))
-    return LampData(examples, template, task)
+    return LampData(examples, template, task, tuple(repairs))
+
+
+def _repair(rows: list[dict[str, Any]], gold: dict[str, str]) -> list[str]:
+    """Repair the defects that are there, in place, and tell what was done.
+
+    The instruction is the one that the file's other questions share; where they share none, the right input cannot be
+    derived from the file, and question and gold are left out.
+    """
+    done = []
+    for known in DEFECTS:
+        faulty = (r for r in rows if str(r["id"]) == known.id and r["input"].startswith(known.stray))
+        row = next((r for r in faulty if known.mark not in r["input"]), None)
+        if row is None:
+            continue
+        before, found, _ = shared_instruction([r["input"] for r in rows if r is not row]).rpartition(known.mark)
+        where = f"{known.name}, question {known.id}: its input lacks the instruction"
+        if found:
+            row["input"] = before + found + row["input"].removeprefix(known.stray)
+            done.append(f"{where}; repaired with the one that the other questions share")
+        else:
+            rows.remove(row)
+            gold.pop(known.id, None)
+            done.append(f"{where}, and the other questions share none; left out with its gold")
+    return done
 
 
 def _read_gold(path: Path) -> tuple[str, dict[str, str]]:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import PartialState
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 from transformers import EarlyStoppingCallback, PrinterCallback, Trainer, TrainerCallback, TrainingArguments
@@ -21,7 +22,7 @@ from persona_plug.prompts import AnswerTree
 from persona_plug.states import clock
 
 COMPLETE = "complete"
-NEEDED = (COMPLETE, "model.safetensors", "optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json")
+NEEDED = ("model.safetensors", "optimizer.pt", "scheduler.pt", "trainer_state.json")
 FEW, FEW_LR = 32, 10.0  # parameters of at most so many numbers learn so much faster
 
 
@@ -31,7 +32,7 @@ class FitConfig:
 
     Attributes:
         steps: Optimiser steps at most; early stopping may end sooner.
-        batch_size: Samples per device and step.
+        batch_size: Samples per process and step: several processes (`accelerate launch`) take as many each.
         gradient_accumulation: Batches per optimiser step.
         lr: Peak learning rate of AdamW; linear decay after `warmup` (share of the steps).
         warmup: Share of steps with rising learning rate.
@@ -134,7 +135,10 @@ class PlugDataset(Dataset[int]):
 
 
 class _Trained(nn.Module):
-    """What the Trainer sees: the embedder alone. It would write into `model.config`, which here is PlugConfig."""
+    """What the Trainer sees: the embedder alone. It would write into `model.config`, which here is PlugConfig.
+
+    Its forward gives the loss, so that whatever wraps it for several processes sees every trained number in use.
+    """
 
     def __init__(self, plug: PersonaPlug) -> None:
         super().__init__()
@@ -143,8 +147,9 @@ class _Trained(nn.Module):
 
     plug: PersonaPlug
 
-    def forward(self, **batch: Any) -> Any:  # noqa: ANN401
-        return self.plug(batch["history"], batch["parts"], batch["trees"])
+    def forward(self, token_weight: float, tokens: Tensor | None, **batch: Any) -> Tensor:  # noqa: ANN401
+        said = self.plug(batch["history"], batch["parts"], batch["trees"])
+        return batch_loss(said, self.embedder, batch, token_weight, tokens)
 
 
 class PlugTrainer(Trainer):
@@ -159,6 +164,7 @@ class PlugTrainer(Trainer):
             EarlyStoppingCallback(config.patience),
             _JsonLog(Path(str(args.output_dir)) / "log.jsonl", plug),
             _MarkComplete(),
+            _DrawApart(),
         ]
         super().__init__(
             model=_Trained(plug),
@@ -204,7 +210,12 @@ class PlugTrainer(Trainer):
     ) -> Any:  # noqa: ANN401
         """Candidate loss plus weighted token loss; for free text the token loss alone."""
         weight = self.fit_config.token_weight if model.training else 0.0
-        loss = batch_loss(model(**inputs), model.embedder, inputs, weight)
+        tokens = None
+        if self.accelerator.num_processes > 1:
+            # Averaged over the processes, the loss is then that of one process with all rows.
+            count = inputs["lengths"].sum().float().to(self.args.device)
+            tokens = self.accelerator.reduce(count, "mean")
+        loss = model(weight, tokens, **inputs)
         return (loss, None) if return_outputs else loss
 
     def prediction_step(self, model: Any, inputs: Any, prediction_loss_only: bool, ignore_keys: Any = None) -> Any:  # noqa: ANN401
@@ -213,13 +224,27 @@ class PlugTrainer(Trainer):
             return self.compute_loss(model, inputs).detach(), None, None
 
 
-def batch_loss(said: Any, embedder: Any, inputs: dict[str, Any], token_weight: float) -> Tensor:  # noqa: ANN401
-    """Return the loss of what a plug says (its `forward`) of a collated batch; for free text the token loss alone."""
+def batch_loss(
+    said: Any,  # noqa: ANN401
+    embedder: Any,  # noqa: ANN401
+    inputs: dict[str, Any],
+    token_weight: float,
+    tokens: Tensor | None = None,
+) -> Tensor:
+    """Return the loss of what a plug says (its `forward`) of a collated batch; for free text the token loss alone.
+
+    Args:
+        said: Log-likelihoods (B, C) of the answers, (B,) of the gold's end token, and the answers' bias (B, C) or None.
+        embedder: The plug's embedder.
+        inputs: The batch.
+        token_weight: Weight of the token loss beside that over the answers' scores.
+        tokens: Answer tokens that the token loss is divided by; default those of the batch.
+    """
     loglik, end, bias = said
     gold, lengths = inputs["gold"].to(loglik.device), inputs["lengths"].to(loglik.device)
     chosen = loglik.gather(1, gold.unsqueeze(1)).squeeze(1)
     # Every answer token counts the same, as in the LLM's own next-token loss.
-    token: Tensor = -(chosen + end).sum() / lengths.sum()
+    token: Tensor = -(chosen + end).sum() / (lengths.sum() if tokens is None else tokens)
     if loglik.shape[1] == 1:
         return token
     if inputs["offset"] is not None:
@@ -251,6 +276,8 @@ class _JsonLog(TrainerCallback):
         self.seconds += self._now() - self.began
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:  # noqa: ANN401
+        if not state.is_world_process_zero:
+            return
         self.path.parent.mkdir(parents=True, exist_ok=True)
         line = {"step": state.global_step, "seconds": round(self.seconds, 3), **(logs or {})}
         with self.path.open("a", encoding="utf-8") as file:
@@ -258,15 +285,32 @@ class _JsonLog(TrainerCallback):
 
 
 class _MarkComplete(TrainerCallback):
-    """Mark a checkpoint as whole once everything is written; `resume` takes no other."""
+    """Mark a checkpoint as whole once all processes have written their part; `resume` takes no other."""
 
     def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:  # noqa: ANN401
-        (Path(args.output_dir) / f"checkpoint-{state.global_step}" / COMPLETE).touch()
+        processes = PartialState()
+        processes.wait_for_everyone()
+        if processes.is_main_process:
+            mark = Path(args.output_dir) / f"checkpoint-{state.global_step}" / COMPLETE
+            mark.write_text(f"{processes.num_processes}\n", encoding="utf-8")
+        processes.wait_for_everyone()
+
+
+class _DrawApart(TrainerCallback):
+    """Give each process random numbers of its own, which the Trainer does not: dropout would repeat itself."""
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:  # noqa: ANN401
+        if args.process_index:  # the first draws as one process alone does
+            torch.manual_seed(args.seed + (args.process_index << 32))
 
 
 def is_whole(checkpoint: Path) -> bool:
     """Whether a checkpoint was written to its end (a kill while it is being deleted leaves its mark on a torso)."""
-    return all((checkpoint / name).is_file() for name in NEEDED)
+    if not (checkpoint / COMPLETE).is_file():
+        return False
+    processes = int((checkpoint / COMPLETE).read_text(encoding="utf-8") or 1)
+    draws = ["rng_state.pth"] if processes == 1 else [f"rng_state_{i}.pth" for i in range(processes)]
+    return all((checkpoint / name).is_file() for name in [*NEEDED, *draws])
 
 
 def last_checkpoint(folder: Path) -> Path | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -115,6 +116,30 @@ def prepare(
     return FitData(train, validation, rest, template or found_template or "{input}", known, notes)
 
 
+def augment(examples: Sequence[Example], times: int, seed: int = 0) -> list[Example]:
+    """Follow each sample of more than two history items by copies with random parts of its history.
+
+    A copy leaves out a share of the items drawn from [0, 0.5), and one item more; the others keep their order. PPlug's
+    released code does so ten times, which its paper does not mention: an epoch is then eleven times as long.
+    `FitConfig.history_dropout` draws such parts anew at each step instead.
+
+    Args:
+        examples: Training samples.
+        times: Copies of a sample; 0 for none.
+        seed: Seed of the draws.
+    """
+    rng = np.random.default_rng(seed)
+    made = []
+    for example in examples:
+        made.append(example)
+        size = len(example.history)
+        for _ in range(times if size > 2 else 0):
+            kept = size - int(rng.uniform(0, 0.5) * size) - 1
+            chosen = sorted(rng.choice(size, kept, replace=False))
+            made.append(dataclasses.replace(example, history=tuple(example.history[i] for i in chosen)))
+    return made
+
+
 def _keep_known(part: list[Example], answers: tuple[str, ...], name: str, notes: list[str]) -> list[Example]:
     kept = [e for e in part if e.output.strip() in answers]
     if len(kept) < len(part):
@@ -128,6 +153,7 @@ def _samples(data: Any, samples: str, skip_bad: bool, notes: list[str]) -> tuple
         path = Path(data)
         if path.is_dir():
             lamp = read_lamp(path / "train_questions.json", path / "train_outputs.json")
+            notes.extend(lamp.repairs)
             return _group([*lamp.examples, *leave_one_out_profiles(lamp.examples)]), lamp.template
         result = read_events(path, skip_bad)
         if result.skipped:

@@ -504,3 +504,17 @@ def test_a_table_holds_the_first_tokens_of_outputs(make):
     )
     batch = table.batch([Example("", "r", "", history)])
     assert batch.quotes.tolist() == [[[1, 2, 3], [1, -1, -1], [-1, -1, -1]]]
+
+
+# --- lengths as in PPlug's code
+
+
+@pytest.mark.parametrize("recipe", ["default", "paper", "uem", "persoma"])
+def test_a_fixed_scale_takes_the_place_of_learned_lengths(recipe):
+    config = PlugConfig.create(
+        "llm", "encoder", recipe, llm_width=WIDTH, encoder_dim=DIM, quote_tokens=0, task_tokens=2, fixed_scale=14.0
+    )
+    embedder = UserEmbedder(config, NORM).eval()
+    assert not embedder.log_gain.requires_grad
+    gains = embedder.log_gain.exp()
+    torch.testing.assert_close(gains, torch.tensor([2.0] * 2 + [14.0] * (len(gains) - 2)))

@@ -375,3 +375,43 @@ def test_a_folder_in_lamps_shape_is_training_data(tmp_path):
     by_input = {e.input: e for e in every}
     assert len(by_input["7 it was"].history) == 3
     assert {i.input for i in by_input["review 7 1"].history} == {"review 7 0", "review 7 2"}
+
+
+# --- known defects of the official files
+
+
+def with_defect(tags=("sci-fi, comedy", "sci-fi, comedy"), begins="x "):
+    """Return questions and golds of LaMP-2 whose question 110 has lost its instruction, as published."""
+    ask = "Which tag does this movie relate to? tags: [{}] description: "
+    questions = [
+        {"id": f"11{n}", "input": ask.format(t) + text, "profile": [{"id": "1", "tag": "comedy", "description": "d"}]}
+        for n, (t, text) in enumerate(zip(tags, ["A robot wakes.", "The king dances."], strict=True), 1)
+    ]
+    questions.insert(0, questions[0] | {"id": "110", "input": begins + "A princess flees."})
+    return questions, [{"id": q["id"], "output": "comedy"} for q in questions]
+
+
+def test_a_known_defect_is_repaired_by_name_and_reported(tmp_path, caplog):
+    data = read_lamp(*write(tmp_path, *with_defect(), "LaMP_2"))
+    assert data.template == "Which tag does this movie relate to? tags: [sci-fi, comedy] description: {input}"
+    assert [e.input for e in data.examples] == ["A princess flees.", "A robot wakes.", "The king dances."]
+    (said,) = data.repairs
+    assert said.startswith("LaMP-2 (movies, user split, dev), question 110: ")
+    assert "repaired" in said
+    assert said in caplog.text
+
+
+def test_a_defect_that_the_file_cannot_mend_is_left_out_with_its_gold(tmp_path):
+    data = read_lamp(*write(tmp_path, *with_defect(["sci-fi, comedy", "comedy, sci-fi"]), "LaMP_2"))
+    assert [e.id for e in data.examples] == ["111", "112"]
+    assert "left out with its gold" in data.repairs[0]
+
+
+def test_only_the_defect_itself_is_repaired(tmp_path):
+    """Other tasks have a question 110 too, and may ask about x."""
+    news = [{"id": "110", "input": "categories: [a] article: " + t, "profile": []} for t in ("x", "y")]
+    news[1]["id"] = "111"
+    assert read_lamp(write(tmp_path, news)[0]).repairs == ()
+    data = read_lamp(*write(tmp_path, *with_defect(begins="Which tag? description: x "), "LaMP_2"))
+    assert data.repairs == ()
+    assert data.examples[0].input.endswith("description: x A princess flees.")

@@ -11,7 +11,7 @@ import numpy as np
 
 from persona_plug.history import Example
 from persona_plug.lamp import leave_one_out_profiles, read_lamp
-from persona_plug.training_data import FitData
+from persona_plug.training_data import FitData, augment
 from training.tasks import Task
 
 logger = logging.getLogger(__name__)
@@ -22,7 +22,8 @@ def load_data(settings: Mapping[str, Any], task: Task) -> FitData:
 
     Args:
         settings: `data` (the folder), `split`, `valid` (share of training users held back), `profile_targets` (so many
-            leave-one-out samples at most) and `questions` (about so many of the split, every user kept).
+            leave-one-out samples at most), `augment` (copies of a training sample with parts of its history) and
+            `questions` (about so many of the split, every user kept).
         task: Gives answer space and profile fields.
 
     Raises:
@@ -47,7 +48,7 @@ def load_data(settings: Mapping[str, Any], task: Task) -> FitData:
     if task.answers:
         everything = [e for e in everything if e.output.strip() in task.answers]
     return FitData(
-        [e for e in everything if e.user_id not in valid],
+        augment([e for e in everything if e.user_id not in valid], settings["augment"]),
         [e for e in everything if e.user_id in valid],
         sample_questions(held.examples, settings["questions"]),
         train.template,

@@ -65,6 +65,7 @@ def with_lora(plug: PersonaPlug, soft: bool, rank: int = RANK, alpha: int = ALPH
         raise ConfigError("LoRA needs peft: pip install 'persona-plug[lora]'") from exc
 
     llm, tokenizer = load_llm(plug.config.llm, device=plug.llm.device)
+    llm.generation_config.num_beams = plug.llm.generation_config.num_beams
     names = sorted({name.rsplit(".", 1)[-1] for name, _ in llm.named_modules()} & TARGETS)
     if not names:
         raise ConfigError(f"{plug.config.llm} has none of the layers {', '.join(sorted(TARGETS))} that LoRA adapts")

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from accelerate import PartialState
 from safetensors.torch import load_file, save
 
 from persona_plug.config import PlugConfig
@@ -108,9 +109,12 @@ def fit(
             "lr": config.lr,
             "curve": [*looks.values()],
         }
-        folder.mkdir(parents=True, exist_ok=True)
-        write_atomically(folder / WEIGHTS, save({k: v.clone() for k, v in plug.embedder.state_dict().items()}))
-        write_atomically(facts, (json.dumps(found) + "\n").encode())
+        processes = PartialState()
+        if processes.is_main_process:
+            folder.mkdir(parents=True, exist_ok=True)
+            write_atomically(folder / WEIGHTS, save({k: v.clone() for k, v in plug.embedder.state_dict().items()}))
+            write_atomically(facts, (json.dumps(found) + "\n").encode())
+        processes.wait_for_everyone()
     found = json.loads(facts.read_text(encoding="utf-8"))
     count = sum(p.numel() for p in plug.embedder.parameters() if p.requires_grad)
     curve = tuple((int(step), float(seconds), float(loss)) for step, seconds, loss in found["curve"])

@@ -2,7 +2,8 @@
 
 Takes the settings of a comparison (`python -m eval.run`), so that one config serves both, and `recipes=[NAME, ...]`.
 Each is written to `out/seed-S/fitted/NAME`, where a comparison with the same `out` finds it; one of soft tokens alone
-also to `out/NAME-S` as a plug that `PersonaPlug.from_pretrained` reads.
+also to `out/NAME-S` as a plug that `PersonaPlug.from_pretrained` reads. `accelerate launch -m training.run ...` trains
+on several devices (configs/accelerate).
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 import logging
 import sys
 from collections.abc import Mapping, Sequence
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -36,8 +38,10 @@ DEFAULTS: dict[str, Any] = {
     "user_steps": 8,
     "valid": 0.15,
     "profile_targets": None,
+    "augment": 0,
     "questions": None,
     "generated": 200,
+    "beams": 1,
     "threads": None,
     "state_gigabytes": 4,
 }
@@ -70,15 +74,22 @@ def prepare(settings: Mapping[str, Any]) -> tuple[Task, Any, Any, dict[str, Any]
     chosen = {**lengths, **settings["plug"]}
     base = model.PersonaPlug.build(settings["llm"], settings["encoder"], **chosen)
     base.reset(base.config.replace(template=data.template, answers=data.answers))
+    base.llm.generation_config.num_beams = settings["beams"]
     return task, data, base, chosen
 
 
 def main(arguments: Sequence[str]) -> None:
     """Train from the command line."""
+    import torch
+    from accelerate import PartialState
+
     from persona_plug.trainer import FitConfig
     from training.recipes import RECIPES, choose_lr, fit
 
     settings = settle(arguments)
+    # Binds each of several processes to its device before anything is loaded there. They wait for the main one while it
+    # encodes, which may take hours.
+    processes = PartialState(cpu=not torch.cuda.is_available(), timeout=timedelta(days=1))
     _, data, base, chosen = prepare(settings)
     out = Path(settings["out"])
     for name in settings["recipes"]:
@@ -90,9 +101,12 @@ def main(arguments: Sequence[str]) -> None:
             fitted = fit(name, base, chosen, data, config, out / f"seed-{seed}" / "fitted" / name)
             line = f"{name}, seed {seed}: {fitted.steps} steps, {fitted.seconds:.0f} s, {fitted.parameters:,} numbers"
             line += f", learning rate {fitted.lr:g}"
-            if not (RECIPES[name].adapter or RECIPES[name].prefix):
-                line += f", {fitted.plug.save_pretrained(out / f'{name}-{seed}')}"
-            sys.stdout.write(line + "\n")
+            if processes.is_main_process:
+                if not (RECIPES[name].adapter or RECIPES[name].prefix):
+                    line += f", {fitted.plug.save_pretrained(out / f'{name}-{seed}')}"
+                sys.stdout.write(line + "\n")
+    processes.wait_for_everyone()
+    processes.destroy_process_group()
 
 
 if __name__ == "__main__":
