@@ -56,6 +56,7 @@ METHODS: dict[str, Method] = {
     "plug_empty": Method("plug", history="none"),
     "plug_llm_alone": Method("plug", head=False),
     "plug_paper": Method("plug_paper"),
+    "plug_paper_full": Method("plug_paper_full"),
     "plug_mean": Method("plug_mean"),
     "uem": Method("uem"),
     "persoma": Method("persoma"),

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from persona_plug.history import Event, Example, HistoryItem
     from persona_plug.model import PersonaPlug
     from persona_plug.report import FitReport
+    from persona_plug.store import HistoryStore
     from persona_plug.trainer import FitConfig, PlugTrainer
 
 __version__ = "0.1.0"
@@ -27,6 +28,7 @@ __all__ = [
     "FitReport",
     "HistoryEncoder",
     "HistoryItem",
+    "HistoryStore",
     "PersonaPlug",
     "PersonaPlugError",
     "PlugConfig",
@@ -42,6 +44,7 @@ _MODULES = {
     "FitReport": "report",
     "HistoryEncoder": "encoder",
     "HistoryItem": "history",
+    "HistoryStore": "store",
     "PersonaPlug": "model",
     "PersonaPlugError": "errors",
     "PlugConfig": "config",

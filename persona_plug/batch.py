@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from persona_plug.config import PlugConfig
 from persona_plug.encoder import HistoryEncoder
@@ -25,6 +25,8 @@ class HistoryBatch:
         mask: (B, n) bool, True where there is an item.
         quotes: (B, n, T) int64, the LLM's ids of the first T tokens of each item's output, -1 where it has fewer; None
             where the config quotes nothing.
+        request_ids: (B, L) int64, the encoder's ids of the requests, -1 beyond their ends; None unless the plug trains
+            its own reading of requests.
     """
 
     request: Tensor
@@ -32,6 +34,7 @@ class HistoryBatch:
     values: Tensor
     mask: Tensor
     quotes: Tensor | None = None
+    request_ids: Tensor | None = None
 
     def to(self, device: torch.device) -> HistoryBatch:
         """Return the batch on a device."""
@@ -41,6 +44,7 @@ class HistoryBatch:
             self.values.to(device),
             self.mask.to(device),
             None if self.quotes is None else self.quotes.to(device),
+            None if self.request_ids is None else self.request_ids.to(device),
         )
 
 
@@ -62,7 +66,7 @@ class VectorTable:
             config: Says what an item's value holds, and how many items count.
             ids: The LLM's tokenizer, needed where the config quotes.
         """
-        self.config = config
+        self.config, self.encoder = config, encoder
         texts: dict[str, int] = {"": 0}
         for example in examples:
             texts.setdefault(example.input, len(texts))
@@ -86,7 +90,7 @@ class VectorTable:
 
     def batch(self, examples: Sequence[Example]) -> HistoryBatch:
         """Collate examples whose texts are all in the table."""
-        limit, use_answers = self.config.max_history, value_dim(self.config)[1] > 0
+        limit = self.config.max_history
         histories = [e.history[-limit:] for e in examples]
         n = max([len(h) for h in histories] + [1])
         shape = (len(examples), n)
@@ -99,15 +103,46 @@ class VectorTable:
                 outputs[b, i] = self.rows[item.output]
                 answers[b, i] = self.answer_ids.get(item.output.strip(), -1)
                 mask[b, i] = True
-        input_vectors, output_vectors = self.vectors[inputs], self.vectors[outputs]
-        keys = torch.where((inputs == 0).unsqueeze(-1), output_vectors, input_vectors)
-        parts = [input_vectors, output_vectors] if self.config.item_outputs else [keys]
-        if use_answers:
-            one_hot = torch.nn.functional.one_hot(answers.clamp(min=0), len(self.answer_ids)).float()
-            parts.append(one_hot * (answers >= 0).unsqueeze(-1))
         request = self.vectors[torch.tensor([self.rows[e.input] for e in examples], dtype=torch.long)]
         quotes = None if self.quoted is None else self.quoted[outputs]
-        return HistoryBatch(request, keys, torch.cat(parts, -1), mask, quotes)
+        made = collate(self.config, request, self.vectors[inputs], self.vectors[outputs], answers, mask, quotes)
+        return self._with_ids(made, examples)
+
+    def _with_ids(self, batch: HistoryBatch, examples: Sequence[Example]) -> HistoryBatch:
+        """Add the requests' ids where the plug reads them itself."""
+        if not self.config.train_request:
+            return batch
+        rows = [torch.tensor(self.encoder.ids(e.input), dtype=torch.long) for e in examples]
+        return replace(batch, request_ids=nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=-1))
+
+
+def collate(
+    config: PlugConfig,
+    request: Tensor,
+    inputs: Tensor,
+    outputs: Tensor,
+    answers: Tensor,
+    mask: Tensor,
+    quotes: Tensor | None,
+) -> HistoryBatch:
+    """Make a batch of vectors, wherever they come from.
+
+    Args:
+        config: Says what an item's value holds.
+        request: (B, d) the requests' vectors.
+        inputs: (B, n, d) the items' inputs, zero where there is none.
+        outputs: (B, n, d) their outputs.
+        answers: (B, n) int64, the number of each item's answer, -1 where it is none of the config's.
+        mask: (B, n) bool, True where there is an item.
+        quotes: (B, n, T) int64, as in `HistoryBatch`.
+    """
+    blank = torch.linalg.vector_norm(inputs, dim=-1, keepdim=True) == 0
+    keys = torch.where(blank, outputs, inputs)
+    parts = [inputs, outputs] if config.item_outputs else [keys]
+    if count := value_dim(config)[1]:
+        one_hot = torch.nn.functional.one_hot(answers.clamp(min=0), count).float()
+        parts.append(one_hot * (answers >= 0).unsqueeze(-1))
+    return HistoryBatch(request, keys, torch.cat(parts, -1), mask, quotes)
 
 
 def value_dim(config: PlugConfig) -> tuple[int, int]:
@@ -125,6 +160,7 @@ def check_finite(batch: HistoryBatch) -> None:
     """
     for name in ("request", "keys", "values"):
         tensor = getattr(batch, name)
-        if not bool(torch.isfinite(tensor).all()):
+        # A sum is much cheaper than a look at each number, and not finite if one of them is not.
+        if not bool(torch.isfinite(tensor.sum())) and not bool(torch.isfinite(tensor).all()):
             row = int((~torch.isfinite(tensor)).flatten(1).any(1).nonzero()[0])
             raise DataError(f"row {row}: {name} vectors hold NaN or infinity; encode the history again")

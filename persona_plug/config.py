@@ -70,6 +70,8 @@ class PlugConfig:
             there the vectors in front of the factor have no fixed length, here they are unit vectors.
         item_outputs: Whether an item's value holds its output beside its input.
         use_request: Whether the projector also sees the request's own vector.
+        train_request: Whether requests are read by a copy of the encoder that is trained, as PPlug does; items stay
+            with the frozen one. The plug's file then holds that copy.
         use_answer_counts: Whether the projector also sees how often the user gave each answer in `answers`.
         answer_head: Whether scores of `answers` also get what the request's vector and the user's own answer
             frequencies say without the LLM, each with a learned weight.
@@ -99,6 +101,7 @@ class PlugConfig:
     fixed_scale: float = 0.0
     item_outputs: bool = True
     use_request: bool = True
+    train_request: bool = False
     use_answer_counts: bool = True
     answer_head: bool = True
     answers: tuple[str, ...] | None = None
@@ -127,6 +130,8 @@ class PlugConfig:
             raise ConfigError(f"fixed_scale={self.fixed_scale!r} must be 0 or a positive number")
         if self.user_tokens + self.task_tokens == 0:
             raise ConfigError("user_tokens and task_tokens are both 0: a plug needs at least one soft token")
+        if self.train_request and self.answer_head:
+            raise ConfigError("train_request=True needs answer_head=False: the head is fitted to frozen vectors")
         if self.template.count("{input}") != 1:
             raise ConfigError(f"template must contain {{input}} exactly once, got {self.template!r}")
         if self.answers is not None:

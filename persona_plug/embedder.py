@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -12,7 +12,7 @@ from persona_plug.aggregators import AttentionAggregator, MeanAggregator, PaperA
 from persona_plug.baselines import SMOOTHING
 from persona_plug.batch import HistoryBatch, check_finite, value_dim
 from persona_plug.config import PlugConfig
-from persona_plug.errors import DataError
+from persona_plug.errors import ConfigError, DataError
 from persona_plug.resamplers import ItemTokens, Resampler
 
 Soft = Tensor | Sequence[Tensor]  # (B, S, H), or one (S_b, H) a row
@@ -49,13 +49,20 @@ class UserEmbedder(nn.Module):
     frequency_weight: Tensor
     population: Tensor
 
-    def __init__(self, config: PlugConfig, embedding_norm: float, start: Tensor | None = None) -> None:
+    def __init__(
+        self,
+        config: PlugConfig,
+        embedding_norm: float,
+        start: Tensor | None = None,
+        request_encoder: nn.Module | None = None,
+    ) -> None:
         """Create the embedder.
 
         Args:
             config: Architecture; `llm_width` and `encoder_dim` must be set.
             embedding_norm: Mean L2 norm of the LLM's input embeddings.
             start: (m + T + k, H) where the soft tokens start; rows of the LLM's embedding table are a good choice.
+            request_encoder: (B, L) ids -> (B, d) vectors of requests, needed where the config trains it.
         """
         super().__init__()
         self.config = config
@@ -72,6 +79,10 @@ class UserEmbedder(nn.Module):
         self.history_dropout = self.empty_history = 0.0
         if config.user_tokens == 0:
             return
+        if config.train_request:
+            if request_encoder is None:
+                raise ConfigError("train_request=True needs the encoder to copy: pass request_encoder=")
+            self.request_encoder = request_encoder
         text, answers = value_dim(config)
         self.null_value = nn.Parameter(torch.zeros(text))
         self.null_answers = nn.Parameter(torch.zeros(answers))
@@ -125,6 +136,10 @@ class UserEmbedder(nn.Module):
             DataError: A vector is not finite, or what quoting needs is missing.
         """
         check_finite(batch)
+        if self.config.train_request and self.config.user_tokens:
+            if batch.request_ids is None:
+                raise DataError("this plug reads requests itself: its batch needs `request_ids`")
+            batch = replace(batch, request=self.request_encoder(batch.request_ids))
         b = batch.request.shape[0]
         m, t, k = self.config.task_tokens, self.config.quotes, self.config.user_tokens
         if hasattr(self, "resampler"):

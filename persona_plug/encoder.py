@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import logging
 import sys
@@ -12,7 +13,7 @@ from typing import Literal
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from persona_plug import zoo
 from persona_plug.errors import ConfigError, DataError
@@ -168,13 +169,36 @@ class HistoryEncoder:
         padded = self.tokenizer.pad({"input_ids": [list(i) for i in ids]}, padding=True, return_tensors="pt").to(
             self.device
         )
-        hidden = self.model(input_ids=padded["input_ids"], attention_mask=padded["attention_mask"]).last_hidden_state
-        if self.pooling == "cls":
-            pooled = hidden[:, 0]
-        else:
-            mask = padded["attention_mask"].unsqueeze(-1).to(hidden.dtype)
-            pooled = (hidden * mask).sum(1) / mask.sum(1)
-        return torch.nn.functional.normalize(pooled.float(), dim=-1)
+        return _vectors(self.model, padded["input_ids"], padded["attention_mask"], self.pooling)
+
+    def ids(self, text: str) -> list[int]:
+        """Return the ids that the model reads of a text, prefix and special tokens included."""
+        options = {"truncation": True, "max_length": self.max_length, "verbose": False}
+        return list(self.tokenizer(self.prefix + text, **options)["input_ids"])
+
+
+class RequestEncoder(nn.Module):
+    """A copy of an encoder's model that is trained: PPlug reads requests with one (section 3, Enc_input)."""
+
+    def __init__(self, encoder: HistoryEncoder) -> None:
+        """Copy the model; the encoder itself stays frozen."""
+        super().__init__()
+        self.body = copy.deepcopy(encoder.model).requires_grad_(True)
+        self.pooling: Pooling = encoder.pooling
+
+    def forward(self, ids: Tensor) -> Tensor:
+        """Return unit vectors (B, d), float32, of ids (B, L), -1 beyond each row's end."""
+        return _vectors(self.body, ids.clamp(min=0), (ids >= 0).long(), self.pooling)
+
+
+def _vectors(model: nn.Module, ids: Tensor, mask: Tensor, pooling: Pooling) -> Tensor:
+    hidden = model(input_ids=ids, attention_mask=mask).last_hidden_state
+    if pooling == "cls":
+        pooled = hidden[:, 0]
+    else:
+        wide = mask.unsqueeze(-1).to(hidden.dtype)
+        pooled = (hidden * wide).sum(1) / wide.sum(1)
+    return nn.functional.normalize(pooled.float(), dim=-1)
 
 
 def _key(text: str) -> bytes:

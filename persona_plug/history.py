@@ -174,8 +174,9 @@ def read_events(path: str | os.PathLike[str], skip_bad: bool = False, owner: str
 
 
 def _records(file: Path) -> Iterator[tuple[str, Mapping[str, Any] | DataError]]:
-    from datasets import load_dataset
+    from datasets import config, load_dataset
 
+    config.HF_UPDATE_DOWNLOAD_COUNTS = False  # else a server is told of each file that is read
     pattern = glob.escape(str(file))  # datasets expands * and [ in names
     if file.suffix == ".parquet":
         try:

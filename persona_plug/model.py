@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
@@ -15,21 +15,21 @@ from persona_plug import persistence
 from persona_plug.batch import HistoryBatch, VectorTable
 from persona_plug.config import PlugConfig
 from persona_plug.embedder import Embedded, UserEmbedder
-from persona_plug.encoder import HistoryEncoder
-from persona_plug.errors import ConfigError, DataError
+from persona_plug.encoder import HistoryEncoder, RequestEncoder
+from persona_plug.errors import ConfigError
 from persona_plug.fingerprint import llm_fingerprint
 from persona_plug.history import Example, HistoryItem
 from persona_plug.llm import Quantization, embedding_norm, freeze, load_llm, sample_embeddings
+from persona_plug.pairing import History, Requests, pair
 from persona_plug.prompts import AnswerTree, Prompter, PromptParts
 from persona_plug.splice import CausalSplicer, Splicer
 from persona_plug.splice_seq2seq import Seq2SeqSplicer
 from persona_plug.states import StateCache
+from persona_plug.stored import StoredExample, StoredTable
 
 if TYPE_CHECKING:
     from persona_plug.report import FitReport
-
-Requests = str | Sequence[str] | Sequence[Example]
-History = Sequence[HistoryItem | Mapping[str, Any] | str]
+    from persona_plug.store import HistoryStore
 
 QUOTE_LEAD = '\nA similar one: "'  # where the task tokens in front of quoted ones start
 STATE_BUDGET = 4 << 30  # bytes of frozen states kept across epochs
@@ -45,6 +45,7 @@ class Generation:
         input_tokens_cut: Tokens of the request that did not fit `max_input_tokens`.
         items_dropped: History items beyond `max_history`.
         prompt_tokens: Positions of the LLM's input, soft tokens included.
+        items_unquoted: Items out of a store without texts, which a plug that quotes could not quote.
     """
 
     text: str
@@ -52,6 +53,7 @@ class Generation:
     input_tokens_cut: int
     items_dropped: int
     prompt_tokens: int
+    items_unquoted: int = 0
 
 
 class PersonaPlug(nn.Module):
@@ -86,7 +88,9 @@ class PersonaPlug(nn.Module):
             start[config.task_tokens - len(lead) : config.task_tokens] = self.splicer.embed(lead).float().cpu()
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(self.seed)
-            self.embedder = UserEmbedder(config, embedding_norm(self.llm), start).to(self.llm.device).eval()
+            reader = RequestEncoder(self.encoder) if config.train_request and config.user_tokens else None
+            made = UserEmbedder(config, embedding_norm(self.llm), start, reader)
+            self.embedder = made.to(self.llm.device).eval()
         self.splicer.begin_with(self.prompter.head)
 
     @classmethod
@@ -215,15 +219,23 @@ class PersonaPlug(nn.Module):
         return self.embedder(history.to(self.llm.device), vocabulary)
 
     def table(self, examples: Sequence[Example]) -> VectorTable:
-        """Return the vectors of all texts that the examples mention, encoded once."""
-        return VectorTable(self.encoder, examples, self.config, self.prompter.ids)
+        """Return what makes batches: all texts are encoded once, histories out of a store not at all."""
+        kind = StoredTable if any(isinstance(e, StoredExample) for e in examples) else VectorTable
+        return kind(self.encoder, examples, self.config, self.prompter.ids)
 
     # -- use -------------------------------------------------------------------------------------------------------
 
     @torch.no_grad()
-    def soft_prompt(self, input: str, history: History | None = None) -> Tensor:
+    def soft_prompt(
+        self,
+        input: str,
+        history: History | None = None,
+        *,
+        user: str | None = None,
+        store: HistoryStore | None = None,
+    ) -> Tensor:
         """Return the soft tokens of one request, a dense finite float32 tensor (m + T + k, H) on the CPU."""
-        examples = self._examples(input, history)
+        examples = self._examples(input, history, user, store)
         return next(self._batches(examples, True, 1))[1].soft[0].float().cpu()
 
     @torch.no_grad()
@@ -233,6 +245,8 @@ class PersonaPlug(nn.Module):
         candidates: Sequence[str] | None = None,
         history: History | Sequence[History] | None = None,
         *,
+        user: str | Sequence[str] | None = None,
+        store: HistoryStore | None = None,
         personal: bool = True,
         head: bool = True,
         batch_size: int = 16,
@@ -248,6 +262,8 @@ class PersonaPlug(nn.Module):
             inputs: One request or B of them, or B examples with their histories.
             candidates: Answers to score; default the plug's own answer space.
             history: One history, or one for each request.
+            user: In place of a history, the user in `store` whose history counts, or one user for each request.
+            store: Where the users' histories are.
             personal: False for the plain LLM, without soft tokens.
             head: Whether the answer head counts beside the LLM.
             batch_size: Rows at a time.
@@ -263,7 +279,7 @@ class PersonaPlug(nn.Module):
             raise ConfigError("no candidates to score: pass candidates=[...] or fit the plug on a labelling task")
         ids = [tuple(self.prompter.ids(c)) for c in candidates]
         tree = AnswerTree.build(ids, self.prompter.eos)
-        examples = self._examples(inputs, history)
+        examples = self._examples(inputs, history, user, store)
         rows = []
         columns = [known.index(c) for c in candidates] if all(c in known for c in candidates) else []
         for batch, embedded, parts in self._batches(examples, personal, batch_size):
@@ -278,10 +294,14 @@ class PersonaPlug(nn.Module):
         inputs: Requests,
         candidates: Sequence[str] | None = None,
         history: History | Sequence[History] | None = None,
+        *,
+        user: str | Sequence[str] | None = None,
+        store: HistoryStore | None = None,
     ) -> tuple[list[str], Tensor]:
         """Return the most probable candidate of each request and calibrated probabilities (B, C)."""
         names = list(candidates or self.config.answers or ())
-        probabilities = (self.score(inputs, names or None, history) / self.embedder.score_temperature.cpu()).softmax(-1)
+        scores = self.score(inputs, names or None, history, user=user, store=store)
+        probabilities = (scores / self.embedder.score_temperature.cpu()).softmax(-1)
         return [names[i] for i in probabilities.argmax(-1).tolist()], probabilities
 
     @torch.no_grad()
@@ -290,6 +310,8 @@ class PersonaPlug(nn.Module):
         inputs: Requests,
         history: History | Sequence[History] | None = None,
         *,
+        user: str | Sequence[str] | None = None,
+        store: HistoryStore | None = None,
         personal: bool = True,
         return_details: bool = False,
         batch_size: int = 16,
@@ -300,6 +322,8 @@ class PersonaPlug(nn.Module):
         Args:
             inputs: One request or a list of them, or of examples with their histories; a text gives a text.
             history: One history, or one for each request; a batch may mix users.
+            user: In place of a history, the user in `store` whose history counts, or one user for each request.
+            store: Where the users' histories are; an unknown user has none.
             personal: False for the plain LLM, without soft tokens.
             return_details: Return `Generation` objects: text, item weights, what was cut.
             batch_size: Rows at a time.
@@ -309,7 +333,7 @@ class PersonaPlug(nn.Module):
         Raises:
             DataError: Inputs and histories differ in number, or an item is malformed.
         """
-        examples = self._examples(inputs, history)
+        examples = self._examples(inputs, history, user, store)
         options = {"max_new_tokens": self.config.max_answer_tokens, "do_sample": False, **generation}
         if not options["do_sample"]:
             options |= {"temperature": None, "top_p": None, "top_k": None}
@@ -332,11 +356,15 @@ class PersonaPlug(nn.Module):
     def _details(
         self, text: str, example: Example, parts: PromptParts, soft: int, weights: Tensor | None
     ) -> Generation:
-        used = example.history[-self.config.max_history :]
+        used: Sequence[HistoryItem] = example.history[-self.config.max_history :]
+        held, unquoted = len(example.history), 0
+        if isinstance(example, StoredExample):
+            used, held = example.stored.items, example.stored.total
+            unquoted = len(used) if self.config.quotes and example.stored.texts is None else 0
         pairs = [] if weights is None else list(zip(used, weights[: len(used)].tolist(), strict=True))
         pairs.sort(key=lambda pair: -pair[1])
         tokens = len(parts.left) + soft + len(parts.right)
-        return Generation(text, pairs, parts.cut, len(example.history) - len(used), tokens)
+        return Generation(text, pairs, parts.cut, held - len(used), tokens, unquoted)
 
     def _batches(self, examples: Sequence[Example], personal: bool, size: int) -> Any:  # noqa: ANN401
         """Yield (examples, what the embedder says, prompt parts) in order."""
@@ -351,27 +379,5 @@ class PersonaPlug(nn.Module):
         """Return no soft tokens at all for B rows: the plain LLM."""
         return Embedded(torch.zeros(rows, 0, self.config.llm_width, device=self.llm.device), None, None)
 
-    def _examples(self, inputs: Requests, history: Any) -> list[Example]:  # noqa: ANN401
-        """Pair requests with histories; one history for a list of requests is every request's."""
-        requests: list[Any] = [inputs] if isinstance(inputs, str) else list(inputs)
-        if not requests:
-            raise DataError("no input given")
-        if history is None and all(isinstance(r, Example) for r in requests):
-            return requests
-        if any(not isinstance(r, str) for r in requests):
-            raise DataError("inputs must be texts")
-        if isinstance(history, str | Mapping):
-            raise DataError("history must be a list of items; put a single item into a list")
-        many = (
-            bool(history)
-            and not isinstance(inputs, str)
-            and isinstance(history[0], Sequence)
-            and not isinstance(history[0], str)
-        )
-        histories = list(history) if many else [history or ()] * len(requests)
-        if len(histories) != len(requests):
-            raise DataError(f"{len(requests)} inputs but {len(histories)} histories; give one history for each input")
-        return [
-            Example("", r, "", tuple(HistoryItem.of(item) for item in h))
-            for r, h in zip(requests, histories, strict=True)
-        ]
+    def _examples(self, inputs: Requests, *histories: Any) -> Sequence[Example]:  # noqa: ANN401
+        return pair(self.config, inputs, *histories)

@@ -6,8 +6,9 @@ import logging
 import sqlite3
 import time
 import zlib
-from collections.abc import Mapping, Sequence
-from contextlib import closing
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager
+from contextvars import ContextVar
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +17,32 @@ from filelock import FileLock
 logger = logging.getLogger(__name__)
 
 _CHUNK = 500  # SQLite's limit on bound parameters is 999 in old builds
+_KEEPING: ContextVar[bool] = ContextVar("keeping", default=True)
+
+
+@contextmanager
+def unkept() -> Iterator[None]:
+    """Inside, caches are read but nothing is added: for texts of people who may ask to be forgotten."""
+    token = _KEEPING.set(False)
+    try:
+        yield
+    finally:
+        _KEEPING.reset(token)
+
+
+def scrub(path: Path, rewrite: bool) -> None:
+    """Take deleted rows out of an SQLite file's log and, with `rewrite`, out of unused parts of its pages.
+
+    `secure_delete` alone is not enough: balancing pages leaves copies of rows behind that are not overwritten.
+
+    Raises:
+        sqlite3.OperationalError: Somebody went on reading or writing an old state for a minute.
+    """
+    with closing(sqlite3.connect(path, timeout=60, isolation_level=None)) as db:
+        if rewrite:
+            db.execute("VACUUM")
+        if db.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()[0]:
+            raise sqlite3.OperationalError("the log is still being read")
 
 
 class VectorCache:
@@ -47,10 +74,30 @@ class VectorCache:
             return {}
 
     def put(self, vectors: Mapping[bytes, np.ndarray]) -> None:
-        """Store vectors in one transaction; keys that are there already are overwritten."""
+        """Store vectors in one transaction; keys that are there already are overwritten. Nothing inside `unkept`."""
+        if not _KEEPING.get():
+            return
         rows = [(k, zlib.crc32(b := v.astype(np.float16).tobytes()), b) for k, v in vectors.items()]
         with closing(self._connect()) as db, db:
             db.executemany("INSERT OR REPLACE INTO vectors VALUES (?, ?, ?)", rows)
+
+    def delete(self, prefixes: Iterable[bytes], rewrite: bool = True) -> int:
+        """Delete the vectors whose keys begin with one of these bytes, and return how many there were.
+
+        Files set aside as damaged cannot be searched and go whole. With `rewrite` the file holds no byte of the
+        deleted afterwards; that takes as long as copying it.
+
+        Raises:
+            sqlite3.OperationalError: Another process kept the file busy for a minute; deleting again finishes it.
+        """
+        bounds = [(p, p + b"\xff" * 32) for p in prefixes]
+        with closing(self._connect()) as db, db:
+            db.execute("PRAGMA secure_delete=ON")
+            found = db.executemany("DELETE FROM vectors WHERE key BETWEEN ? AND ?", bounds).rowcount if bounds else 0
+        for aside in self.path.parent.glob(f"{self.path.stem}.damaged-*"):
+            aside.unlink(missing_ok=True)
+        scrub(self.path, rewrite)
+        return int(found)
 
     def __len__(self) -> int:
         """Return the number of stored vectors."""

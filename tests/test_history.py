@@ -406,3 +406,17 @@ def test_detect_answers_takes_just_enough_repetition():
 
 def test_times_are_finite_numbers():
     assert math.isfinite(parse_event(GOOD | {"timestamp": "1970-01-01"}, "x").item.timestamp)
+
+
+def test_reading_a_file_is_told_to_no_server(tmp_path, monkeypatch):
+    """`datasets` counts downloads, of local files too, and swallows the error where it cannot."""
+    import datasets
+
+    asked = []
+    monkeypatch.setattr(datasets.config, "HF_UPDATE_DOWNLOAD_COUNTS", True)
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr("datasets.load.get_session", lambda: asked.append("a session"))
+    file = tmp_path / "events.jsonl"
+    file.write_text('{"user_id": "a", "input": "b", "output": "c"}\n')
+    assert len(read_events(file).events) == 1
+    assert not asked

@@ -46,6 +46,7 @@ RECIPES: dict[str, Recipe] = {
     "plug": Recipe(),
     "plug_mean": Recipe({"recipe": "mean"}),
     "plug_paper": Recipe({"recipe": "paper"}),
+    "plug_paper_full": Recipe({"recipe": "paper", "train_request": True}),
     "uem": Recipe({"recipe": "uem"}),
     "persoma": Recipe({"recipe": "persoma"}),
     "persoma_mlp": Recipe({"recipe": "persoma_mlp"}),

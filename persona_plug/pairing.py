@@ -1,0 +1,66 @@
+"""Requests and the histories that belong to them, as examples."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from persona_plug.config import PlugConfig
+from persona_plug.errors import ConfigError, DataError
+from persona_plug.history import Example, HistoryItem
+from persona_plug.stored import stored_examples
+
+if TYPE_CHECKING:
+    from persona_plug.store import HistoryStore
+
+Requests = str | Sequence[str] | Sequence[Example]
+History = Sequence[HistoryItem | Mapping[str, Any] | str]
+
+
+def pair(
+    config: PlugConfig,
+    inputs: Requests,
+    history: Any = None,  # noqa: ANN401
+    user: str | Sequence[str] | None = None,
+    store: HistoryStore | None = None,
+) -> Sequence[Example]:
+    """Pair requests with histories; one history or user for a list of requests is every request's.
+
+    Args:
+        config: The plug's; says how many stored items are read, and of which encoder they must be.
+        inputs: One request or several, or examples, which have their histories.
+        history: One history, or one for each request.
+        user: In place of a history, a user in `store`, or one for each request.
+        store: Where the users' histories are.
+
+    Raises:
+        DataError: Requests and histories differ in number, or an item is malformed.
+        ConfigError: Histories are given in two ways, or a user without a store.
+        MismatchError: The store's vectors come from another encoder than the plug's.
+    """
+    requests: list[Any] = [inputs] if isinstance(inputs, str) else list(inputs)
+    stored = user is not None or store is not None
+    if not requests:
+        raise DataError("no input given")
+    if history is None and not stored and all(isinstance(r, Example) for r in requests):
+        return requests
+    if any(not isinstance(r, str) for r in requests):
+        raise DataError("inputs must be texts")
+    if stored and history is not None:
+        raise ConfigError("give history=, or user= with store=, not both")
+    if stored:
+        return stored_examples(config, requests, user, store)
+    if isinstance(history, str | Mapping):
+        raise DataError("history must be a list of items; put a single item into a list")
+    many = (
+        bool(history)
+        and not isinstance(inputs, str)
+        and isinstance(history[0], Sequence)
+        and not isinstance(history[0], str)
+    )
+    histories = list(history) if many else [history or ()] * len(requests)
+    if len(histories) != len(requests):
+        raise DataError(f"{len(requests)} inputs but {len(histories)} histories; give one history for each input")
+    return [
+        Example("", r, "", tuple(HistoryItem.of(item) for item in h)) for r, h in zip(requests, histories, strict=True)
+    ]

@@ -1,0 +1,144 @@
+"""`persona-plug users`, and answers for a user in a store."""
+
+import json
+import stat
+
+import pytest
+from typer.testing import CliRunner
+
+from persona_plug.cli import app
+
+TINY = ["--encoder", "tiny-encoder"]
+
+
+def run(*words, code=0, stdin=None):
+    result = CliRunner().invoke(app, [str(w) for w in words], input=stdin)
+    if result.exception is not None and not isinstance(result.exception, SystemExit):
+        raise AssertionError(f"{words}: a traceback instead of an error of one line") from result.exception
+    assert result.exit_code == code, result.output
+    return result
+
+
+def fails(*words, say):
+    result = run(*words, code=1)
+    lines = [line for line in result.stderr.splitlines() if line]
+    assert len(lines) == 1, result.stderr
+    assert lines[0].startswith("error: ")
+    assert say in lines[0]
+
+
+@pytest.fixture
+def file(tmp_path):
+    records = [
+        {"user_id": f"user-{i % 2}", "input": f"question {i}", "output": f"answer {i}", "id": i, "timestamp": 86400 * i}
+        for i in range(6)
+    ]
+    (tmp_path / "e.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records))
+    return tmp_path / "e.jsonl"
+
+
+@pytest.fixture
+def url(tmp_path):
+    return f"sqlite:///{tmp_path}/users.db"
+
+
+@pytest.fixture
+def filled(file, url):
+    run("users", "add", file, "--store", url, "--keep-text", *TINY)
+    return url
+
+
+def test_add_says_what_is_new_and_goes_on(file, url):
+    first = json.loads(run("users", "add", file, "--store", url, *TINY, "--json").stdout)
+    assert first == {"new": 6, "known": 0, "skipped": 0, "truncated": 0}
+    with file.open("a") as more:
+        more.write('oops\n{"user_id": "user-9", "output": "x", "input": ""}\n')
+    fails("users", "add", file, "--store", url, *TINY, say="e.jsonl:7: not JSON")
+    again = run("users", "add", file, "--store", url, *TINY, "--skip-bad")
+    assert again.stdout == "new: 1, known: 6, skipped: 1, truncated: 0\n"
+    assert "e.jsonl:7" in again.stderr
+
+
+def test_list_show_and_export(filled, tmp_path):
+    rows = json.loads(run("users", "list", "--store", filled, "--json").stdout)
+    assert [(r["user_id"], r["items"]) for r in rows] == [("user-0", 3), ("user-1", 3)]
+    assert run("users", "list", "--store", filled, "--prefix", "user-1").stdout.startswith("user-1  3 items  20")
+    shown = json.loads(run("users", "show", "user-1", "--store", filled, "--limit", 2, "--json").stdout)
+    assert (shown["items"], [i["output"] for i in shown["newest"]]) == (3, ["answer 3", "answer 5"])
+    lines = run("users", "show", "user-1", "--store", filled).stdout.splitlines()
+    assert lines[0] == "user-1: 3 items"
+    assert lines[1] == "1  1970-01-02T00:00:00+00:00  question 1 -> answer 1"
+    out = tmp_path / "user-1.jsonl"
+    run("users", "export", "user-1", "--store", filled, "--out", out)
+    assert stat.S_IMODE(out.stat().st_mode) == 0o600
+    assert run("users", "export", "user-1", "--store", filled).stdout == out.read_text()
+    assert [json.loads(line)["output"] for line in out.read_text().splitlines()] == ["answer 1", "answer 3", "answer 5"]
+
+
+def test_without_texts_ids_and_times_are_shown(file, url):
+    run("users", "add", file, "--store", url, *TINY)
+    lines = run("users", "show", "user-0", "--store", url).stdout.splitlines()
+    assert lines[:2] == ["user-0: 3 items, kept without their texts", "0  1970-01-01T00:00:00+00:00"]
+    item = json.loads(run("users", "show", "user-0", "--store", url, "--json").stdout)["newest"][0]
+    assert item == {"id": "0", "timestamp": 0.0}
+
+
+def test_delete_and_forget(filled):
+    assert run("users", "delete", "user-0", "2", "--store", filled).stdout == "deleted\n"
+    fails("users", "delete", "user-0", "2", "--store", filled, say="no such item")
+    refused = run("users", "forget", "user-0", "--store", filled, code=1, stdin="n\n")
+    assert "delete 2 items of user-0 for good?" in refused.stderr
+    assert "deleted 2 items and 4 cached" in run("users", "forget", "user-0", "--store", filled, stdin="y\n").stdout
+    result = json.loads(run("users", "forget", "user-1", "--store", filled, "--yes", "--json").stdout)
+    assert result == {"items": 3, "cached_vectors": 6}
+    again = json.loads(run("users", "forget", "user-1", "--store", filled, "--yes", "--json").stdout)
+    assert again == {"items": 0, "cached_vectors": 0}
+    assert run("users", "list", "--store", filled, "--json").stdout == "[]\n"
+
+
+def test_errors_are_one_line(filled, url, tmp_path, file):
+    missing = f"sqlite:///{tmp_path}/no.db"
+    for words in (["list"], ["show", "a"], ["export", "a"], ["delete", "a", "b"], ["forget", "a", "--yes"]):
+        fails("users", *words, "--store", missing, say="no such store")
+    fails("users", "show", "nobody", "--store", filled, say="no such user")
+    fails("users", "export", "nobody", "--store", filled, say="no such user")
+    fails("users", "list", "--store", "nonsense", say="sqlite:///users.db")
+    fails("users", "add", tmp_path / "no.jsonl", "--store", url, *TINY, say="no such file")
+    fails("users", "add", file, "--store", url, *TINY, "--vectors", "int8", say="not int8")
+    fails("users", "add", file, "--store", f"sqlite:///{tmp_path}/new.db", *TINY, "--vectors", "int4", say="int4")
+    run("users", "list", code=2)
+    assert not (tmp_path / "no.db").exists()
+
+
+def test_control_characters_do_not_reach_the_terminal(url, encoder):
+    from persona_plug import HistoryStore
+
+    with HistoryStore(url, encoder, keep_text=True) as store:
+        store.append("a\x1b[31mb\nc", [{"input": "x\x1b]0;t\x07", "output": "y\r\nz", "id": "i\x1b"}])
+    out = run("users", "list", "--store", url).stdout + run("users", "show", "a\x1b[31mb\nc", "--store", url).stdout
+    assert not set(out) & {"\x1b", "\x07", "\r"}
+    assert out.count("\n") == 3
+
+
+def test_answers_for_a_user_in_a_store(filled, make_plug, tmp_path, file):
+    saved = make_plug(differ=True, answers=("answer 1", "other")).save_pretrained(tmp_path / "plug")
+    with_store = ["--store", filled, "--user", "user-1"]
+    with_file = ["--history", file, "--user", "user-1"]
+    for words in (["score", saved, "hello", "--json"], ["generate", saved, "hello", "--max-new-tokens", 3]):
+        assert run(*words, *with_store).stdout == run(*words, *with_file).stdout
+    row = json.loads(run("generate", saved, "hello", *with_store, "--max-new-tokens", 3, "--json").stdout)
+    assert row["items_unquoted"] == 0
+    assert {w["id"] for w in row["weights"]} == {"1", "3", "5"}
+    cold = run("score", saved, "hello", "--store", filled, "--user", "nobody")
+    assert "no such user" in cold.stderr
+    assert cold.stdout == run("score", saved, "hello").stdout
+    run("score", saved, "hello", "--store", filled, code=2)
+    run("score", saved, "hello", *with_store, "--history", file, code=2)
+    fails("score", saved, "hello", "--store", f"sqlite:///{tmp_path}/no.db", "--user", "a", say="no such store")
+
+
+def test_details_show_ids_where_no_text_is_kept(file, url, make_plug, tmp_path):
+    run("users", "add", file, "--store", url, *TINY)
+    saved = make_plug(differ=True).save_pretrained(tmp_path / "plug")
+    out = run("generate", saved, "hello", "--store", url, "--user", "user-1", "--max-new-tokens", 2, "--details").stdout
+    assert sorted(line.split()[-1] for line in out.splitlines()[-3:]) == ["1", "3", "5"]
