@@ -27,6 +27,7 @@ app.add_typer(models_app, name="models")
 app.add_typer(data_app, name="data")
 
 Json = Annotated[bool, typer.Option("--json", help="Print JSON for programs.")]
+Store = Annotated[str | None, typer.Option(help="URL of the store that holds the user's history.")]
 Device = Annotated[str | None, typer.Option(help="Torch device; default CUDA if there is one, else CPU.")]
 
 
@@ -118,7 +119,8 @@ def generate(
     plug: Annotated[str, typer.Argument(help="Folder or Hub id of a plug.")],
     input: Annotated[str, typer.Argument(help="The request; - reads it from standard input.")],
     history: Annotated[Path | None, typer.Option(help="JSONL of the user's items (input, output).")] = None,
-    user: Annotated[str | None, typer.Option(help="Take this user's items from the history file.")] = None,
+    user: Annotated[str | None, typer.Option(help="Take this user's items from the history file or store.")] = None,
+    store: Store = None,
     llm: Annotated[str | None, typer.Option(help="Another place of the plug's LLM.")] = None,
     max_new_tokens: Annotated[int | None, typer.Option(help="Tokens of the answer at most.")] = None,
     beams: Annotated[int, typer.Option(help="Beam search width.")] = 1,
@@ -142,19 +144,27 @@ def generate(
 
         options["streamer"] = TextStreamer(loaded.tokenizer, skip_prompt=False, skip_special_tokens=True)
     text = sys.stdin.read() if input == "-" else input
-    result = loaded.generate(text, _history(history, user), personal=not plain, return_details=True, **options)
+    whose = _whose(history, user, store)
+    result = loaded.generate(text, **whose, personal=not plain, return_details=True, **options)
     weights = [{"weight": round(w, 4), "input": i.input, "output": i.output} for i, w in result.weights]
+    row = {"text": result.text, "weights": weights, "input_tokens_cut": result.input_tokens_cut,
+           "items_dropped": result.items_dropped, "prompt_tokens": result.prompt_tokens}  # fmt: skip
+    if store is not None:  # without texts the ids alone tell items apart
+        weights = [{**w, "id": i.id} for w, (i, _) in zip(weights, result.weights, strict=True)]
+        row |= {"weights": weights, "items_unquoted": result.items_unquoted}
     if as_json:
-        say(json.dumps({"text": result.text, "weights": weights, "input_tokens_cut": result.input_tokens_cut,
-                        "items_dropped": result.items_dropped, "prompt_tokens": result.prompt_tokens}))  # fmt: skip
+        say(json.dumps(row))
         return
     if not stream:
         say(result.text)
     if result.input_tokens_cut or result.items_dropped:
         sys.stderr.write(f"cut: {result.input_tokens_cut} input tokens, {result.items_dropped} history items\n")
     if details:
-        for row in weights:
-            say(f"{row['weight']:.3f}  {row['input']:.60} -> {row['output']:.60}")
+        for w in weights:
+            say(
+                f"{w['weight']:.3f}  "
+                + (f"{w['input']:.60} -> {w['output']:.60}" if w["output"] else f"item {w['id']}")
+            )
 
 
 @app.command()
@@ -164,7 +174,8 @@ def score(
     input: Annotated[str, typer.Argument(help="The request.")],
     candidate: Annotated[list[str] | None, typer.Option(help="An answer to score; default the plug's own.")] = None,
     history: Annotated[Path | None, typer.Option(help="JSONL of the user's items (input, output).")] = None,
-    user: Annotated[str | None, typer.Option(help="Take this user's items from the history file.")] = None,
+    user: Annotated[str | None, typer.Option(help="Take this user's items from the history file or store.")] = None,
+    store: Store = None,
     device: Device = None,
     as_json: Json = False,
 ) -> None:
@@ -174,7 +185,7 @@ def score(
     _quiet()
     loaded = PersonaPlug.from_pretrained(plug, device=device)
     names = candidate or list(loaded.config.answers or ())
-    _, probabilities = loaded.choose(input, names, _history(history, user))
+    _, probabilities = loaded.choose(input, names, **_whose(history, user, store))
     rows = sorted(zip(names, probabilities[0].tolist(), strict=True), key=lambda row: -row[1])
     say(json.dumps(dict(rows)) if as_json else "\n".join(f"{p:.3f}  {name}" for name, p in rows))
 
@@ -263,14 +274,30 @@ def data_check(
 @data_app.command("lamp")
 @one_line_errors
 def data_lamp(
-    questions: Annotated[Path, typer.Argument(help="LaMP's questions file.")],
-    out: Annotated[Path, typer.Option(help="JSONL of events to write.")],
+    out: Annotated[Path, typer.Option(help="JSONL of events to write; with --task the folder of the files.")],
+    questions: Annotated[Path | None, typer.Argument(help="LaMP's questions file, to convert it.")] = None,
     outputs: Annotated[Path | None, typer.Option(help="LaMP's gold file; its answers become events too.")] = None,
+    task: Annotated[str | None, typer.Option(help="Download: 1 to 7, 2N (news), or LongLaMP_2 to _4.")] = None,
+    split: Annotated[str, typer.Option(help="Download: user, or time (temporal).")] = "user",
+    base: Annotated[str | None, typer.Option(help="Another address or folder to download from.")] = None,
+    avocado: Annotated[Path | None, typer.Option(help="LaMP-6: data/text of the Avocado corpus (LDC2015T03).")] = None,
 ) -> None:
-    """Convert LaMP's own files into events; the instruction goes into a .meta.json beside them."""
+    """Convert LaMP's own files into events, or download the official ones into a folder (--task).
+
+    The instruction goes into a .meta.json beside the events. A folder is what `fit` and comparisons read; running
+    again goes on where a download broke off.
+    """
+    if (questions is None) == (task is None):
+        raise typer.BadParameter("give LaMP's questions file to convert, or --task to download")
+    if task is not None:
+        from persona_plug.data.lamp_download import download
+
+        for line in download(task, split, out, base, avocado):
+            say(line)
+        return
     from persona_plug.lamp import read_lamp, write_events
 
-    data = read_lamp(questions, outputs)
+    data = read_lamp(str(questions), outputs)
     say(f"{write_events(data, out)} events of {len({e.user_id for e in data.examples})} users in {out}")
 
 
@@ -313,6 +340,20 @@ def data_synthetic(
     say(f"{len(made.records)} records of {users} users in {out}")
 
 
+def _whose(path: Path | None, user: str | None, store: str | None) -> dict[str, Any]:
+    """Return the arguments that say whose history counts: from a file, or from a store, which is not made here."""
+    if store is None:
+        return {"history": _history(path, user)}
+    from persona_plug.store import HistoryStore
+
+    if user is None or path is not None:
+        raise typer.BadParameter("--store goes with --user, and without --history")
+    opened = HistoryStore(store)
+    if not opened.read(user, 1).total:
+        sys.stderr.write(f"note: {opened.name} holds no such user; the answer is that for an empty history\n")
+    return {"user": user, "store": opened}
+
+
 def _history(path: Path | None, user: str | None) -> list[Any]:
     if path is None:
         return []
@@ -334,3 +375,16 @@ def _quiet() -> None:
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # tells of optional CPU kernels at every import
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
+
+
+# Commands with a file of their own take what they need from above, so they are imported last.
+from persona_plug.commands.demo import demo  # noqa: E402
+from persona_plug.commands.export import export  # noqa: E402
+from persona_plug.commands.serve import keys_app, serve  # noqa: E402
+from persona_plug.commands.users import users_app  # noqa: E402
+
+app.command()(demo)
+app.command()(export)
+app.command()(serve)
+app.add_typer(keys_app, name="keys")
+app.add_typer(users_app, name="users")
