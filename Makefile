@@ -18,7 +18,7 @@ SOURCES := $(wildcard persona_plug training eval tests)
 export OMP_WAIT_POLICY ?= PASSIVE
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: help env test lint format demo bench bench-tiny clean
+.PHONY: help env test test-serve lint format demo serve-demo bench bench-tiny clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -31,6 +31,13 @@ $(STAMP): pyproject.toml .ci/env
 
 test: env ## run every test (ARGS="-k name" to choose)
 	$(BIN)/python -m pytest $(ARGS)
+
+test-serve: ## run the tests that need PostgreSQL, Chromium and vLLM, in environments of their own
+	$(PYTHON) .ci/packages postgresql chromium
+	$(PYTHON) .ci/env .venv-services '$(TORCH)' services
+	.venv-services/bin/python -m pytest -m services tests --ignore=tests/serving/test_vllm.py $(ARGS)
+	$(PYTHON) .ci/env-serve .venv-serve '$(TORCH)'
+	.venv-serve/bin/python -m pytest -m services tests/serving/test_vllm.py $(ARGS)
 
 lint: env ## check style, format and types
 	$(BIN)/ruff check .
@@ -50,6 +57,12 @@ demo: env ## fit a small plug on real data (DEMO=folder)
 	$(BIN)/persona-plug fit $(DEMO)/debian.jsonl --llm smollm2-135m --encoder minilm-l6 --out $(DEMO)/plug \
 		--steps 24 --batch-size 16 --eval-every 12 --lr 2e-3 --max-input-tokens 96 --max-answer-tokens 24 \
 		--targets-per-user 6 --report-samples 96 --generated 24 --examples 3
+
+serve-demo: env ## serve the demo's plug with its users' histories on port 8000 (fits it first where it is missing)
+	test -f $(DEMO)/plug/config.json || $(MAKE) demo
+	$(BIN)/persona-plug users add $(DEMO)/debian.jsonl --store sqlite:///$(DEMO)/users.db --encoder minilm-l6 \
+		--keep-text --tenant local
+	$(BIN)/persona-plug serve $(DEMO)/plug --store sqlite:///$(DEMO)/users.db --keep-text --name demo $(ARGS)
 
 bench: env ## measure speed and memory against their floors
 	$(BIN)/python -m eval.bench $(ARGS)

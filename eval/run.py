@@ -35,24 +35,15 @@ from persona_plug.errors import ConfigError, PersonaPlugError
 from persona_plug.persistence import write_atomically
 from persona_plug.stats import user_bootstrap
 from persona_plug.training_data import FitData
-from training.run import prepare, settle
+from training.run import DEFAULTS, prepare, settle
 from training.tasks import Task
 
 logger = logging.getLogger("eval.run")
 
 # What finished outcomes depend on; methods, seeds and threads may change from run to run in one folder.
 FIXED = (
-    "split",
-    "llm",
-    "encoder",
-    "plug",
-    "fit",
-    "lr_grid",
-    "lr_steps",
-    "valid",
-    "profile_targets",
-    "questions",
-    "generated",
+    *("split", "llm", "encoder", "plug", "fit", "lr_grid", "lr_steps", "user_steps"),
+    *("valid", "profile_targets", "augment", "beams", "questions", "generated", "generator"),
 )
 SET_DRAWS = 200  # of a metric that is computed anew for each draw of users
 
@@ -86,6 +77,7 @@ def compare(settings: dict[str, Any], out: Path) -> tuple[dict[str, Any], dict[s
         for seed in (settings["adapter_seeds"] or settings["seeds"]) if adapted else settings["seeds"]:
             for row, outcome in session.outcomes(name, seed).items():
                 found.setdefault(row, []).append(outcome)
+    session.close()
     listed = [n for n in settings["methods"] if n in found] + [n for n in found if n not in settings["methods"]]
     found = {name: found[name] for name in listed}
     users = [e.user_id for e in data.held_out]
@@ -135,7 +127,7 @@ def _claim(out: Path, settings: Mapping[str, Any], task: Task) -> None:
         return
     kept = json.loads(file.read_text(encoding="utf-8"))
     for key, value in mine.items():
-        if kept.get(key) != value:
+        if kept.get(key, DEFAULTS.get(key)) != value:  # a setting that is younger than the folder had its default
             raise ConfigError(f"{out} holds results made with another {key}; choose another out=, or delete the folder")
 
 

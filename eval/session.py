@@ -15,6 +15,7 @@ import numpy as np
 from eval.lamp.prompts import render
 from eval.methods import METHODS, PRIOR, Method, method
 from eval.summaries import Summaries, profile_text, with_profile
+from persona_plug.errors import ConfigError
 from persona_plug.evaluation import Answers, evaluate, prior_answers, spread, with_other_history
 from persona_plug.history import Example, HistoryItem
 from persona_plug.model import PersonaPlug
@@ -30,6 +31,7 @@ from training.tasks import Task
 
 logger = logging.getLogger(__name__)
 
+GENERATORS = ("transformers", "vllm")
 NEIGHBOURS = 4  # users whose items help out where the own history is short
 
 
@@ -59,6 +61,11 @@ class Session:
         self.notes: dict[str, int] = {}
         self._fitted: tuple[tuple[Any, ...], Fitted] | None = None  # the last one: methods are ordered by it
         self._summaries: Summaries | None = None
+        self._vllm: Any = None
+        if settings["generator"] not in GENERATORS:
+            raise ConfigError(f"generator={settings['generator']!r} is not one of {', '.join(GENERATORS)}")
+        if settings["generator"] == "vllm" and (settings["beams"] > 1 or task.no_repeat_ngram):
+            raise ConfigError(f"generator=vllm writes greedily: it knows no beams and no no_repeat_ngram ({task.name})")
 
     def outcomes(self, name: str, seed: int) -> dict[str, Outcome]:
         """Return the outcome of a method (of each of the family for `user_prior`) with a seed."""
@@ -157,8 +164,24 @@ class Session:
         return self._fitted[1]
 
     def _answers(self, plug: PersonaPlug, held: Sequence[Example], personal: bool = True, head: bool = True) -> Answers:
+        return evaluate(plug, held, self.settings["generated"], personal, head, self._write)
+
+    def _write(self, plug: PersonaPlug, examples: Sequence[Example], personal: bool) -> list[str]:
+        """Write answers by the generator of the settings; what is trained inside the LLM only transformers can run."""
+        if self.settings["generator"] == "vllm" and plug.splicer.frozen:
+            if self._vllm is None:
+                from persona_plug.serving.offline import VllmOffline
+
+                self._vllm = VllmOffline(self.settings["llm"], **self.settings["vllm"])
+            return self._vllm.answer(plug, examples, personal=personal)
         options = {"no_repeat_ngram_size": self.task.no_repeat_ngram} if self.task.no_repeat_ngram else {}
-        return evaluate(plug, held, self.settings["generated"], personal, head, **options)
+        texts: list[str] = plug.generate(examples, personal=personal, **options)
+        return texts
+
+    def close(self) -> None:
+        """End what the session has started."""
+        if self._vllm is not None:
+            self._vllm.close()
 
     def _by_user(self, plug: PersonaPlug, held: Sequence[Example], config: FitConfig) -> Answers:
         """Ask each user's questions of the adapter trained further on that user's history."""

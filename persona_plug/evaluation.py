@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +15,9 @@ from persona_plug.stats import derangement, identity
 if TYPE_CHECKING:
     from persona_plug.model import PersonaPlug
     from persona_plug.training_data import FitData
+
+# Writes the answers to examples: (plug, examples, whether with its soft tokens) -> texts.
+Writer = Callable[["PersonaPlug", Sequence[Example], bool], list[str]]
 
 # Lower is better, and the transform from a mean over questions to the metric.
 METRICS: dict[str, tuple[bool, Any]] = {
@@ -48,9 +51,9 @@ def evaluate(
     generated: int = 48,
     personal: bool = True,
     head: bool = True,
-    **options: Any,  # noqa: ANN401
+    write: Writer | None = None,
 ) -> Answers:
-    """Return one method's values on each question; `options` go to `generate`.
+    """Return one method's values on each question; texts are written by `write`, default the plug's own `generate`.
 
     Questions of like length run together: a batch is as wide as its longest row.
     """
@@ -71,9 +74,14 @@ def evaluate(
     values = {"nll": (-loglik / lengths)[back]}
     some = spread(len(held), generated)
     asked = sorted(some, key=lambda i: int(back[i]))
-    written = plug.generate([held[i] for i in asked], personal=personal, **options) if some else []
+    written = (write or _generate)(plug, [held[i] for i in asked], personal) if some else []
     texts = dict(zip(asked, written, strict=True))
     return _with_rouge(values, [texts[i] for i in some], held, some)
+
+
+def _generate(plug: PersonaPlug, examples: Sequence[Example], personal: bool) -> list[str]:
+    texts: list[str] = plug.generate(examples, personal=personal)
+    return texts
 
 
 def _length(plug: PersonaPlug, example: Example) -> int:

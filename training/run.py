@@ -41,6 +41,8 @@ DEFAULTS: dict[str, Any] = {
     "augment": 0,
     "questions": None,
     "generated": 200,
+    "generator": "transformers",
+    "vllm": {},
     "beams": 1,
     "threads": None,
     "state_gigabytes": 4,

@@ -156,3 +156,15 @@ def test_a_sample_of_questions_keeps_every_user_and_their_order():
     assert [examples.index(e) for e in some] == sorted(examples.index(e) for e in some)
     assert len(sample_questions(examples, 3)) == 7  # every user, even beyond the limit
     assert sample_questions(examples, None) == examples
+
+
+def test_a_generator_that_cannot_do_what_is_asked_is_refused(tmp_path):
+    tiny.write(tmp_path / "data", "text")
+    for more, words in (
+        (["generator=pigeon"], "generator='pigeon' is not one of transformers, vllm"),
+        (["generator=vllm", "beams=4"], "no beams"),
+    ):
+        with pytest.raises(ConfigError, match=words):
+            compare(tmp_path, "text", ["none"], *more, f"out={tmp_path / words[:9]}")
+    with pytest.raises(ConfigError, match="vLLM"):  # it is not installed where this test runs
+        compare(tmp_path, "text", ["none"], "generator=vllm", f"out={tmp_path / 'vllm'}")
