@@ -8,7 +8,7 @@ import sqlite3
 import sys
 import time
 import uuid
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
@@ -162,7 +162,11 @@ class HistoryStore:
         return self._write([(user, item) for item in named])
 
     def load_file(
-        self, path: str | os.PathLike[str], skip_bad: bool = False, progress: bool | None = None
+        self,
+        path: str | os.PathLike[str],
+        skip_bad: bool = False,
+        progress: bool | None = None,
+        rename: Callable[[str], str] = str,
     ) -> ImportResult:
         """Add the events of a JSONL or Parquet file, a few hundred in a transaction.
 
@@ -173,6 +177,7 @@ class HistoryStore:
             path: The file.
             skip_bad: Leave bad records out and list them in the result.
             progress: Show a progress bar; default only on a terminal.
+            rename: What a record's user is called in the store; a gateway has names of its own for a tenant's users.
 
         Raises:
             DataError: The file or a record cannot be used; the records before it are stored.
@@ -186,7 +191,7 @@ class HistoryStore:
         with tqdm(desc="store", unit="event", disable=not shows) as bar:
             while chunk := list(islice(found, CHUNK)):
                 read += len(chunk)
-                new += self._write(chunk)
+                new += self._write([(rename(user), item) for user, item in chunk])
                 bar.update(len(chunk))
         return ImportResult(new, read - new, skipped)
 

@@ -20,6 +20,9 @@ users_app: typer.Typer = typer.Typer(
 
 Url = Annotated[str, typer.Option("--store", help="sqlite:///users.db or postgresql://user:password@host/database.")]
 User = Annotated[str, typer.Argument(metavar="ID", help="The user's id.")]
+Tenant = Annotated[
+    str | None, typer.Option(help="Whose user it is in a gateway's store; a gateway without keys has one, local.")
+]
 
 
 @users_app.command("add")
@@ -33,6 +36,7 @@ def add(
     ] = None,
     vectors: Annotated[str | None, typer.Option(help="A new store's vectors: fp16 (default) or int8.")] = None,
     skip_bad: Annotated[bool, typer.Option(help="Skip bad records and count them.")] = False,
+    tenant: Tenant = None,
     device: Device = None,
     as_json: Json = False,
 ) -> None:
@@ -45,7 +49,7 @@ def add(
     made = HistoryEncoder(encoder, device=device)
     kind: Any = vectors  # the store checks it
     with HistoryStore(store, encoder=made, keep_text=keep_text, vectors=kind) as opened:
-        result = opened.load_file(file, skip_bad)
+        result = opened.load_file(file, skip_bad, rename=lambda user: _name(user, tenant))
     row = {"new": result.new, "known": result.known, "skipped": len(result.skipped), "truncated": made.stats.truncated}
     say(json.dumps(row) if as_json else ", ".join(f"{k}: {v}" for k, v in row.items()))
     for line in result.skipped[:5]:
@@ -77,13 +81,14 @@ def show(
     user: User,
     store: Url,
     limit: Annotated[int, typer.Option(min=1, help="Newest items at most.")] = 20,
+    tenant: Tenant = None,
     as_json: Json = False,
 ) -> None:
     """Show a user's newest items, with texts if the store keeps them."""
     from persona_plug.store import HistoryStore
 
     with HistoryStore(store) as opened:
-        history = opened.read(user, limit)
+        history = opened.read(_name(user, tenant), limit)
         if not history.total:
             raise _unknown(opened.name)
     items = [dataclasses.asdict(item) for item in history.items]
@@ -107,14 +112,16 @@ def export(
     out: Annotated[
         Path | None, typer.Option(help="JSONL to write, for its owner alone; default standard output.")
     ] = None,
+    tenant: Tenant = None,
 ) -> None:
     """Write everything held about a user, one JSON record an item."""
     from persona_plug.store import HistoryStore
 
     with HistoryStore(store) as opened:
-        if not opened.read(user, 1).total:
+        name = _name(user, tenant)
+        if not opened.read(name, 1).total:
             raise _unknown(opened.name)
-        lines = (json.dumps(record, ensure_ascii=False) + "\n" for record in opened.export(user))
+        lines = (json.dumps(record, ensure_ascii=False) + "\n" for record in opened.export(name))
         if out is None:
             sys.stdout.writelines(lines)
             return
@@ -129,13 +136,14 @@ def delete(
     user: User,
     item: Annotated[str, typer.Argument(metavar="ITEM", help="The item's id.")],
     store: Url,
+    tenant: Tenant = None,
 ) -> None:
     """Delete one item of a user."""
     from persona_plug.errors import DataError
     from persona_plug.store import HistoryStore
 
     with HistoryStore(store) as opened:
-        if not opened.delete(user, item):
+        if not opened.delete(_name(user, tenant), item):
             raise DataError(f"{opened.name} holds no such item of this user; `persona-plug users show` lists them")
     say("deleted")
 
@@ -146,6 +154,7 @@ def forget(
     user: User,
     store: Url,
     yes: Annotated[bool, typer.Option("--yes", help="Do not ask.")] = False,
+    tenant: Tenant = None,
     as_json: Json = False,
 ) -> None:
     """Delete a user for good: id, texts and vectors, in the store's files and the encoder's cache."""
@@ -153,11 +162,18 @@ def forget(
 
     with HistoryStore(store) as opened:
         if not yes:
-            count = opened.read(user, 1).total
+            count = opened.read(_name(user, tenant), 1).total
             typer.confirm(f"delete {count} items of {_plain(user)} for good?", abort=True, err=True)
-        result = opened.forget(user)
+        result = opened.forget(_name(user, tenant))
     row = dataclasses.asdict(result)
     say(json.dumps(row) if as_json else f"deleted {result.items} items and {result.cached_vectors} cached vectors")
+
+
+def _name(user: str, tenant: str | None) -> str:
+    """Return what a user is called in the store."""
+    from persona_plug.serving.auth import store_key
+
+    return user if tenant is None else store_key(tenant, user)
 
 
 def _unknown(store: str) -> Exception:

@@ -253,6 +253,10 @@ def test_urls_that_cannot_be_used(encoder, url):
 def test_a_place_that_is_not_there(encoder, tmp_path):
     with pytest.raises(ConfigError, match="cannot be opened"):
         HistoryStore(f"sqlite:///{tmp_path}/no/such/folder/users.db", encoder=encoder)
+
+
+@pytest.mark.services
+def test_a_server_that_is_not_there(encoder):
     with pytest.raises(StoreUnavailable) as caught:
         HistoryStore("postgresql://me:secret@127.0.0.1:1/db", encoder=encoder)
     assert "secret" not in str(caught.value)

@@ -6,7 +6,9 @@ import stat
 import pytest
 from typer.testing import CliRunner
 
+from persona_plug import HistoryStore
 from persona_plug.cli import app
+from persona_plug.serving.auth import store_key
 
 TINY = ["--encoder", "tiny-encoder"]
 
@@ -142,3 +144,17 @@ def test_details_show_ids_where_no_text_is_kept(file, url, make_plug, tmp_path):
     saved = make_plug(differ=True).save_pretrained(tmp_path / "plug")
     out = run("generate", saved, "hello", "--store", url, "--user", "user-1", "--max-new-tokens", 2, "--details").stdout
     assert sorted(line.split()[-1] for line in out.splitlines()[-3:]) == ["1", "3", "5"]
+
+
+def test_a_tenants_users_are_those_that_a_gateway_finds(file, url):
+    run("users", "add", file, "--store", url, "--keep-text", "--tenant", "acme", *TINY)
+    with HistoryStore(url) as store:
+        assert [row.user_id for row in store.users()] == [store_key("acme", "user-0"), store_key("acme", "user-1")]
+    fails("users", "show", "user-0", "--store", url, say="holds no such user")
+    shown = json.loads(run("users", "show", "user-0", "--store", url, "--tenant", "acme", "--json").stdout)
+    assert shown["items"] == 3
+    assert "answer 0" in run("users", "export", "user-0", "--store", url, "--tenant", "acme").stdout
+    run("users", "delete", "user-0", "0", "--store", url, "--tenant", "acme")
+    run("users", "forget", "user-0", "--store", url, "--tenant", "acme", "--yes")
+    fails("users", "show", "user-0", "--store", url, "--tenant", "acme", say="holds no such user")
+    assert run("users", "list", "--store", url).stdout.count("items") == 1
