@@ -56,7 +56,7 @@ class VectorTable:
         encoder: HistoryEncoder,
         examples: Sequence[Example],
         config: PlugConfig,
-        ids: Callable[[str], Sequence[int]] | None = None,
+        ids: Callable[[Sequence[str]], Sequence[Sequence[int]]] | None = None,
     ) -> None:
         """Encode (or read from the cache) all requests and the used items of all histories.
 
@@ -64,7 +64,7 @@ class VectorTable:
             encoder: The history encoder.
             examples: Examples whose texts are wanted.
             config: Says what an item's value holds, and how many items count.
-            ids: The LLM's tokenizer, needed where the config quotes.
+            ids: The LLM's tokenizer, texts -> ids of each; needed where the config quotes.
         """
         self.config, self.encoder = config, encoder
         texts: dict[str, int] = {"": 0}
@@ -78,13 +78,16 @@ class VectorTable:
         self.quoted = self._quoted(examples, ids) if config.quotes else None
         self.answer_ids = {a: i for i, a in enumerate(config.answers or ())}
 
-    def _quoted(self, examples: Sequence[Example], ids: Callable[[str], Sequence[int]] | None) -> Tensor:
+    def _quoted(
+        self, examples: Sequence[Example], ids: Callable[[Sequence[str]], Sequence[Sequence[int]]] | None
+    ) -> Tensor:
         """Return the first T token ids of every output, (texts, T), -1 beyond its end."""
         if ids is None:
             raise ConfigError(f"quote_tokens={self.config.quote_tokens} needs the LLM's tokenizer: pass ids=")
         table = torch.full((len(self.rows), self.config.quotes), -1)
-        for text in {i.output for e in examples for i in e.history[-self.config.max_history :]}:
-            first = list(ids(text))[: self.config.quotes]
+        texts = list({i.output for e in examples for i in e.history[-self.config.max_history :]})
+        for text, row in zip(texts, ids(texts), strict=True):
+            first = list(row)[: self.config.quotes]
             table[self.rows[text], : len(first)] = torch.tensor(first, dtype=torch.long)
         return table
 

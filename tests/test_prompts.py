@@ -202,3 +202,10 @@ def test_special_tokens_that_a_person_writes_are_plain_characters(prompter, llm)
     asked = made.parts(f"a {special} b")
     assert [*asked.left, *asked.right].count(made.eos) == ends.count(made.eos) - 1
     assert made.eos not in made.answer(special)
+
+
+def test_many_texts_are_tokenised_as_each_alone(make_plug):
+    prompter = make_plug().prompter
+    texts = ["the loud guitar", "", "</s> is plain here", "a"]
+    assert prompter.ids_of_many(texts) == [prompter.ids(t) for t in texts]
+    assert prompter.ids_of_many([]) == []
