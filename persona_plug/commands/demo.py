@@ -11,7 +11,7 @@ from typing import Annotated
 
 import typer
 
-from persona_plug.cli import one_line_errors, say
+from persona_plug.commands.common import one_line_errors, quiet, say
 
 LOCAL = ("localhost", "127.0.0.1", "::1")
 
@@ -30,12 +30,11 @@ def demo(
     os.environ["HF_UPDATE_DOWNLOAD_COUNTS"] = "0"  # else `datasets` reports every file that is read
     from persona_plug.app.page import Page
     from persona_plug.app.session import Session
-    from persona_plug.cli import _quiet
     from persona_plug.model import PersonaPlug
     from persona_plug.persistence import local_folder
     from persona_plug.store import HistoryStore
 
-    _quiet()
+    quiet()
     with tempfile.TemporaryDirectory(prefix="persona-plug-demo-") as scratch:
         # Histories must not outlive the page: a polite kill goes through the `with` as Ctrl+C does.
         signal.signal(signal.SIGTERM, signal.default_int_handler)

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from persona_plug.cli import Device, Json, one_line_errors, say
+from persona_plug.commands.common import Device, Json, one_line_errors, quiet, say
 from persona_plug.errors import ConfigError, DataError
 
 
@@ -33,12 +33,11 @@ def export(
         raise ConfigError("nothing to export: give --onnx, or requests with --input")
     if user and history is None:
         raise ConfigError("--user chooses from a history file: give --history too")
-    from persona_plug.cli import _quiet
     from persona_plug.export import export_onnx, export_soft_prompts
     from persona_plug.history import Example, by_user, read_events
     from persona_plug.model import PersonaPlug
 
-    _quiet()
+    quiet()
     # Without --user the records of a file that is one user's may leave their owner out.
     users = {} if history is None else by_user(read_events(history, owner=None if user else "-").events)
     if unknown := [name for name in user or [] if name not in users]:

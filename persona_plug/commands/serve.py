@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from persona_plug.cli import Device, Json, one_line_errors, say
+from persona_plug.commands.common import Device, Json, one_line_errors, quiet, say
 from persona_plug.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -58,7 +58,6 @@ def serve(
     PERSONA_PLUG_HASH_KEY (environment) keys the hashes that stand for users in logs; without it they change at each
     start. VLLM_API_KEY is sent to a vLLM server.
     """
-    from persona_plug.cli import _quiet
     from persona_plug.serving.auth import check_host
     from persona_plug.serving.limits import Limits
 
@@ -75,7 +74,7 @@ def serve(
         from persona_plug.serving.logs import Log
     except ModuleNotFoundError as exc:
         raise ConfigError(f"serving needs {exc.name}: pip install 'persona-plug[serve]'") from exc
-    _quiet()
+    quiet()
     log = Log()
     _log_as_json(log)
 

@@ -12,7 +12,7 @@ from typing import Annotated, Any
 
 import typer
 
-from persona_plug.cli import Device, Json, one_line_errors, say
+from persona_plug.commands.common import Device, Json, one_line_errors, quiet, say
 
 users_app: typer.Typer = typer.Typer(
     help="Users' histories in a store: add, look at, export, delete.", no_args_is_help=True
@@ -41,11 +41,10 @@ def add(
     as_json: Json = False,
 ) -> None:
     """Add a file's events, making the store if there is none; running it again goes on where it broke off."""
-    from persona_plug.cli import _quiet
     from persona_plug.encoder import HistoryEncoder
     from persona_plug.store import HistoryStore
 
-    _quiet()
+    quiet()
     made = HistoryEncoder(encoder, device=device)
     kind: Any = vectors  # the store checks it
     with HistoryStore(store, encoder=made, keep_text=keep_text, vectors=kind) as opened:

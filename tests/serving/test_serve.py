@@ -125,3 +125,27 @@ def test_keys(tmp_path):
     assert code == 1
     assert error.startswith("error: ")
     assert len(error.splitlines()) == 1
+
+
+@pytest.mark.services
+def test_on_postgresql(serve, tmp_path):
+    """The same command on a real server: events, an answer, and a user who is forgotten."""
+    from persona_plug import HistoryStore
+    from persona_plug.serving.auth import store_key
+    from tests.services_postgres import postgres
+
+    with postgres() as store:
+        process, url = serve("--store", store, "--keep-text")
+        wait(process, url)
+        client = openai.OpenAI(base_url=url + "/v1", api_key="none", max_retries=0)
+        for user in ("ann", "bob"):
+            body = {"events": [{"input": "how was it", "output": f"fine says {user}", "id": "1"}]}
+            client.post(f"/users/{user}/events", body=body, cast_to=object)
+        asked = [{"role": "user", "content": "how was it"}]
+        answer = client.chat.completions.create(model="my-plug", user="ann", messages=asked, max_tokens=4)
+        assert answer.persona_plug["history_items"] == 1
+        assert httpx.delete(url + "/v1/users/ann").json()["events"] == 1
+        with HistoryStore(store) as held:
+            assert [row.user_id for row in held.users()] == [store_key("local", "bob")]
+        process.terminate()  # before its database goes
+        process.wait(30)

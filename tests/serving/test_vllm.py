@@ -18,6 +18,7 @@ import sys
 import threading
 import time
 from dataclasses import replace
+from pathlib import Path
 
 import httpx
 import pytest
@@ -447,6 +448,43 @@ def test_both_engines_give_the_same_answers(server, real_plug, calls, in_process
     here, there = asyncio.run(both())
     assert [(a.text, a.finish) for a in there] == [(a.text, a.finish) for a in here]
     assert [a.tokens for a in there] == [a.tokens for a in here]
+
+
+@services
+def test_a_gateway_on_vllm_answers_as_the_process_does(vllm_url, real_plug, examples, in_process, tmp_path):
+    """The whole way: HTTP, the store, the plug, vLLM."""
+    folder = real_plug.save_pretrained(tmp_path / "plug")
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    script = Path(sys.executable).parent / "persona-plug"
+    command = [script, "serve", folder, "--store", f"sqlite:///{tmp_path}/users.db"]
+    command += ["--keep-text", "--engine", vllm_url, "--port", port]
+    process = subprocess.Popen([str(c) for c in command], env={**os.environ, "VLLM_API_KEY": "secret"})
+    try:
+        with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=120) as http:
+            deadline = time.monotonic() + 180
+            while True:
+                assert process.poll() is None
+                assert time.monotonic() < deadline
+                with contextlib.suppress(httpx.TransportError):
+                    if http.get("/readyz").is_success:
+                        break
+                time.sleep(0.2)
+            for user, items in HISTORIES.items():
+                if items:
+                    events = [{"input": i, "output": o} for i, o in items]
+                    http.post(f"/v1/users/{user}/events", json={"events": events}).raise_for_status()
+            said = []
+            for e in examples:
+                body = {"model": "plug", "user": e.user_id, "max_tokens": 16}
+                body["messages"] = [{"role": "user", "content": e.input}]
+                answer = http.post("/v1/chat/completions", json=body).raise_for_status().json()
+                said.append(answer["choices"][0]["message"]["content"])
+        assert said == in_process
+    finally:
+        process.terminate()
+        process.wait(60)
 
 
 @services
