@@ -59,7 +59,7 @@ def page(served, browser):
 def open_page(browser, address, width=1280):
     page = browser.new_page()
     page.set_viewport_size({"width": width, "height": 900})
-    page.set_default_timeout(30_000)
+    page.set_default_timeout(120_000)  # a first map by UMAP compiles for a while
     page.asked, wrong = [], []
     page.on("request", lambda request: page.asked.append(request.url))
     page.on("pageerror", lambda error: wrong.append(str(error)))

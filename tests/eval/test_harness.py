@@ -31,7 +31,8 @@ PAIRS = [  # contexts and continuations, as tasks make them; three share one con
     ("Grüße aus Köln", " 🙂"),
     ("a", "b"),
 ]
-SAME = 1e-5  # both are float32 passes over the same numbers; only the order of their sums differs
+# Both are float32 passes over the same numbers; the order of their sums differs, by processor too: some last places of 100.
+SAME = 5e-5
 
 
 def asked(*arguments):
