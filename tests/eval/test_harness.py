@@ -31,7 +31,7 @@ PAIRS = [  # contexts and continuations, as tasks make them; three share one con
     ("Grüße aus Köln", " 🙂"),
     ("a", "b"),
 ]
-# Both are float32 passes over the same numbers; the order of their sums differs, by processor too: some last places of 100.
+# Both are float32 passes over the same numbers; the order of their sums differs, by processor too.
 SAME = 5e-5
 
 
