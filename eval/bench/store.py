@@ -3,6 +3,8 @@
 Generated events go in by file, as `persona-plug users add` reads them; then users are read at random, single events
 are appended, and users are forgotten. `encoder=random` draws vectors in place of encoding, so that a million events
 show the database alone. With an LLM, a user's way to soft tokens is compared with the prefill of a prompt of 64 tokens.
+With `plug=FOLDER data=FILE` it says instead what int8 vectors cost in quality: the log-likelihood of each user's last
+output, their earlier items being read from a store of either kind.
 """
 
 from __future__ import annotations
@@ -21,7 +23,8 @@ import torch
 from persona_plug import HistoryStore, PersonaPlug
 from persona_plug.encoder import HistoryEncoder
 from persona_plug.errors import PersonaPlugError
-from persona_plug.history import HistoryItem
+from persona_plug.history import HistoryItem, by_user, read_events
+from persona_plug.stats import user_bootstrap
 from persona_plug.stored import stored_examples
 from persona_plug.vectors import scrub
 from training.config import load
@@ -39,6 +42,9 @@ DEFAULTS: dict[str, Any] = {
     "forgets": 3,
     "history": 500,  # items of the user whose soft tokens are made
     "threads": 1,
+    "plug": None,
+    "data": None,
+    "samples": 100,  # users whose last output is scored
 }
 WORDS = [f"word{i}" for i in range(2000)]
 
@@ -63,7 +69,8 @@ def main(arguments: Sequence[str]) -> None:
     settings = load(arguments, DEFAULTS)
     torch.set_num_threads(settings["threads"])
     with tempfile.TemporaryDirectory() as folder:
-        sys.stdout.write(json.dumps(measure(settings, Path(folder)), indent=1) + "\n")
+        found = (rounding if settings["plug"] else measure)(settings, Path(folder))
+    sys.stdout.write(json.dumps(found, indent=1) + "\n")
 
 
 def measure(settings: dict[str, Any], folder: Path) -> dict[str, Any]:
@@ -96,6 +103,24 @@ def measure(settings: dict[str, Any], folder: Path) -> dict[str, Any]:
             found |= _soft(store, settings)
         found["forget_s"] = [_seconds(lambda i=i: store.forget(f"user-{i}")) for i in range(settings["forgets"])]
     return found
+
+
+def rounding(settings: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """Return the mean log-likelihood with vectors of either kind, and the paired difference over users."""
+    plug = PersonaPlug.from_pretrained(settings["plug"])
+    people = list(by_user(read_events(Path(settings["data"])).events).items())[: settings["samples"]]
+    said: dict[str, np.ndarray] = {}
+    for kind in ("fp16", "int8"):
+        rows = []
+        with HistoryStore(f"sqlite:///{folder / kind}.db", plug.encoder, True, kind) as store:
+            for user, items in people:
+                store.append(user, items[:-1])
+                last = items[-1]
+                rows.append(float(plug.score(last.input, [last.output], user=user, store=store)[0, 0]))
+        said[kind] = np.array(rows)
+    gap = user_bootstrap(said["int8"] - said["fp16"], [user for user, _ in people])
+    means = {kind: float(values.mean()) for kind, values in said.items()}
+    return {"users": len(people), "loglik": means, "int8_minus_fp16": [gap.value, gap.low, gap.high]}
 
 
 def _watch(encoder: Any) -> dict[str, float]:  # noqa: ANN401

@@ -19,3 +19,16 @@ def test_every_figure_is_there(capsys, encoder):
     assert len(found["forget_s"]) == 1
     assert ("soft_over_prefill" in found) == bool(more)
     assert 0 < found["import_share_encoder"] < 1
+
+
+def test_what_rounding_costs_is_told(make_plug, tmp_path, capsys):
+    folder = make_plug(differ=True).save_pretrained(tmp_path / "plug")
+    rows = [{"user_id": f"u{i % 3}", "input": f"ask {i}", "output": f"say {i}", "id": str(i)} for i in range(12)]
+    (tmp_path / "e.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+    store.main([f"plug={folder}", f"data={tmp_path / 'e.jsonl'}", "samples=2"])
+    found = json.loads(capsys.readouterr().out)
+    assert found["users"] == 2
+    assert found["loglik"]["fp16"] != found["loglik"]["int8"]
+    gap = found["int8_minus_fp16"]
+    assert gap[0] == pytest.approx(found["loglik"]["int8"] - found["loglik"]["fp16"])
+    assert gap[1] <= gap[0] <= gap[2]
