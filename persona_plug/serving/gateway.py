@@ -100,9 +100,8 @@ class Gateway:
         self._backend: Backend | None = None
         self._plug_thread = ThreadPoolExecutor(1, "persona-plug-prepare")
         self._store_thread = ThreadPoolExecutor(1, "persona-plug-store")
-        self._writing = (
-            asyncio.Lock()
-        )  # the plug's thread must not wait while the store is rewritten by another of ours
+        # The plug's thread must not wait while the store is rewritten by another of ours.
+        self._writing = asyncio.Lock()
 
     # -- life ------------------------------------------------------------------------------------------------------
 
@@ -194,7 +193,8 @@ class Gateway:
             top_p=1.0 if body.top_p is None else body.top_p,
             seed=body.seed,
             stop=body.stops,
-            salt=self.hash("salt", user or tenant),
+            # Without a user nobody knows whose the next one is: it shares no cache with anything.
+            salt="" if user is None else self.hash("salt", user),
         )
         room = getattr(plug.llm.config.get_text_config(decoder=True), "max_position_embeddings", None)
         if room is not None and call.prompt_tokens + max_tokens > room:
