@@ -134,7 +134,7 @@ class Session:
                 "trainable_params": float(fitted.parameters) if fitted else 0.0,
                 "fit_seconds": fitted.seconds if fitted else 0.0,
                 "seconds": seconds / len(held),
-                "outside_llm": outside,
+                "outside_llm": None if chosen.user_adapter else outside,  # its seconds are those of training, too
                 "lr": fitted.lr if fitted else None,
                 "curve": fitted.curve if fitted else None,
                 "cut": float(sum(p.cut > 0 for p in parts)),

@@ -13,6 +13,8 @@ from persona_plug.encoder import HistoryEncoder
 from persona_plug.errors import ConfigError, DataError
 from persona_plug.history import Example
 
+Tokenise = Callable[[Sequence[str]], Sequence[Sequence[int]]]  # texts -> the LLM's ids of each
+
 
 @dataclass(frozen=True, slots=True)
 class HistoryBatch:
@@ -56,7 +58,7 @@ class VectorTable:
         encoder: HistoryEncoder,
         examples: Sequence[Example],
         config: PlugConfig,
-        ids: Callable[[Sequence[str]], Sequence[Sequence[int]]] | None = None,
+        ids: Tokenise | None = None,
     ) -> None:
         """Encode (or read from the cache) all requests and the used items of all histories.
 
@@ -78,9 +80,7 @@ class VectorTable:
         self.quoted = self._quoted(examples, ids) if config.quotes else None
         self.answer_ids = {a: i for i, a in enumerate(config.answers or ())}
 
-    def _quoted(
-        self, examples: Sequence[Example], ids: Callable[[Sequence[str]], Sequence[Sequence[int]]] | None
-    ) -> Tensor:
+    def _quoted(self, examples: Sequence[Example], ids: Tokenise | None) -> Tensor:
         """Return the first T token ids of every output, (texts, T), -1 beyond its end."""
         if ids is None:
             raise ConfigError(f"quote_tokens={self.config.quote_tokens} needs the LLM's tokenizer: pass ids=")

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from persona_plug.batch import HistoryBatch, VectorTable, collate
+from persona_plug.batch import HistoryBatch, Tokenise, VectorTable, collate
 from persona_plug.config import PlugConfig
 from persona_plug.encoder import HistoryEncoder
 from persona_plug.errors import ConfigError, DataError, MismatchError
@@ -71,7 +71,7 @@ class StoredTable(VectorTable):
         encoder: HistoryEncoder,
         examples: Sequence[Example],
         config: PlugConfig,
-        ids: Callable[[Sequence[str]], Sequence[Sequence[int]]] | None = None,
+        ids: Tokenise | None = None,
     ) -> None:
         """Encode the requests.
 

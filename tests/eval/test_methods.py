@@ -54,6 +54,8 @@ def test_every_method_has_a_row_with_costs(everything):
         assert row["prompt_tokens_mean"] > 0
         assert row["seconds_per_query"] > 0
         assert (row["trainable_params"] > 0) == (METHODS.get(name, Method()).recipe is not None)
+    assert 0 < results["methods"]["bm25"]["outside_llm"] < 1
+    assert results["methods"]["lora_user"]["outside_llm"] is None  # it trains while it is asked
     alone, whole = (results["methods"][n]["metrics"]["nll"]["value"] for n in ("plug_llm_alone", "plug"))
     assert alone != whole
     assert results["methods"]["bm25"]["prompt_tokens_mean"] > results["methods"]["bm25-2"]["prompt_tokens_mean"]
