@@ -58,7 +58,9 @@ def train(
     with processes.main_process_first():  # it encodes, the others read the cache
         train_set = PlugDataset(plug, data.train)
         valid_set = PlugDataset(plug, _spread(data.valid, config.eval_samples))
-    plug.splicer.plan([p.left for part in (train_set, valid_set) for p in part.parts])
+    drawn = config.steps * config.batch_size * config.gradient_accumulation * processes.num_processes
+    lefts = [p.left for part in (train_set, valid_set) for p in part.parts]
+    plug.splicer.plan(lefts, drawn + len(valid_set))
     if train_set.cut and processes.is_main_process:
         logger.warning("%d of %d requests are longer than max_input_tokens and were cut", train_set.cut, len(train_set))
     if plug.embedder.has_answer_head:

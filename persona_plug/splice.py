@@ -44,17 +44,22 @@ class Splicer:
             self.groups = {}
         self.head = head
 
-    def plan(self, lefts: Sequence[tuple[int, ...]]) -> None:
+    def plan(self, lefts: Sequence[tuple[int, ...]], reads: int | None = None) -> None:
         """Fix which prompts run together, so that a state's last bit does not hinge on the order they are asked for.
 
-        An interrupted training then goes on bit by bit. If not all states fit the budget, each prompt runs alone.
+        An interrupted training then goes on bit by bit. Each prompt runs alone if not all states fit the budget, or if
+        many would be computed for nothing.
+
+        Args:
+            lefts: All prompts that may be asked for.
+            reads: How many will be; default all of them.
         """
         self.bill = StateBill()
         if not self.frozen:
             return
         ordered = sorted(set(lefts), key=lambda left: (len(left), left))
-        size = self.batch_size
-        if ordered and ordered[-1]:
+        size = self.batch_size if reads is None or reads >= len(ordered) else 1
+        if size > 1 and ordered and ordered[-1]:
             longest = self._compute_states([ordered[-1]])[0]
             each = longest.numel() * longest.element_size() / max(1, len(ordered[-1]) - self.shared(ordered[-1]))
             if each * sum(len(left) - self.shared(left) for left in ordered) > self.cache.budget:

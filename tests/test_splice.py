@@ -212,3 +212,15 @@ def test_a_training_is_charged_for_the_states_it_asked_for_alone(load_parts, mon
     splicer.plan(lefts)
     splicer.states([lefts[2], lefts[1], lefts[2]])  # both are there: nothing is timed, both are charged
     assert (splicer.bill.spent, splicer.bill.owed) == (0.0, 4.0)
+
+
+def test_a_training_that_asks_for_few_prompts_computes_no_others(load_parts):
+    llm, _ = load_parts("tiny-llama")
+    splicer = causal(llm, HEAD, batch_size=4)
+    lefts = [(*HEAD, 50 + i) for i in range(4)]
+    splicer.plan(lefts, reads=3)
+    splicer.states([lefts[1]])
+    assert [left for left in lefts if splicer.cache.get(left) is not None] == [lefts[1]]
+    splicer.plan(lefts, reads=4)
+    splicer.states([lefts[1]])
+    assert all(splicer.cache.get(left) is not None for left in lefts)

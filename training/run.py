@@ -86,7 +86,7 @@ def main(arguments: Sequence[str]) -> None:
     from accelerate import PartialState
 
     from persona_plug.trainer import FitConfig
-    from training.recipes import RECIPES, choose_lr, fit
+    from training.recipes import choose_lr, fit, inside_llm
 
     settings = settle(arguments)
     # Binds each of several processes to its device before anything is loaded there. They wait for the main one while it
@@ -104,7 +104,7 @@ def main(arguments: Sequence[str]) -> None:
             line = f"{name}, seed {seed}: {fitted.steps} steps, {fitted.seconds:.0f} s, {fitted.parameters:,} numbers"
             line += f", learning rate {fitted.lr:g}"
             if processes.is_main_process:
-                if not (RECIPES[name].adapter or RECIPES[name].prefix):
+                if not inside_llm(name):
                     line += f", {fitted.plug.save_pretrained(out / f'{name}-{seed}')}"
                 sys.stdout.write(line + "\n")
     processes.wait_for_everyone()
