@@ -58,6 +58,7 @@ def markdown(results: Mapping[str, Any], command: str) -> str:
         ["## Lift and gain", "", cell(EXPLAINED), "", *_controls(results).markdown()],
         ["## Methods", "", AVERAGED, "", *_values(results).markdown()],
         ["## Cost", "", *_costs(results).markdown()],
+        ["## What was cut or left out", "", *_left_out(results).markdown()],
         ["## Training budgets", "", cell(budget_note(results)), "", *budget_table(results).markdown()],
         ["## Contrasts", "", cell(_test_note(results)), "", *_contrasts(results).markdown()],
         ["## How to repeat it", "", f"{quote} {' '.join(command.split())} {quote}", "", *facts.markdown()],
@@ -82,6 +83,7 @@ def html(results: Mapping[str, Any], command: str, details: Mapping[str, Any] | 
         section("Lift and gain", paragraph(EXPLAINED), _controls(results).html()),
         section("Methods", paragraph(AVERAGED), _values(results).html()),
         section("Cost", _costs(results).html()),
+        section("What was cut or left out", _left_out(results).html()),
         section("Training budgets", paragraph(budget_note(results)), budget_table(results).html()),
         section("Contrasts", paragraph(_test_note(results)), _contrasts(results).html()),
         section("Lifts", *folded([(m, _lifts(results, details, m)) for m in metrics])),
@@ -128,6 +130,16 @@ def _values(results: Mapping[str, Any]) -> Table:
 def _costs(results: Mapping[str, Any]) -> Table:
     rows = [[m, *(_cost(k, row.get(k)) for k, _ in COSTS)] for m, row in results["methods"].items()]
     return Table(("method", *(name for _, name in COSTS)), rows)
+
+
+def _left_out(results: Mapping[str, Any]) -> Table:
+    rows = [["samples", note, "–"] for note in results.get("data_notes", [])]
+    for method, row in results["methods"].items():
+        found = dict(results.get("notes", {}).get(method, {}))
+        if row.get("prompts_cut"):
+            found["questions that were cut to fit the prompt (mean over seeds)"] = row["prompts_cut"]
+        rows += [[method, what, f"{count:g}"] for what, count in found.items()]
+    return Table(("where", "what", "how many"), rows or [["nothing", "–", "–"]])
 
 
 def _contrasts(results: Mapping[str, Any]) -> Table:

@@ -103,6 +103,7 @@ def compare(settings: dict[str, Any], out: Path) -> tuple[dict[str, Any], dict[s
         "settings": settings,
         "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
         "machine": f"{platform.machine()}, {os.cpu_count()} cores, {platform.python_implementation()}",
+        "data_notes": data.notes,
         "notes": {name: o[0].notes for name, o in found.items() if o[0].notes},
         "methods": {name: _row(merged[name], outcomes, task, data, texts, users) for name, outcomes in found.items()},
         "contrasts": contrasts(merged, users),

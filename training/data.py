@@ -35,7 +35,7 @@ def load_data(settings: Mapping[str, Any], task: Task) -> FitData:
     files = folder / f"{split}_questions.json", folder / f"{split}_outputs.json"
     held = read_lamp(*files, train.template, fields=fields)
     samples = leave_one_out_profiles(train.examples)
-    limit = settings["profile_targets"]
+    limit, possible = settings["profile_targets"], len(samples)
     if limit is not None and limit < len(samples):
         chosen = np.random.default_rng(0).choice(len(samples), limit, replace=False)
         samples = [samples[i] for i in sorted(chosen)]
@@ -45,14 +45,21 @@ def load_data(settings: Mapping[str, Any], task: Task) -> FitData:
     count = max(1, round(settings["valid"] * len(users)))
     valid = {str(u) for u in np.random.default_rng(0).choice(users, count, replace=False)}
     everything = [*train.examples, *samples]
+    notes = []
     if task.answers:
-        everything = [e for e in everything if e.output.strip() in task.answers]
+        usable = [e for e in everything if e.output.strip() in task.answers]
+        if foreign := len(everything) - len(usable):
+            notes.append(f"{foreign} training samples left out: their output is none of the task's answers")
+        everything = usable
+    asked = sample_questions(held.examples, settings["questions"])
+    learned = [e for e in everything if e.user_id not in valid], [e for e in everything if e.user_id in valid]
+    sizes = f"{len(learned[0])} training samples of {len(users) - len(valid)} users, {len(learned[1])} of {len(valid)}"
+    notes += [
+        f"{sizes} users held back, {len(samples)} of {possible} profile items are targets",
+        f"{len(asked)} of {len(held.examples)} {split} questions asked",
+    ]
     return FitData(
-        augment([e for e in everything if e.user_id not in valid], settings["augment"]),
-        [e for e in everything if e.user_id in valid],
-        sample_questions(held.examples, settings["questions"]),
-        train.template,
-        task.answers,
+        augment(learned[0], settings["augment"]), learned[1], asked, train.template, task.answers, notes=notes
     )
 
 

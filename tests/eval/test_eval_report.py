@@ -136,6 +136,21 @@ def test_markdown_holds_values_costs_contrasts_and_how_to_repeat_them(run):
     assert "includes 0" not in row(text, "plug − plug_shuffled | rmse")
 
 
+def test_what_was_cut_is_told(run):
+    results, details = run
+    assert row(report.markdown(results, COMMAND).partition("## What was cut")[2], "nothing")
+    results["data_notes"] = ["7 training samples left out"]
+    results["notes"] = {"plug": {"items that found no room in a prompt": 12}}
+    results["methods"]["none"]["prompts_cut"] = 3.5
+    text = report.markdown(results, COMMAND)
+    assert "| samples | 7 training samples left out | – |" in text
+    assert "| plug | items that found no room in a prompt | 12 |" in text
+    assert "| none | questions that were cut to fit the prompt (mean over seeds) | 3.5 |" in text
+    page = section(report.html(results, COMMAND, details), "What was cut or left out")
+    assert "7 training samples left out" in page
+    assert "items that found no room in a prompt" in page
+
+
 def test_what_so_few_users_can_show_is_said(run):
     results, _ = run
     assert "The smallest p that 9 users can give is 0.0039, 0.0234 after the correction." in report.markdown(

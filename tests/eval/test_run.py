@@ -74,6 +74,28 @@ def test_training_never_sees_the_split_it_reports_on(folder):
     assert len(data.train) + len(data.valid) == 6 * (2 + 4)
 
 
+def test_what_was_not_learned_from_or_asked_is_told(folder):
+    path = folder / "train_outputs.json"
+    path.write_text(path.read_text().replace('"output": "3"', '"output": "9"'))
+    data = load_data({**DEFAULTS, "data": str(folder), "profile_targets": 20, "questions": 4}, load_task("LaMP_3"))
+    told = "\n".join(data.notes)
+    assert "2 training samples left out: their output is none of the task's answers" in told
+    assert f"{len(data.train)} training samples of 5 users, {len(data.valid)} of 1 users held back" in told
+    assert "20 of 24 profile items are targets" in told
+    assert "4 of 6 dev questions asked" in told
+
+
+def test_what_is_trained_inside_the_llm_has_seeds_of_its_own(folder, monkeypatch):
+    asked = []
+    monkeypatch.setattr(run.Session, "outcomes", lambda self, name, seed: asked.append((name, seed)) or {})
+    names = ["plug", "prefix_tuning", "lora", "plug_lora"]
+    settings = {**DEFAULTS, "task": "LaMP_3", "llm": "tiny-llama", "encoder": "tiny-encoder", "data": str(folder)}
+    settings |= {"methods": names, "seeds": [0, 1], "adapter_seeds": [5]}
+    (folder / "out").mkdir()
+    run.compare(settings, folder / "out")
+    assert sorted(asked) == [("lora", 5), ("plug", 0), ("plug", 1), ("plug_lora", 5), ("prefix_tuning", 5)]
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
