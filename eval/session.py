@@ -22,7 +22,7 @@ from persona_plug.model import PersonaPlug
 from persona_plug.persistence import write_atomically
 from persona_plug.retrieval import Retriever, neighbours
 from persona_plug.splice import CausalSplicer, Splicer
-from persona_plug.states import StateCache, clock
+from persona_plug.states import StateBill, StateCache, clock
 from persona_plug.trainer import FitConfig
 from persona_plug.training_data import FitData
 from training.lora import for_each_user
@@ -107,7 +107,7 @@ class Session:
             held = with_other_history(held, seed)
         elif chosen.history == "none":
             held = [replace(e, history=()) for e in held]
-        watch = LLMClock(plug.llm)
+        watch = LLMClock(plug)
         held = self._prompted(chosen, held, seed)
         if chosen.user_adapter:
             answers = self._by_user(plug, held, config)
@@ -261,11 +261,16 @@ class Session:
 
 
 class LLMClock:
-    """Measures how long something takes, and which share of it is spent outside the LLM's passes."""
+    """Measures how long something takes, and which share of it is spent outside the LLM's passes.
 
-    def __init__(self, llm: Any) -> None:  # noqa: ANN401
+    Frozen states that another method has left count as if they had been computed here: a new question has none.
+    """
+
+    def __init__(self, plug: PersonaPlug) -> None:
         """Start the clock (see `persona_plug.states.clock`)."""
+        llm = plug.llm
         self.llm, self.inside, self.entered = llm, 0.0, 0.0
+        self.bill = plug.splicer.bill = StateBill()
         self.hooks = [llm.register_forward_pre_hook(self._enter), llm.register_forward_hook(self._leave)]
         self.began = clock(llm)
 
@@ -280,7 +285,9 @@ class LLMClock:
         seconds = clock(self.llm) - self.began
         for hook in self.hooks:
             hook.remove()
-        return seconds, 1 - self.inside / seconds
+        outside = seconds - self.inside
+        seconds += self.bill.owed - self.bill.spent
+        return seconds, outside / seconds
 
 
 def ordered(names: Sequence[str]) -> list[str]:

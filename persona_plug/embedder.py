@@ -93,7 +93,7 @@ class UserEmbedder(nn.Module):
             nn.init.zeros_(self.answer_head.bias)
             self.register_buffer("frequency_weight", torch.ones(()))
             self.register_buffer("population", torch.full((answers,), 1 / answers))
-            self.llm_log_weight = nn.Parameter(torch.tensor(0.1).log())
+            self.llm_log_weight = nn.Parameter(torch.tensor([0.1]).log())
         if config.aggregator not in ("attention", "mean", "paper"):
             size = text + (answers if config.use_answer_counts else 0)
             self.resampler = (
@@ -112,8 +112,8 @@ class UserEmbedder(nn.Module):
             self.aggregator = MeanAggregator() if config.aggregator == "mean" else PaperAggregator()
         if config.quotes:
             # Where it starts, the item closest to the request is quoted almost alone, and none that is not near.
-            self.quote_log_temperature = nn.Parameter(torch.tensor(40.0).log())
-            self.quote_threshold = nn.Parameter(torch.tensor(0.4))
+            self.quote_log_temperature = nn.Parameter(torch.tensor([40.0]).log())
+            self.quote_threshold = nn.Parameter(torch.tensor([0.4]))
         per_head = 0 if config.aggregator == "paper" else self.aggregator.heads
         width_in = (text + (answers if config.use_answer_counts else 0)) * (per_head or 1)
         width_in += config.encoder_dim if config.use_request else 0

@@ -7,10 +7,13 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import torch
+from torch import Tensor
 
 from persona_plug.baselines import is_rating, label_priors, rating_priors, text_priors
 from persona_plug.history import Example
 from persona_plug.stats import derangement, identity
+from persona_plug.trainer import PlugDataset
 
 if TYPE_CHECKING:
     from persona_plug.model import PersonaPlug
@@ -65,9 +68,6 @@ def evaluate(
         # The temperature was fitted for the plug's scores, not for log-likelihoods of the LLM alone.
         temperature = plug.embedder.score_temperature.cpu() if personal and head else 1.0
         return label_answers((scores / temperature).softmax(-1).double().numpy(), held, plug.config.answers)
-    from persona_plug.fit import score_samples
-    from persona_plug.trainer import PlugDataset
-
     dataset = PlugDataset(plug, queue)
     loglik = score_samples(plug, dataset, personal=personal)[0][:, 0].double().numpy()
     lengths = np.array([len(t.paths[0]) for t in dataset.trees])
@@ -77,6 +77,23 @@ def evaluate(
     written = (write or _generate)(plug, [held[i] for i in asked], personal) if some else []
     texts = dict(zip(asked, written, strict=True))
     return _with_rouge(values, [texts[i] for i in some], held, some)
+
+
+@torch.no_grad()
+def score_samples(
+    plug: PersonaPlug, samples: PlugDataset, batch_size: int = 32, personal: bool = True
+) -> tuple[Tensor, Tensor]:
+    """Return scores (N, C), end token included for free text, and gold indices (N,), on the CPU."""
+    rows = []
+    for start in range(0, len(samples), batch_size):
+        batch = samples.collate(range(start, min(start + batch_size, len(samples))))
+        if personal:
+            loglik, _, bias = plug(batch["history"], batch["parts"], batch["trees"])
+        else:
+            soft = plug.plain(len(batch["parts"])).soft
+            loglik, bias = plug.splicer.loglik(batch["parts"], soft, batch["trees"])[0], None
+        rows.append(plug.embedder.combine(loglik, bias).float().cpu())
+    return torch.cat(rows), torch.tensor(samples.gold)
 
 
 def _generate(plug: PersonaPlug, examples: Sequence[Example], personal: bool) -> list[str]:

@@ -9,7 +9,7 @@ import shutil
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from accelerate import PartialState
@@ -19,13 +19,12 @@ from transformers import TrainingArguments
 
 from persona_plug.baselines import fit_label_model
 from persona_plug.errors import ConfigError
+from persona_plug.evaluation import score_samples
 from persona_plug.history import Example
 from persona_plug.model import PersonaPlug
+from persona_plug.report import FitReport, make_report
 from persona_plug.trainer import FitConfig, PlugDataset, PlugTrainer, is_whole, last_checkpoint
 from persona_plug.training_data import FitData, prepare
-
-if TYPE_CHECKING:
-    from persona_plug.report import FitReport
 
 logger = logging.getLogger(__name__)
 
@@ -114,6 +113,14 @@ def _agreed(found: Any) -> Any:  # noqa: ANN401
     return broadcast_object_list([found])[0]
 
 
+def task_prompt(plug: PersonaPlug, seed: int) -> PersonaPlug:
+    """Return an untrained twin with as many soft tokens as the plug has, none of which knows the user."""
+    config = plug.config.replace(user_tokens=0, task_tokens=plug.config.soft_tokens)
+    twin = type(plug)(config, plug.llm, plug.tokenizer, plug.encoder, seed)
+    twin.splicer = plug.splicer  # the frozen states are the same
+    return twin
+
+
 @torch.no_grad()
 def start_answer_head(plug: PersonaPlug, data: FitData) -> Tensor:
     """Set the answer head to the best LLM-free product of classifier and user frequencies (a convex fit, seconds).
@@ -141,23 +148,6 @@ def calibrate(plug: PersonaPlug, samples: PlugDataset, batch_size: int = 32) -> 
     best = grid[int(nll.argmin())]
     plug.embedder.score_temperature.fill_(float(best))
     return float(best)
-
-
-@torch.no_grad()
-def score_samples(
-    plug: PersonaPlug, samples: PlugDataset, batch_size: int = 32, personal: bool = True
-) -> tuple[Tensor, Tensor]:
-    """Return scores (N, C), end token included for free text, and gold indices (N,), on the CPU."""
-    rows = []
-    for start in range(0, len(samples), batch_size):
-        batch = samples.collate(range(start, min(start + batch_size, len(samples))))
-        if personal:
-            loglik, _, bias = plug(batch["history"], batch["parts"], batch["trees"])
-        else:
-            soft = plug.plain(len(batch["parts"])).soft
-            loglik, bias = plug.splicer.loglik(batch["parts"], soft, batch["trees"])[0], None
-        rows.append(plug.embedder.combine(loglik, bias).float().cpu())
-    return torch.cat(rows), torch.tensor(samples.gold)
 
 
 def _capped(data: FitData, limit: int) -> FitData:
@@ -241,10 +231,9 @@ def fit(
         plug.seed = config.seed
         plug.reset(plug.config.replace(template=made.template, answers=made.answers))
         log = train(plug, made, config, folder / "plug", resume)
-        from persona_plug.report import make_report
-
-        result = make_report(
-            plug, made, config, log, folder, resume=resume, compare=report, generated=generated, examples=examples
-        )
+        twin = task_prompt(plug, config.seed) if report and made.held_out else None
+        if twin is not None:
+            train(twin, made, config, folder / "task_prompt", resume)
+        result = make_report(plug, twin, made, config, log, folder, generated=generated, examples=examples)
         object.__setattr__(plug, "fit_report", result)
         return result

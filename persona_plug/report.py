@@ -23,8 +23,6 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-CONTROLS = ("none", "task_prompt", "plug_empty", "plug_shuffled")
-
 
 @dataclass(frozen=True, slots=True)
 class FitReport:
@@ -112,39 +110,35 @@ class FitReport:
 
 def make_report(
     plug: PersonaPlug,
+    task_prompt: PersonaPlug | None,
     data: FitData,
     config: FitConfig,
     log: list[dict[str, float]],
     folder: Path,
     *,
-    resume: bool = False,
-    compare: bool = True,
     generated: int = 48,
     examples: int = 3,
-    methods: Sequence[str] = CONTROLS,
 ) -> FitReport:
-    """Train the task prompt, evaluate all methods on the held-out users, and write report and plots into `folder`.
+    """Evaluate all methods on the held-out users, and write report and plots into `folder`.
 
     Args:
         plug: The trained plug.
+        task_prompt: Its twin whose soft tokens know no user, trained alike; None for a report without any comparison.
         data: Its data; `held_out` is what counts.
-        config: Its training settings; the task prompt gets the same.
+        config: Its training settings.
         log: The plug's training log.
-        folder: Where report, plots and the task prompt's checkpoints go.
-        resume: Go on with an interrupted task-prompt training.
-        compare: False for a report without any comparison (nothing is held out).
+        folder: Where report and plots go.
         generated: Free text: at most so many answers are generated for ROUGE; likelihoods use all.
         examples: Answers shown side by side.
-        methods: Which controls to run.
     """
     details = {"fit": asdict(config), "steps_done": max([int(r["step"]) for r in log if "step" in r], default=0)}
     details["score_temperature"] = float(plug.embedder.score_temperature)
     notes = list(data.notes)
-    if not compare or not data.held_out:
+    if task_prompt is None:
         result = FitReport({}, [], 0, 0, notes, [], details)
         result.save(folder)
         return result
-    answers = run_methods(plug, data, config, folder, resume, methods, generated)
+    answers = run_methods(plug, task_prompt, data, config.seed, generated)
     users = [e.user_id for e in data.held_out]
     metrics = {name: {m: _interval(a, users, m) for m in a.values} for name, a in answers.items()}
     result = FitReport(
@@ -158,41 +152,29 @@ def make_report(
     )
     result.save(folder)
     plot_loss(log, folder / "loss.png")
-    if "plug_shuffled" in answers:
-        lift = answers["plug_shuffled"].values["nll"] - answers["plug"].values["nll"]
-        plot_lift(lift, data.held_out, folder / "lift.png")
+    lift = answers["plug_shuffled"].values["nll"] - answers["plug"].values["nll"]
+    plot_lift(lift, data.held_out, folder / "lift.png")
     return result
 
 
 def run_methods(
-    plug: PersonaPlug,
-    data: FitData,
-    config: FitConfig,
-    folder: Path,
-    resume: bool,
-    methods: Sequence[str],
-    generated: int,
+    plug: PersonaPlug, task_prompt: PersonaPlug | None, data: FitData, seed: int, generated: int
 ) -> dict[str, Answers]:
-    """Return per-question values of the controls, the plug and the LLM-free baselines on the held-out users."""
-    from persona_plug.fit import train
+    """Return per-question values of the controls, the plug and the LLM-free baselines on the held-out users.
 
+    Args:
+        plug: A trained plug.
+        task_prompt: See `make_report`; None leaves this control out.
+        data: `held_out` is asked, the baselines learn from the rest.
+        seed: Of the draw of other users' histories.
+        generated: See `make_report`.
+    """
     held = data.held_out
-    result: dict[str, Answers] = {}
-    if "none" in methods:
-        result["none"] = evaluate(plug, held, generated, personal=False)
-    if "task_prompt" in methods:
-        # As many soft tokens as the plug has, none of which knows the user; same data, steps and early stopping.
-        tokens = plug.config.soft_tokens
-        twin = type(plug)(
-            plug.config.replace(user_tokens=0, task_tokens=tokens), plug.llm, plug.tokenizer, plug.encoder, config.seed
-        )
-        twin.splicer = plug.splicer  # the frozen states are the same
-        train(twin, data, config, folder / "task_prompt", resume)
-        result["task_prompt"] = evaluate(twin, held, generated)
-    if "plug_empty" in methods:
-        result["plug_empty"] = evaluate(plug, [replace(e, history=()) for e in held], generated)
-    if "plug_shuffled" in methods:
-        result["plug_shuffled"] = evaluate(plug, with_other_history(held, config.seed), generated)
+    result = {"none": evaluate(plug, held, generated, personal=False)}
+    if task_prompt is not None:
+        result["task_prompt"] = evaluate(task_prompt, held, generated)
+    result["plug_empty"] = evaluate(plug, [replace(e, history=()) for e in held], generated)
+    result["plug_shuffled"] = evaluate(plug, with_other_history(held, seed), generated)
     result["plug"] = evaluate(plug, held, generated)
     if plug.embedder.has_answer_head:
         result["plug: LLM alone"] = evaluate(plug, held, generated, head=False)

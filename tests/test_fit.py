@@ -18,8 +18,9 @@ from safetensors.torch import load_file
 from persona_plug import fit as fit_module
 from persona_plug.data import synthetic
 from persona_plug.errors import ConfigError, DataError
+from persona_plug.evaluation import score_samples
 from persona_plug.fingerprint import full_digest
-from persona_plug.fit import calibrate, score_samples, train
+from persona_plug.fit import calibrate, train
 from persona_plug.history import Example, HistoryItem
 from persona_plug.trainer import COMPLETE, FitConfig, PlugDataset, PlugTrainer, last_checkpoint
 from persona_plug.training_data import FitData, prepare

@@ -35,8 +35,7 @@ def compare(make_plug, folder, users, steps, personal, world=TWO_TOPICS, setting
     config = FitConfig.of(settings | {"steps": steps})
     plug = make_plug(answers=data.answers, template="{input}", answer_head=head, projector_hidden=64)
     train(plug, data, config, folder)
-    methods = ("none", "plug_empty", "plug_shuffled")
-    found = run_methods(plug, data, config, folder, False, methods, 0)
+    found = run_methods(plug, None, data, config.seed, 0)
     owners = [e.user_id for e in data.held_out]
     rows = {(r["b"], r["metric"]): r for r in contrasts(found, owners)}
     bounds = made.bounds([(e.history, e) for e in data.held_out])

@@ -1,5 +1,7 @@
 """Trained methods at equal steps and at equal seconds, from what a run recorded."""
 
+import pytest
+
 from eval.budgets import budget_note, budget_table
 from eval.session import LLMClock
 
@@ -35,11 +37,25 @@ def test_a_run_without_training_says_so():
     assert "no method" in budget_note(results)
 
 
-def test_the_clock_tells_the_llms_share(load_parts, monkeypatch):
-    llm, _ = load_parts("tiny-llama")
+def test_the_clock_tells_the_llms_share(make_plug, monkeypatch):
+    plug = make_plug()
     ticks = iter([0.0, 2.0, 5.0, 10.0])  # start, into the LLM, out of it, stop
     monkeypatch.setattr("eval.session.clock", lambda _: next(ticks))
-    watch = LLMClock(llm)
-    llm(input_ids=llm.dummy_inputs["input_ids"])
+    watch = LLMClock(plug)
+    plug.llm(input_ids=plug.llm.dummy_inputs["input_ids"])
     assert watch.stop() == (10.0, 0.7)
-    llm(input_ids=llm.dummy_inputs["input_ids"])  # the hooks are gone: no tick is left to take
+    plug.llm(input_ids=plug.llm.dummy_inputs["input_ids"])  # the hooks are gone: no tick is left to take
+
+
+def test_the_clock_charges_for_states_that_were_there_already(make_plug, monkeypatch):
+    plug = make_plug()
+    left = plug.prompter.parts("a question").left
+    ticks = iter([0.0, 4.0, 10.0, 12.0])  # the state's start and end, then those of what is measured
+    for module in ("persona_plug.splice", "eval.session"):
+        monkeypatch.setattr(f"{module}.clock", lambda _: next(ticks))
+    plug.splicer.states([left])
+    watch = LLMClock(plug)
+    plug.splicer.states([left, left])
+    seconds, outside = watch.stop()
+    assert seconds == 2.0 + 4.0
+    assert outside == pytest.approx(2.0 / 6.0)

@@ -56,6 +56,14 @@ def test_every_recipe_trains_what_it_says_and_leaves_the_llm_alone(base, data, t
     assert torch.isfinite(scores).all()
 
 
+@pytest.mark.parametrize("answers", [ANSWERS, None])
+@pytest.mark.parametrize("name", sorted(RECIPES))
+def test_no_recipe_has_a_parameter_without_dimensions(make_plug, name, answers):
+    """DeepSpeed sends parameters as bytes and FSDP splits them along their first dimension: both refuse 0-d ones."""
+    plug = make(name, make_plug(answers=answers), {}, 0)
+    assert all(p.dim() for p in plug.embedder.parameters())
+
+
 @pytest.mark.parametrize("name", ["plug", "plug_lora"])
 def test_a_finished_training_is_read_back_and_not_repeated(base, data, tmp_path, name, monkeypatch):
     first = fit(name, base, {"max_input_tokens": 64}, data, CONFIG, tmp_path)
