@@ -35,7 +35,6 @@ from persona_plug.errors import ConfigError, PersonaPlugError
 from persona_plug.persistence import write_atomically
 from persona_plug.stats import user_bootstrap
 from persona_plug.training_data import FitData
-from training.recipes import inside_llm
 from training.run import DEFAULTS, prepare, settle
 from training.tasks import Task
 
@@ -74,8 +73,7 @@ def compare(settings: dict[str, Any], out: Path) -> tuple[dict[str, Any], dict[s
     session = Session(task, data, base, {**settings, "plug": chosen}, out)
     found: dict[str, list[Outcome]] = {}
     for name in ordered(settings["methods"]):
-        adapted = name != PRIOR and inside_llm(method(name).recipe)
-        for seed in (settings["adapter_seeds"] or settings["seeds"]) if adapted else settings["seeds"]:
+        for seed in settings["seeds"][: 1 if name in settings["one_seed"] else None]:
             for row, outcome in session.outcomes(name, seed).items():
                 found.setdefault(row, []).append(outcome)
     session.close()

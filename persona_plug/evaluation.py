@@ -60,7 +60,7 @@ def evaluate(
 
     Questions of like length run together: a batch is as wide as its longest row.
     """
-    order = np.argsort([_length(plug, e) for e in held], kind="stable")
+    order = np.argsort([prompt_length(plug, e) for e in held], kind="stable")
     back = np.argsort(order)
     queue = [held[i] for i in order]
     if plug.config.answers:
@@ -101,7 +101,8 @@ def _generate(plug: PersonaPlug, examples: Sequence[Example], personal: bool) ->
     return texts
 
 
-def _length(plug: PersonaPlug, example: Example) -> int:
+def prompt_length(plug: PersonaPlug, example: Example) -> int:
+    """Return a request's tokens, chat template included."""
     parts = plug.prompter.parts(example.input, example.prompt)
     return len(parts.left) + len(parts.right)
 

@@ -19,7 +19,7 @@ from transformers import TrainingArguments
 
 from persona_plug.baselines import fit_label_model
 from persona_plug.errors import ConfigError
-from persona_plug.evaluation import score_samples
+from persona_plug.evaluation import prompt_length, score_samples
 from persona_plug.history import Example
 from persona_plug.model import PersonaPlug
 from persona_plug.report import FitReport, make_report
@@ -56,7 +56,8 @@ def train(
             (folder / "log.jsonl").unlink(missing_ok=True)
     with processes.main_process_first():  # it encodes, the others read the cache
         train_set = PlugDataset(plug, data.train)
-        valid_set = PlugDataset(plug, _spread(data.valid, config.eval_samples))
+        looked_at = sorted(_spread(data.valid, config.eval_samples), key=lambda e: prompt_length(plug, e))
+        valid_set = PlugDataset(plug, looked_at)
     drawn = config.steps * config.batch_size * config.gradient_accumulation * processes.num_processes
     lefts = [p.left for part in (train_set, valid_set) for p in part.parts]
     plug.splicer.plan(lefts, drawn + len(valid_set))

@@ -57,11 +57,6 @@ RECIPES: dict[str, Recipe] = {
 }
 
 
-def inside_llm(name: str | None) -> bool:
-    """Whether a recipe trains something inside the LLM, so that no states of prompts can be reused."""
-    return name is not None and (RECIPES[name].adapter or RECIPES[name].prefix)
-
-
 @dataclass(frozen=True, slots=True)
 class Fitted:
     """A trained plug with what its training took.

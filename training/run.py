@@ -27,7 +27,7 @@ DEFAULTS: dict[str, Any] = {
     "methods": ["none", "task_prompt", "plug", "plug_shuffled", "plug_empty", "user_prior"],
     "recipes": ["plug"],
     "seeds": [0],
-    "adapter_seeds": None,
+    "one_seed": [],
     "out": "runs/compare",
     "llm": "smollm2-135m",
     "encoder": "minilm-l6",
@@ -86,7 +86,7 @@ def main(arguments: Sequence[str]) -> None:
     from accelerate import PartialState
 
     from persona_plug.trainer import FitConfig
-    from training.recipes import choose_lr, fit, inside_llm
+    from training.recipes import RECIPES, choose_lr, fit
 
     settings = settle(arguments)
     # Binds each of several processes to its device before anything is loaded there. They wait for the main one while it
@@ -104,7 +104,7 @@ def main(arguments: Sequence[str]) -> None:
             line = f"{name}, seed {seed}: {fitted.steps} steps, {fitted.seconds:.0f} s, {fitted.parameters:,} numbers"
             line += f", learning rate {fitted.lr:g}"
             if processes.is_main_process:
-                if not inside_llm(name):
+                if not (RECIPES[name].adapter or RECIPES[name].prefix):
                     line += f", {fitted.plug.save_pretrained(out / f'{name}-{seed}')}"
                 sys.stdout.write(line + "\n")
     processes.wait_for_everyone()

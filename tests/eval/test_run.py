@@ -85,15 +85,15 @@ def test_what_was_not_learned_from_or_asked_is_told(folder):
     assert "4 of 6 dev questions asked" in told
 
 
-def test_what_is_trained_inside_the_llm_has_seeds_of_its_own(folder, monkeypatch):
+def test_dear_methods_may_have_one_seed(folder, monkeypatch):
     asked = []
     monkeypatch.setattr(run.Session, "outcomes", lambda self, name, seed: asked.append((name, seed)) or {})
-    names = ["plug", "prefix_tuning", "lora", "plug_lora"]
+    names = ["plug", "prefix_tuning", "lora", "none"]
     settings = {**DEFAULTS, "task": "LaMP_3", "llm": "tiny-llama", "encoder": "tiny-encoder", "data": str(folder)}
-    settings |= {"methods": names, "seeds": [0, 1], "adapter_seeds": [5]}
+    settings |= {"methods": names, "seeds": [5, 1], "one_seed": ["prefix_tuning", "lora"]}
     (folder / "out").mkdir()
     run.compare(settings, folder / "out")
-    assert sorted(asked) == [("lora", 5), ("plug", 0), ("plug", 1), ("plug_lora", 5), ("prefix_tuning", 5)]
+    assert sorted(asked) == [("lora", 5), ("none", 1), ("none", 5), ("plug", 1), ("plug", 5), ("prefix_tuning", 5)]
 
 
 @pytest.mark.parametrize(
