@@ -15,6 +15,7 @@ import json
 import logging
 import os
 import platform
+import shlex
 import subprocess
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -57,7 +58,7 @@ def main(arguments: Sequence[str]) -> None:
     out = Path(settings["out"])
     out.mkdir(parents=True, exist_ok=True)
     results, details = compare(settings, out)
-    command = " ".join(["python -m eval.run", *arguments])
+    command = shlex.join(["python", "-m", "eval.run", *arguments])
     write_atomically(out / "results.json", (json.dumps(results, indent=2) + "\n").encode())
     report = markdown(results, command)
     write_atomically(out / "report.md", report.encode())
