@@ -446,7 +446,7 @@ def test_quoted_tokens_are_weighted_words_of_the_outputs(quoting):
     embedder, vocabulary = quoting
     batch = quoted_batch(embedder.config, [4, 1, 0])
     soft = embedder(batch, vocabulary).soft
-    temperature, threshold = embedder.quote_log_temperature.exp(), embedder.quote_threshold
+    temperature, threshold = embedder.quote_log_temperature.exp().squeeze(), embedder.quote_threshold.squeeze()
     size = vocabulary.norm(dim=-1).mean()
     for b, count in enumerate((4, 1, 0)):
         scores = [temperature * (batch.keys[b, i] @ batch.request[b] - threshold) for i in range(count)]
