@@ -52,7 +52,7 @@ SET_DRAWS = 200  # of a metric that is computed anew for each draw of users
 def main(arguments: Sequence[str]) -> None:
     """Run a comparison from the command line."""
     settings = settle(arguments)
-    for name in settings["methods"]:
+    for name in [*settings["methods"], *settings["one_seed"]]:
         if name != PRIOR:
             method(name)
     out = Path(settings["out"])

@@ -19,7 +19,7 @@ from transformers import TrainingArguments
 
 from persona_plug.baselines import fit_label_model
 from persona_plug.errors import ConfigError
-from persona_plug.evaluation import prompt_length, score_samples
+from persona_plug.evaluation import prompt_length, score_samples, spread
 from persona_plug.history import Example
 from persona_plug.model import PersonaPlug
 from persona_plug.report import FitReport, make_report
@@ -162,9 +162,7 @@ def _capped(data: FitData, limit: int) -> FitData:
 
 def _spread(examples: Sequence[Example], limit: int) -> list[Example]:
     """Return at most `limit` examples, evenly spread over the list."""
-    if len(examples) <= limit:
-        return list(examples)
-    return [examples[i * len(examples) // limit] for i in range(limit)]
+    return [examples[i] for i in spread(len(examples), limit)]
 
 
 def fit(

@@ -116,11 +116,13 @@ def test_a_file_is_read_and_arguments_win(tmp_path):
     assert (settings["seeds"], settings["split"], settings["valid"]) == ([3], "dev", 0.15)
 
 
-def test_no_data_and_an_unknown_task_are_refused(folder):
+def test_no_data_and_unknown_names_are_refused(folder):
     with pytest.raises(ConfigError, match=r"data=DIR is missing"):
         run.main([])
     with pytest.raises(ConfigError, match=r"no task .LaMP_99.*movie_tagging"):
         run.main([f"data={folder}", "task=LaMP_99"])
+    with pytest.raises(ConfigError, match="no method 'lorra'"):
+        run.main([f"data={folder}", f"out={folder / 'out'}", "one_seed=[lorra]"])
 
 
 def test_paired_timing_alternates_and_divides():
