@@ -43,7 +43,7 @@ logger = logging.getLogger("eval.run")
 
 # What finished outcomes depend on; methods, seeds and threads may change from run to run in one folder.
 FIXED = (
-    *("split", "llm", "encoder", "plug", "fit", "lr_grid", "lr_steps", "user_steps"),
+    *("split", "llm", "encoder", "dtype", "quantization", "plug", "fit", "lr_grid", "lr_steps", "user_steps"),
     *("valid", "profile_targets", "augment", "beams", "questions", "generated", "generator"),
 )
 SET_DRAWS = 200  # of a metric that is computed anew for each draw of users

@@ -65,6 +65,13 @@ def load_llm(
     return freeze(llm), tokenizer
 
 
+def loaded_as(llm: Any) -> dict[str, Any]:  # noqa: ANN401
+    """Return the keywords of `load_llm` that load another copy of an LLM as this one was loaded."""
+    kinds: dict[str, Quantization] = {"is_loaded_in_8bit": "int8", "is_loaded_in_4bit": "nf4"}
+    found = [kind for flag, kind in kinds.items() if getattr(llm, flag, False)]
+    return {"dtype": llm.dtype, "quantization": found[0] if found else None, "device": llm.device}
+
+
 def pick_device(device: str | torch.device | None) -> torch.device:
     """Return the device; by default CUDA if there is one, else the CPU.
 

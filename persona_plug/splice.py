@@ -88,6 +88,11 @@ class Splicer:
         """Return what the LLM's own `generate` takes."""
         raise NotImplementedError
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """What the LLM computes in: quantised LLMs keep their embeddings as they are."""
+        return self.llm.get_input_embeddings().weight.dtype
+
     def embed(self, ids: Sequence[int]) -> Tensor:
         """Return the LLM's input embeddings (len, H)."""
         table = self.llm.get_input_embeddings()
@@ -241,13 +246,11 @@ class CausalSplicer(Splicer):
             pieces += [soft[b], self.embed((*part.right, *tree.tokens)).to(dtype)]
             pieces.append(torch.zeros(nodes - n, width, device=device, dtype=dtype))
             rows.append(torch.cat(pieces))
-        embeds = torch.stack(rows).to(next(self.llm.parameters()).dtype if not _quantised(self.llm) else dtype)
+        embeds = torch.stack(rows).to(self.dtype)
         mask = (allowed & columns.unsqueeze(1)).to(device)
-        return embeds, mask, positions.to(device), self._stacked_cache(parts, states, past, embeds.dtype), nodes + 1
+        return embeds, mask, positions.to(device), self._stacked_cache(parts, states, past), nodes + 1
 
-    def _stacked_cache(
-        self, parts: Sequence[PromptParts], states: Sequence[Tensor], past: int, dtype: torch.dtype
-    ) -> Any:  # noqa: ANN401
+    def _stacked_cache(self, parts: Sequence[PromptParts], states: Sequence[Tensor], past: int) -> Any:  # noqa: ANN401
         if past == 0:
             return None
         from transformers import DynamicCache
@@ -274,7 +277,7 @@ class CausalSplicer(Splicer):
     def _prefix_cache(self, rows: int) -> Any:  # noqa: ANN401
         from transformers import DynamicCache
 
-        wide = self.prefix.unsqueeze(2).expand(-1, -1, rows, -1, -1, -1)  # type: ignore[union-attr]
+        wide = self.prefix.to(self.dtype).unsqueeze(2).expand(-1, -1, rows, -1, -1, -1)  # type: ignore[union-attr]
         return DynamicCache([(layer[0], layer[1]) for layer in wide])
 
     def _mask_for_model(self, allowed: Tensor, positions: Tensor, dtype: torch.dtype) -> Any:  # noqa: ANN401
@@ -296,8 +299,7 @@ class CausalSplicer(Splicer):
         ]
         first = self.prefix_length  # generate passes over as many rows as its cache already holds
         width = first + max(len(r) for r in rows)
-        dtype = self.llm.get_input_embeddings().weight.dtype
-        embeds = torch.zeros(len(rows), width, rows[0].shape[-1], dtype=dtype, device=rows[0].device)
+        embeds = torch.zeros(len(rows), width, rows[0].shape[-1], dtype=self.dtype, device=rows[0].device)
         mask = torch.zeros(len(rows), width, dtype=torch.long, device=rows[0].device)
         for i, row in enumerate(rows):
             embeds[i, width - len(row) :] = row
@@ -356,7 +358,3 @@ def _additive(allowed: Tensor, dtype: torch.dtype) -> Tensor:
         .masked_fill_(~allowed, torch.finfo(dtype).min)
         .unsqueeze(1)
     )
-
-
-def _quantised(llm: Any) -> bool:  # noqa: ANN401
-    return getattr(llm, "is_quantized", False)

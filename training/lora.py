@@ -17,7 +17,7 @@ from persona_plug.config import PlugConfig
 from persona_plug.embedder import Embedded
 from persona_plug.errors import ConfigError
 from persona_plug.history import Example, leave_one_out
-from persona_plug.llm import load_llm
+from persona_plug.llm import load_llm, loaded_as
 from persona_plug.model import PersonaPlug
 from persona_plug.trainer import FitConfig, PlugDataset, batch_loss
 
@@ -50,8 +50,10 @@ class NoTokens(nn.Module):
 def with_lora(plug: PersonaPlug, soft: bool, rank: int = RANK, alpha: int = ALPHA) -> PersonaPlug:
     """Return an untrained plug like `plug` whose own copy of the LLM has LoRA adapters on its attention.
 
+    The copy is loaded as the plug's LLM was; on a quantised one this is QLoRA (Dettmers et al., arXiv 2305.14314).
+
     Args:
-        plug: Gives config, encoder and seed; its LLM is neither used nor changed.
+        plug: Gives config, encoder and seed; its LLM is not changed.
         soft: Whether the plug's soft tokens are trained beside the adapters.
         rank: r.
         alpha: The update is scaled by alpha / r.
@@ -64,7 +66,7 @@ def with_lora(plug: PersonaPlug, soft: bool, rank: int = RANK, alpha: int = ALPH
     except ImportError as exc:
         raise ConfigError("LoRA needs peft: pip install 'persona-plug[lora]'") from exc
 
-    llm, tokenizer = load_llm(plug.config.llm, device=plug.llm.device)
+    llm, tokenizer = load_llm(plug.config.llm, **loaded_as(plug.llm))
     llm.generation_config.num_beams = plug.llm.generation_config.num_beams
     names = sorted({name.rsplit(".", 1)[-1] for name, _ in llm.named_modules()} & TARGETS)
     if not names:

@@ -31,6 +31,8 @@ DEFAULTS: dict[str, Any] = {
     "out": "runs/compare",
     "llm": "smollm2-135m",
     "encoder": "minilm-l6",
+    "dtype": None,
+    "quantization": None,
     "plug": {},
     "fit": {},
     "lr_grid": [],
@@ -74,7 +76,8 @@ def prepare(settings: Mapping[str, Any]) -> tuple[Task, Any, Any, dict[str, Any]
     data = load_data(settings, task)
     lengths = {"max_answer_tokens": task.max_answer_tokens, "max_input_tokens": task.max_input_tokens}
     chosen = {**lengths, **settings["plug"]}
-    base = model.PersonaPlug.build(settings["llm"], settings["encoder"], **chosen)
+    how = {"dtype": settings["dtype"], "quantization": settings["quantization"]}
+    base = model.PersonaPlug.build(settings["llm"], settings["encoder"], **how, **chosen)
     base.reset(base.config.replace(template=data.template, answers=data.answers))
     base.llm.generation_config.num_beams = settings["beams"]
     return task, data, base, chosen

@@ -5,14 +5,16 @@ import dataclasses
 import pytest
 import torch
 
+from eval import tiny
 from persona_plug.errors import ConfigError
 from persona_plug.fingerprint import full_digest
 from persona_plug.history import Example, HistoryItem
+from persona_plug.llm import loaded_as
 from persona_plug.prompts import AnswerTree, PromptParts
 from persona_plug.trainer import FitConfig
 from persona_plug.training_data import FitData
-from training import recipes
-from training.lora import for_each_user, with_lora
+from training import recipes, run
+from training.lora import RANK, for_each_user, with_lora
 from training.prefix import with_prefix
 from training.recipes import RECIPES, choose_lr, fit, make
 
@@ -92,6 +94,27 @@ def test_untrained_adapters_change_nothing_and_trained_ones_do(base, data):
         for p in plug.embedder.adapters:
             p.add_(0.05)
     assert not torch.allclose(plug.score(data.held_out), base.score(data.held_out, personal=False), atol=1e-3)
+
+
+@pytest.mark.parametrize(("kind", "dtype"), [("int8", "bfloat16"), ("nf4", "bfloat16"), (None, "bfloat16")])
+def test_recipes_train_on_the_llm_as_the_settings_load_it(tmp_path, kind, dtype):
+    """LoRA on a dense copy would be compared with a plug on another LLM."""
+    if kind:
+        pytest.importorskip("bitsandbytes")
+    tiny.write(tmp_path / "data", "label", 6, personal=True)
+    asked = [f"data={tmp_path / 'data'}", f"task={tiny.SHAPES['label'][0]}", "llm=tiny-llama", "encoder=tiny-encoder"]
+    asked += [f"dtype={dtype}", *([f"quantization={kind}"] if kind else [])]
+    _, data, base, chosen = run.prepare(run.settle(asked))
+    before = full_digest(base.llm)
+    for name in ("plug", "prefix_tuning", "lora") if kind else sorted(RECIPES, key="lora".__eq__):
+        plug = fit(name, base, chosen, data, CONFIG, tmp_path / name).plug
+        how = loaded_as(plug.llm)
+        assert (how["quantization"], how["dtype"]) == (kind, getattr(torch, dtype))
+        assert bool(getattr(plug.llm, "is_quantized", False)) == bool(kind)
+        assert torch.isfinite(plug.score(data.held_out)).all()
+    # LoRA's second matrices start as zeros: they moved, so gradients came through.
+    assert all(p.abs().sum() > 0 for p in plug.embedder.adapters if p.shape[1] == RANK)
+    assert full_digest(base.llm) == before
 
 
 def test_gradients_reach_adapters_in_front_of_the_soft_tokens(base, data):
