@@ -21,7 +21,7 @@ from persona_plug.history import Example, HistoryItem
 from persona_plug.model import PersonaPlug
 from persona_plug.persistence import write_atomically
 from persona_plug.retrieval import Retriever, neighbours
-from persona_plug.splice import CausalSplicer, Splicer
+from persona_plug.splice import Splicer
 from persona_plug.states import StateBill, StateCache, clock
 from persona_plug.trainer import FitConfig
 from persona_plug.training_data import FitData
@@ -112,7 +112,7 @@ class Session:
         if chosen.user_adapter:
             answers = self._by_user(plug, held, config)
         elif chosen.prompt and chosen.recipe is None:
-            kept, plug.splicer = plug.splicer, _without_memory(plug)  # each prompt is read once
+            kept, plug.splicer = plug.splicer, _reading_once(plug)
             answers = self._answers(plug, held, personal=False)
             plug.splicer = kept
         else:
@@ -168,7 +168,8 @@ class Session:
 
     def _write(self, plug: PersonaPlug, examples: Sequence[Example], personal: bool) -> list[str]:
         """Write answers by the generator of the settings; what is trained inside the LLM only transformers can run."""
-        if self.settings["generator"] == "vllm" and plug.splicer.frozen:
+        plain = plug.llm is self.base.llm and getattr(plug.splicer, "prefix", None) is None
+        if self.settings["generator"] == "vllm" and plain:
             if self._vllm is None:
                 from persona_plug.serving.offline import VllmOffline
 
@@ -269,16 +270,23 @@ class LLMClock:
     def __init__(self, plug: PersonaPlug) -> None:
         """Start the clock (see `persona_plug.states.clock`)."""
         llm = plug.llm
-        self.llm, self.inside, self.entered = llm, 0.0, 0.0
+        self.llm, self.inside, self.entered, self.depth = llm, 0.0, 0.0, 0
         self.bill = plug.splicer.bill = StateBill()
-        self.hooks = [llm.register_forward_pre_hook(self._enter), llm.register_forward_hook(self._leave)]
+        # An encoder runs by itself, too.
+        parts = [llm, llm.get_encoder()] if llm.config.is_encoder_decoder else [llm]
+        self.hooks = [part.register_forward_pre_hook(self._enter) for part in parts]
+        self.hooks += [part.register_forward_hook(self._leave) for part in parts]
         self.began = clock(llm)
 
     def _enter(self, *_: Any) -> None:  # noqa: ANN401
-        self.entered = clock(self.llm)
+        if self.depth == 0:
+            self.entered = clock(self.llm)
+        self.depth += 1
 
     def _leave(self, *_: Any) -> None:  # noqa: ANN401
-        self.inside += clock(self.llm) - self.entered
+        self.depth -= 1
+        if self.depth == 0:
+            self.inside += clock(self.llm) - self.entered
 
     def stop(self) -> tuple[float, float]:
         """Return seconds and the share outside."""
@@ -315,10 +323,10 @@ def _nearest(wanted: np.ndarray, pool: np.ndarray) -> list[list[int]]:
     return [[i - len(wanted) for i in near if i >= len(wanted)][:NEIGHBOURS] for near in found]
 
 
-def _without_memory(plug: PersonaPlug) -> Splicer:
+def _reading_once(plug: PersonaPlug) -> Splicer:
+    """Return a splicer for prompts that are read once: states that nobody asks for again would be copied in vain."""
     made = type(plug.splicer)(plug.llm, StateCache(0))
-    if isinstance(made, CausalSplicer):
-        made.begin_with(plug.prompter.head)
+    made.reuses = False
     return made
 
 

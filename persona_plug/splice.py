@@ -31,8 +31,9 @@ class Splicer:
         self.groups: dict[tuple[int, ...], tuple[tuple[int, ...], ...]] = {}
         self.bill = StateBill()
 
-    frozen = True
-    """False while something inside the LLM is trained: then nothing is reused, and everything runs with a graph."""
+    reuses = True
+    """False where a prompt's states are not computed ahead and kept, but run in one pass with what is behind them:
+    while something inside the LLM is trained, and where each prompt is read once."""
 
     head: tuple[int, ...] = ()
     """Tokens that prompts begin with (chat header, instruction); they run once, and their states are kept once."""
@@ -55,7 +56,7 @@ class Splicer:
             reads: How many will be; default all of them.
         """
         self.bill = StateBill()
-        if not self.frozen:
+        if not self.reuses:
             return
         ordered = sorted(set(lefts), key=lambda left: (len(left), left))
         size = self.batch_size if reads is None or reads >= len(ordered) else 1
@@ -192,13 +193,14 @@ class CausalSplicer(Splicer):
             logits_to_keep=1,
             **{self.cache_argument: past},
         )
-        pairs = [torch.stack([layer.keys, layer.values], 1)[..., offset:, :] for layer in past.layers]
-        stacked = torch.stack(pairs, 1)  # (B, layers, 2, heads, length, head_dim)
-        return [stacked[i, :, :, :, : len(row)].clone() for i, row in enumerate(rows)]
+        both = [tensor for layer in past.layers for tensor in (layer.keys, layer.values)]
+        ends = [offset + len(row) for row in rows]
+        # One copy: a long prompt's states are tens of megabytes.
+        return [torch.stack([x[i, :, offset:end] for x in both]).unflatten(0, (-1, 2)) for i, end in enumerate(ends)]
 
     def loglik(self, parts: Sequence[PromptParts], soft: Soft, trees: Sequence[AnswerTree]) -> tuple[Tensor, Tensor]:
         """See `Splicer.loglik`; all candidates of a row share one pass."""
-        states = self.states([p.left for p in parts]) if self.frozen else []
+        states = self.states([p.left for p in parts]) if self.reuses else []
         embeds, mask, positions, cache, keep = self._layout(parts, soft, trees, states)
         out = self.llm(
             inputs_embeds=embeds,
@@ -215,16 +217,16 @@ class CausalSplicer(Splicer):
     ) -> tuple[Tensor, Tensor, Tensor, Any, int]:
         """Lay rows out as [pad left | pad soft right | nodes pad], so that each row's nodes begin at one column.
 
-        Where the LLM is not frozen, `left` stands in front of the soft tokens in the second part, and what is past is
+        Where nothing is reused, `left` stands in front of the soft tokens in the second part, and what is past is
         the trained prefix, if there is one.
 
         Returns embeddings of the tail (B, T, H), a boolean mask (B, T, past + T), positions (B, past + T), the cache,
         and how many columns at the end predict answers.
         """
         device, dtype, width = soft[0].device, soft[0].dtype, soft[0].shape[-1]
-        leads = [() if self.frozen else p.left for p in parts]
+        leads = [() if self.reuses else p.left for p in parts]
         sizes = [len(lead) + len(s) + len(p.right) for lead, s, p in zip(leads, soft, parts, strict=True)]
-        before = [len(p.left) if self.frozen else self.prefix_length for p in parts]
+        before = [len(p.left) if self.reuses else self.prefix_length for p in parts]
         past, body = max(before), max(sizes)
         nodes = max(len(t.tokens) for t in trees)
         total = body + nodes

@@ -31,7 +31,7 @@ class Seq2SeqSplicer(Splicer):
     def _encoded(self, parts: Sequence[PromptParts], soft: Soft) -> tuple[Tensor, Tensor]:
         """Return encoder states (B, L, H) with the soft tokens in place, and their mask (B, L)."""
         lefts = [p.left for p in parts]
-        states = self.states(lefts) if self.frozen else self._encode(lefts)
+        states = self.states(lefts) if self.reuses else self._encode(lefts)
         dtype = self.llm.get_input_embeddings().weight.dtype
         if any(p.right for p in parts):
             rows = [torch.cat([s, self.embed(p.right).to(s.dtype)]) for p, s in zip(parts, soft, strict=True)]

@@ -77,7 +77,7 @@ def with_lora(plug: PersonaPlug, soft: bool, rank: int = RANK, alpha: int = ALPH
         inject_adapter_in_model(LoraConfig(r=rank, lora_alpha=alpha, target_modules=names, **options), llm)
     config = plug.config if soft else plug.config.replace(user_tokens=0, task_tokens=1)
     made = PersonaPlug(config, llm, tokenizer, plug.encoder, plug.seed)
-    made.splicer.frozen = False
+    made.splicer.reuses = False
     adapters = [p.requires_grad_() for name, p in llm.named_parameters() if "lora_" in name]
     if not soft:
         made.embedder = NoTokens(config)  # type: ignore[assignment]

@@ -45,6 +45,6 @@ def with_prefix(plug: PersonaPlug) -> PersonaPlug:
     text = ([*words[shift:], *words[:shift]] * count)[:count]
     splicer = CausalSplicer(plug.llm, StateCache(0))
     made.embedder = Prefix(config, splicer.states([tuple(text)])[0].float())  # type: ignore[assignment]
-    splicer.frozen, splicer.prefix = False, made.embedder.prefix  # type: ignore[assignment]
+    splicer.reuses, splicer.prefix = False, made.embedder.prefix  # type: ignore[assignment]
     made.splicer = splicer
     return made

@@ -1,9 +1,13 @@
 """Trained methods at equal steps and at equal seconds, from what a run recorded."""
 
+import numpy as np
 import pytest
+import torch
 
 from eval.budgets import budget_note, budget_table
-from eval.session import LLMClock
+from eval.session import LLMClock, _reading_once
+from persona_plug.evaluation import evaluate
+from persona_plug.history import Example
 
 
 def row(curve, lr=0.001):
@@ -45,6 +49,29 @@ def test_the_clock_tells_the_llms_share(make_plug, monkeypatch):
     plug.llm(input_ids=plug.llm.dummy_inputs["input_ids"])
     assert watch.stop() == (10.0, 0.7)
     plug.llm(input_ids=plug.llm.dummy_inputs["input_ids"])  # the hooks are gone: no tick is left to take
+
+
+def test_an_encoders_passes_are_the_llms_and_count_once(make_plug, monkeypatch):
+    llm = (plug := make_plug("tiny-t5")).llm
+    ticks = iter([0.0, 1.0, 3.0, 4.0, 9.0, 10.0])  # the encoder alone 1 to 3, then both 4 to 9
+    monkeypatch.setattr("eval.session.clock", lambda _: next(ticks))
+    watch = LLMClock(plug)
+    ids = torch.tensor([[5, 6, 7]])
+    llm.get_encoder()(input_ids=ids)
+    llm(input_ids=ids, decoder_input_ids=ids)
+    assert watch.stop() == (10.0, pytest.approx(0.3))
+
+
+@pytest.mark.parametrize("answers", [("good", "bad"), None])
+@pytest.mark.parametrize("llm", ["tiny-llama", "tiny-gpt2", "tiny-t5"])
+def test_prompts_read_once_say_the_same_and_keep_nothing(make_plug, people, llm, answers):
+    plug = make_plug(llm, answers=answers)
+    held = [Example(f"u{i}", text, "good" if i % 2 else "bad") for i, text in enumerate(people.requests)]
+    kept = evaluate(plug, held, 0, personal=False)
+    plug.splicer = once = _reading_once(plug)
+    alone = evaluate(plug, held, 0, personal=False)
+    np.testing.assert_allclose(alone.values["nll"], kept.values["nll"], atol=1e-4)
+    assert (once.cache.misses, once.cache.used) == (0, 0)
 
 
 def test_the_clock_charges_for_states_that_were_there_already(make_plug, monkeypatch):

@@ -170,3 +170,25 @@ def test_a_generator_that_cannot_do_what_is_asked_is_refused(tmp_path):
             compare(tmp_path, "text", ["none"], *more, f"out={tmp_path / words[:9]}")
     with pytest.raises(ConfigError, match="vLLM"):  # it is not installed where this test runs
         compare(tmp_path, "text", ["none"], "generator=vllm", f"out={tmp_path / 'vllm'}")
+
+
+def test_vllm_writes_for_every_method_whose_llm_is_the_plain_one(tmp_path, monkeypatch):
+    asked = []
+
+    class Engine:
+        def __init__(self, llm, **options):
+            pass
+
+        def answer(self, plug, examples, personal):
+            asked.append((personal, len(examples)))
+            return ["an answer"] * len(examples)
+
+        def close(self):
+            asked.append("closed")
+
+    monkeypatch.setattr("persona_plug.serving.offline.VllmOffline", Engine)
+    tiny.write(tmp_path / "data", "text")
+    names = ["bm25", "plug", "lora", "prefix_tuning"]
+    compare(tmp_path, "text", names, "generator=vllm", "generated=3")
+    assert sorted(asked[:-1]) == [(False, 3), (True, 3)]  # bm25 and the plug
+    assert asked[-1] == "closed"
