@@ -32,15 +32,14 @@ class Seq2SeqSplicer(Splicer):
         """Return encoder states (B, L, H) with the soft tokens in place, and their mask (B, L)."""
         lefts = [p.left for p in parts]
         states = self.states(lefts) if self.reuses else self._encode(lefts)
-        dtype = self.llm.get_input_embeddings().weight.dtype
         if any(p.right for p in parts):
             rows = [torch.cat([s, self.embed(p.right).to(s.dtype)]) for p, s in zip(parts, soft, strict=True)]
             embeds, mask = _right_padded(rows)
-            out = self.llm.get_encoder()(inputs_embeds=embeds.to(dtype), attention_mask=mask)
+            out = self.llm.get_encoder()(inputs_embeds=embeds.to(self.dtype), attention_mask=mask)
             return out.last_hidden_state, mask
         rows = [torch.cat([state.to(s.dtype), s]) for state, s in zip(states, soft, strict=True)]
         embeds, mask = _right_padded(rows)
-        return embeds.to(dtype), mask
+        return embeds.to(self.dtype), mask
 
     def loglik(self, parts: Sequence[PromptParts], soft: Soft, trees: Sequence[AnswerTree]) -> tuple[Tensor, Tensor]:
         """See `Splicer.loglik`; each candidate is a decoder row, since relative position biases know no tree."""
