@@ -41,7 +41,7 @@ class Seq2SeqSplicer(Splicer):
         embeds, mask = _right_padded(rows)
         return embeds.to(self.dtype), mask
 
-    def loglik(self, parts: Sequence[PromptParts], soft: Soft, trees: Sequence[AnswerTree]) -> tuple[Tensor, Tensor]:
+    def _loglik(self, parts: Sequence[PromptParts], soft: Soft, trees: Sequence[AnswerTree]) -> tuple[Tensor, Tensor]:
         """See `Splicer.loglik`; each candidate is a decoder row, since relative position biases know no tree."""
         encoded, mask = self._encoded(parts, soft)
         chains = [_chains(tree) for tree in trees]

@@ -5,8 +5,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from persona_plug import splice
 from persona_plug.prompts import AnswerTree, PromptParts
-from persona_plug.splice import CausalSplicer, _tree_sight, gather_paths
+from persona_plug.splice import CausalSplicer, _tree_sight, gather_paths, passes
 from persona_plug.splice_seq2seq import Seq2SeqSplicer
 from persona_plug.states import StateCache
 
@@ -224,3 +225,48 @@ def test_a_training_that_asks_for_few_prompts_computes_no_others(load_parts):
     splicer.plan(lefts, reads=4)
     splicer.states([lefts[1]])
     assert all(splicer.cache.get(left) is not None for left in lefts)
+
+
+# Rows of unlike length
+
+
+def cost(sizes, groups, fixed):
+    return sum(len(g) * max(sizes[i] for i in g) + fixed for g in groups)
+
+
+@given(st.lists(st.integers(1, 300), min_size=1, max_size=7), st.integers(0, 200))
+def test_no_other_way_to_part_rows_by_length_costs_less(sizes, fixed):
+    groups = passes(sizes, fixed)
+    assert sorted(i for g in groups for i in g) == list(range(len(sizes)))
+    order = sorted(range(len(sizes)), key=sizes.__getitem__)
+    for mask in range(2 ** (len(sizes) - 1)):
+        other, group = [], [order[0]]
+        for at, row in enumerate(order[1:]):
+            if mask >> at & 1:
+                other.append(group)
+                group = []
+            group.append(row)
+        assert cost(sizes, groups, fixed) <= cost(sizes, [*other, group], fixed)
+
+
+@pytest.mark.parametrize("reuses", [True, False])
+@pytest.mark.parametrize("name", ["tiny-llama", "tiny-t5"])
+def test_rows_run_apart_say_the_same_and_pass_the_same_gradients_on(load_parts, monkeypatch, name, reuses):
+    llm, _ = load_parts(name)
+    right = () if name == "tiny-t5" else (3, 4)  # an encoder's rows have either left or right
+    parts = [PromptParts(LEFTS[i], right[: i % 3]) for i in range(5)]
+    trees = [AnswerTree.build([tuple(range(5, 5 + n))], EOS) for n in (1, 40, 2, 12, 39)]
+    trees[3] = AnswerTree.build(CANDIDATES, EOS, 1)  # more candidates than the others
+    start = torch.randn(5, 3, llm.get_input_embeddings().weight.shape[1])
+    found = []
+    for fixed in (10**6, 0):  # all in one pass, and each length by itself
+        monkeypatch.setattr(splice, "PASS_TOKENS", {"cpu": fixed})
+        splicer = (Seq2SeqSplicer if name == "tiny-t5" else CausalSplicer)(llm, StateCache(1 << 30))
+        splicer.reuses = reuses
+        soft = start.clone().requires_grad_()
+        loglik, end = splicer.loglik(parts, soft, trees)
+        (loglik[loglik.isfinite()].sum() + end.sum()).backward()
+        found.append((loglik.detach(), end.detach(), soft.grad))
+    assert found[0][0].isinf().sum() == 8
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(other, one, atol=1e-4, rtol=1e-4)
