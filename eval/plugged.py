@@ -133,7 +133,7 @@ class Plugged:
         handle = self.plug.llm.register_forward_hook(keep)
         try:
             with torch.no_grad():
-                scores, _ = self.plug.splicer.loglik(parts, soft, trees)
+                scores, _ = self.plug.splicer.in_one_pass(parts, soft, trees)
         finally:
             handle.remove()
         winners = seen[0].argmax(-1).tolist()

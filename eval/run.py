@@ -73,7 +73,9 @@ def compare(settings: dict[str, Any], out: Path) -> tuple[dict[str, Any], dict[s
     _claim(out, settings, task)
     session = Session(task, data, base, {**settings, "plug": chosen}, out)
     found: dict[str, list[Outcome]] = {}
-    for name in ordered(settings["methods"]):
+    headless = [n for n in settings["methods"] if n != PRIOR and not method(n).head and not data.answers]
+    notes = [f"{name} not run: for free text it is the plug itself, which has no answer head" for name in headless]
+    for name in ordered([n for n in settings["methods"] if n not in headless]):
         for seed in settings["seeds"][: 1 if name in settings["one_seed"] else None]:
             for row, outcome in session.outcomes(name, seed).items():
                 found.setdefault(row, []).append(outcome)
@@ -102,7 +104,7 @@ def compare(settings: dict[str, Any], out: Path) -> tuple[dict[str, Any], dict[s
         "settings": settings,
         "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
         "machine": f"{platform.machine()}, {os.cpu_count()} cores, {platform.python_implementation()}",
-        "data_notes": data.notes,
+        "data_notes": [*data.notes, *notes],
         "notes": {name: o[0].notes for name, o in found.items() if o[0].notes},
         "methods": {name: _row(merged[name], outcomes, task, data, texts, users) for name, outcomes in found.items()},
         "contrasts": contrasts(merged, users),

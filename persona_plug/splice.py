@@ -17,16 +17,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from persona_plug.embedder import Soft
+from persona_plug.passes import pass_tokens, passes
 from persona_plug.prompts import AnswerTree, PromptParts
 from persona_plug.states import StateBill, StateCache, clock
 
 MIN_SHARED = 8  # a shorter head is not worth a pass of its own
-PASS_TOKENS = {
-    "cpu": 32
-}  # what a pass costs beside its tokens: 17 to 48 of them, with SmolLM2-135M on one and two threads
-OTHER_PASS_TOKENS = (
-    4096  # a GPU waits for its launches: a guess, so high that rows are parted only where much is padding
-)
 
 
 class Splicer:
@@ -95,16 +90,19 @@ class Splicer:
         sizes = [len(s) + len(p.right) + len(t.tokens) for p, s, t in zip(parts, soft, trees, strict=True)]
         if not self.reuses:
             sizes = [len(p.left) + size for p, size in zip(parts, sizes, strict=True)]
-        groups = passes(sizes, PASS_TOKENS.get(self.llm.device.type, OTHER_PASS_TOKENS))
+        groups = passes(sizes, pass_tokens(self.llm.device))
         if len(groups) == 1:
-            return self._loglik(parts, soft, trees)
-        found = [self._loglik([parts[i] for i in g], [soft[i] for i in g], [trees[i] for i in g]) for g in groups]
+            return self.in_one_pass(parts, soft, trees)
+        found = [self.in_one_pass([parts[i] for i in g], [soft[i] for i in g], [trees[i] for i in g]) for g in groups]
         count = max(total.shape[1] for total, _ in found)
         wide = [F.pad(total, (0, count - total.shape[1]), value=float("-inf")) for total, _ in found]
         back = torch.tensor([i for g in groups for i in g], device=wide[0].device).argsort()
         return torch.cat(wide)[back], torch.cat([end for _, end in found])[back]
 
-    def _loglik(self, parts: Sequence[PromptParts], soft: Soft, trees: Sequence[AnswerTree]) -> tuple[Tensor, Tensor]:
+    def in_one_pass(
+        self, parts: Sequence[PromptParts], soft: Soft, trees: Sequence[AnswerTree]
+    ) -> tuple[Tensor, Tensor]:
+        """Return what `loglik` does, of all rows at once."""
         raise NotImplementedError
 
     def generation_inputs(self, parts: Sequence[PromptParts], soft: Soft) -> dict[str, Any]:
@@ -220,7 +218,9 @@ class CausalSplicer(Splicer):
         # One copy: a long prompt's states are tens of megabytes.
         return [torch.stack([x[i, :, offset:end] for x in both]).unflatten(0, (-1, 2)) for i, end in enumerate(ends)]
 
-    def _loglik(self, parts: Sequence[PromptParts], soft: Soft, trees: Sequence[AnswerTree]) -> tuple[Tensor, Tensor]:
+    def in_one_pass(
+        self, parts: Sequence[PromptParts], soft: Soft, trees: Sequence[AnswerTree]
+    ) -> tuple[Tensor, Tensor]:
         """See `Splicer.loglik`; all candidates of a row share one pass."""
         states = self.states([p.left for p in parts]) if self.reuses else []
         embeds, mask, positions, cache, keep = self._layout(parts, soft, trees, states)
@@ -331,29 +331,6 @@ class CausalSplicer(Splicer):
         mask[:, :first] = 1
         past = {} if self.prefix is None else {self.cache_argument: self._prefix_cache(len(rows))}
         return {"inputs_embeds": embeds, "attention_mask": mask, **past}
-
-
-def passes(sizes: Sequence[int], fixed: int) -> list[list[int]]:
-    """Split rows into passes so that padded tokens, and `fixed` tokens for each pass, are fewest.
-
-    Args:
-        sizes: Tokens of each row; a pass is as wide as its longest.
-        fixed: What a pass costs beside its tokens, in tokens.
-
-    Returns:
-        Indices of rows, the shortest first.
-    """
-    order = sorted(range(len(sizes)), key=sizes.__getitem__)
-    best, cut = [0], [0]
-    for end in range(1, len(order) + 1):
-        costs = [best[start] + (end - start) * sizes[order[end - 1]] + fixed for start in range(end)]
-        cut.append(min(range(end), key=costs.__getitem__))
-        best.append(costs[cut[-1]])
-    groups, end = [], len(order)
-    while end:
-        groups.append(order[cut[end] : end])
-        end = cut[end]
-    return groups[::-1]
 
 
 def gather_paths(logits: Tensor, trees: Sequence[AnswerTree]) -> tuple[Tensor, Tensor]:

@@ -41,7 +41,9 @@ class Seq2SeqSplicer(Splicer):
         embeds, mask = _right_padded(rows)
         return embeds.to(self.dtype), mask
 
-    def _loglik(self, parts: Sequence[PromptParts], soft: Soft, trees: Sequence[AnswerTree]) -> tuple[Tensor, Tensor]:
+    def in_one_pass(
+        self, parts: Sequence[PromptParts], soft: Soft, trees: Sequence[AnswerTree]
+    ) -> tuple[Tensor, Tensor]:
         """See `Splicer.loglik`; each candidate is a decoder row, since relative position biases know no tree."""
         encoded, mask = self._encoded(parts, soft)
         chains = [_chains(tree) for tree in trees]

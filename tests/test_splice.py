@@ -5,9 +5,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from persona_plug import splice
+from persona_plug import passes as parting
+from persona_plug.passes import passes
 from persona_plug.prompts import AnswerTree, PromptParts
-from persona_plug.splice import CausalSplicer, _tree_sight, gather_paths, passes
+from persona_plug.splice import CausalSplicer, _tree_sight, gather_paths
 from persona_plug.splice_seq2seq import Seq2SeqSplicer
 from persona_plug.states import StateCache
 
@@ -260,7 +261,7 @@ def test_rows_run_apart_say_the_same_and_pass_the_same_gradients_on(load_parts, 
     start = torch.randn(5, 3, llm.get_input_embeddings().weight.shape[1])
     found = []
     for fixed in (10**6, 0):  # all in one pass, and each length by itself
-        monkeypatch.setattr(splice, "PASS_TOKENS", {"cpu": fixed})
+        monkeypatch.setattr(parting, "PASS_TOKENS", {"cpu": fixed})
         splicer = (Seq2SeqSplicer if name == "tiny-t5" else CausalSplicer)(llm, StateCache(1 << 30))
         splicer.reuses = reuses
         soft = start.clone().requires_grad_()

@@ -71,6 +71,12 @@ def test_stored_predictions_score_what_is_reported(everything, name):
         assert results["methods"][name]["metrics"][metric]["value"] == pytest.approx(value, abs=1e-12)
 
 
+def test_a_method_that_would_repeat_another_is_left_out_and_said(tmp_path):
+    results = compare(tmp_path, "text", ["none", "plug_llm_alone"])
+    assert list(results["methods"]) == ["none"]
+    assert any(note.startswith("plug_llm_alone not run") for note in results["data_notes"])
+
+
 def test_ratings_score_from_their_two_files(tmp_path):
     results = compare(tmp_path, "rating", ["plug", "none"])
     golds = json.loads((tmp_path / "data" / "dev_outputs.json").read_text())
