@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import torch
 
-# In tokens. On a CPU 17 to 48, measured with SmolLM2-135M on one and two threads. Elsewhere a guess, so high that rows
+# In tokens. Some tens on a CPU (SmolLM2-135M), since each pass reads all weights. Elsewhere a guess, so high that rows
 # are parted only where very much is padding: a GPU waits for its launches.
 PASS_TOKENS = {"cpu": 32}
 OTHER_PASS_TOKENS = 4096
