@@ -68,8 +68,8 @@ def evaluate(
         # The temperature was fitted for the plug's scores, not for log-likelihoods of the LLM alone.
         temperature = plug.embedder.score_temperature.cpu() if personal and head else 1.0
         return label_answers((scores / temperature).softmax(-1).double().numpy(), held, plug.config.answers)
-    dataset = PlugDataset(plug, queue)
-    loglik = score_samples(plug, dataset, personal=personal)[0][:, 0].double().numpy()
+    dataset = PlugDataset(plug, queue, personal)
+    loglik = score_samples(plug, dataset)[0][:, 0].double().numpy()
     lengths = np.array([len(t.paths[0]) for t in dataset.trees])
     values = {"nll": (-loglik / lengths)[back]}
     some = spread(len(held), generated)
@@ -80,14 +80,12 @@ def evaluate(
 
 
 @torch.no_grad()
-def score_samples(
-    plug: PersonaPlug, samples: PlugDataset, batch_size: int = 32, personal: bool = True
-) -> tuple[Tensor, Tensor]:
+def score_samples(plug: PersonaPlug, samples: PlugDataset, batch_size: int = 32) -> tuple[Tensor, Tensor]:
     """Return scores (N, C), end token included for free text, and gold indices (N,), on the CPU."""
     rows = []
     for start in range(0, len(samples), batch_size):
         batch = samples.collate(range(start, min(start + batch_size, len(samples))))
-        if personal:
+        if batch["history"] is not None:
             loglik, _, bias = plug(batch["history"], batch["parts"], batch["trees"])
         else:
             soft = plug.plain(len(batch["parts"])).soft

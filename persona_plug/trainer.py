@@ -92,12 +92,21 @@ class FitConfig:
 class PlugDataset(Dataset[int]):
     """Samples as prompts, answer trees and row numbers of encoded histories."""
 
-    def __init__(self, plug: PersonaPlug, examples: Sequence[Example]) -> None:
-        """Tokenise prompts and answers, and encode all texts (from the vector cache where known)."""
+    def __init__(self, plug: PersonaPlug, examples: Sequence[Example], personal: bool = True) -> None:
+        """Tokenise prompts and answers, and encode all texts (from the vector cache where known).
+
+        Args:
+            plug: Whose prompter, answers and encoder are used.
+            examples: The samples, at least one.
+            personal: False for the plain LLM, which reads no history: nothing is encoded.
+
+        Raises:
+            DataError: There are no samples.
+        """
         if not examples:
             raise DataError("there are no samples to train on")
         self.examples = list(examples)
-        self.table = plug.table(examples)
+        self.table = plug.table(examples) if personal else None
         self.offsets: Tensor | None = None  # (N, C) what the answer head says in training
         prompter, answers = plug.prompter, plug.config.answers
         self.parts = [prompter.parts(e.input, e.prompt) for e in self.examples]
@@ -125,7 +134,7 @@ class PlugDataset(Dataset[int]):
         gold = [self.gold[i] for i in indices]
         lengths = [len(t.paths[g]) + (t.gold_end is not None) for t, g in zip(trees, gold, strict=True)]
         return {
-            "history": self.table.batch([self.examples[i] for i in indices]),
+            "history": None if self.table is None else self.table.batch([self.examples[i] for i in indices]),
             "parts": [self.parts[i] for i in indices],
             "trees": trees,
             "gold": torch.tensor(gold),

@@ -28,3 +28,18 @@ def test_each_question_gets_its_own_values(make_plug, answers):
         assert together.texts == [evaluate(plug, held[i : i + 1], generated=1).texts[0] for i in some]
     else:
         assert together.texts == plug.choose([e.input for e in held], history=[list(e.history) for e in held])[0]
+
+
+@pytest.mark.parametrize("answers", [("good", "bad"), None])
+def test_the_plain_llm_encodes_nothing(make_plug, answers, monkeypatch):
+    """Else the first method that is asked would be charged for what another one reads."""
+    plug = make_plug(answers=answers, max_answer_tokens=6)
+    held = [Example("u", text, "good", (HistoryItem("before", "bad"),)) for text in TEXTS[:4]]
+    encoded = []
+    encode = plug.encoder.encode
+    monkeypatch.setattr(plug.encoder, "encode", lambda texts, *a, **k: encoded.extend(texts) or encode(texts, *a, **k))
+    evaluate(plug, held, generated=2)
+    assert encoded
+    del encoded[:]
+    evaluate(plug, held, generated=2, personal=False)
+    assert not encoded
