@@ -7,11 +7,13 @@ import json
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from eval.clock import LLMClock, reading_seconds
 from eval.lamp.prompts import render
 from eval.methods import METHODS, PRIOR, Method, method
 from eval.summaries import Summaries, profile_text, with_profile
@@ -22,7 +24,7 @@ from persona_plug.model import PersonaPlug
 from persona_plug.persistence import write_atomically
 from persona_plug.retrieval import Retriever, neighbours
 from persona_plug.splice import Splicer
-from persona_plug.states import StateBill, StateCache, clock
+from persona_plug.states import StateCache, clock
 from persona_plug.trainer import FitConfig
 from persona_plug.training_data import FitData
 from training.lora import for_each_user
@@ -107,6 +109,7 @@ class Session:
             held = with_other_history(held, seed)
         elif chosen.history == "none":
             held = [replace(e, history=()) for e in held]
+        reading = self._reading if _reads_request(chosen, plug) else 0.0
         watch = LLMClock(plug)
         held = self._prompted(chosen, held, seed)
         if chosen.user_adapter:
@@ -117,7 +120,7 @@ class Session:
             plug.splicer = kept
         else:
             answers = self._answers(plug, held, personal=chosen.recipe is not None, head=chosen.head)
-        seconds, outside = watch.stop()
+        seconds, outside = watch.stop(reading)
         parts = [plug.prompter.parts(e.input, e.prompt) for e in held]
         soft = plug.config.soft_tokens if fitted and hasattr(plug.embedder, "tokens") else 0
         soft += getattr(plug.splicer, "prefix_length", 0)
@@ -256,46 +259,13 @@ class Session:
             for q, h, near in zip(queries, histories, others, strict=True)
         ]
 
+    @cached_property
+    def _reading(self) -> float:
+        return reading_seconds(self.base.encoder, [e.input for e in self.data.held_out])
+
     def _count(self, what: str, how_many: int) -> None:
         if how_many:
             self.notes[what] = self.notes.get(what, 0) + how_many
-
-
-class LLMClock:
-    """Measures how long something takes, and which share of it is spent outside the LLM's passes.
-
-    Frozen states that another method has left count as if they had been computed here: a new question has none.
-    """
-
-    def __init__(self, plug: PersonaPlug) -> None:
-        """Start the clock (see `persona_plug.states.clock`)."""
-        llm = plug.llm
-        self.llm, self.inside, self.entered, self.depth = llm, 0.0, 0.0, 0
-        self.bill = plug.splicer.bill = StateBill()
-        # An encoder runs by itself, too.
-        parts = [llm, llm.get_encoder()] if llm.config.is_encoder_decoder else [llm]
-        self.hooks = [part.register_forward_pre_hook(self._enter) for part in parts]
-        self.hooks += [part.register_forward_hook(self._leave) for part in parts]
-        self.began = clock(llm)
-
-    def _enter(self, *_: Any) -> None:  # noqa: ANN401
-        if self.depth == 0:
-            self.entered = clock(self.llm)
-        self.depth += 1
-
-    def _leave(self, *_: Any) -> None:  # noqa: ANN401
-        self.depth -= 1
-        if self.depth == 0:
-            self.inside += clock(self.llm) - self.entered
-
-    def stop(self) -> tuple[float, float]:
-        """Return seconds and the share outside."""
-        seconds = clock(self.llm) - self.began
-        for hook in self.hooks:
-            hook.remove()
-        outside = seconds - self.inside
-        seconds += self.bill.owed - self.bill.spent
-        return seconds, outside / seconds
 
 
 def ordered(names: Sequence[str]) -> list[str]:
@@ -321,6 +291,13 @@ def _nearest(wanted: np.ndarray, pool: np.ndarray) -> list[list[int]]:
     both = np.concatenate([wanted, pool])
     found = neighbours(both, range(len(wanted)), len(both))
     return [[i - len(wanted) for i in near if i >= len(wanted)][:NEIGHBOURS] for near in found]
+
+
+def _reads_request(chosen: Method, plug: PersonaPlug) -> bool:
+    """Return whether a method needs the history encoder's vector of the request: a plug, or retrieval by nearness."""
+    soft = hasattr(plug.embedder, "tokens") and plug.config.user_tokens > 0
+    own = plug.config.train_request  # it reads requests itself, on the clock
+    return chosen.prompt in ("dense", "rrf", "graph") or (chosen.recipe is not None and soft and not own)
 
 
 def _reading_once(plug: PersonaPlug) -> Splicer:

@@ -19,6 +19,7 @@ from persona_plug import zoo
 from persona_plug.errors import ConfigError, DataError
 from persona_plug.fingerprint import weights_digest
 from persona_plug.llm import pick_device
+from persona_plug.states import clock
 from persona_plug.vectors import VectorCache
 
 logger = logging.getLogger(__name__)
@@ -28,11 +29,15 @@ Pooling = Literal["mean", "cls"]
 
 @dataclass(slots=True)
 class EncodeStats:
-    """Counts since the encoder was made: texts asked for, encoded by the model, and cut at `max_length`."""
+    """Counts since the encoder was made: texts asked for, encoded by the model, and cut at `max_length`.
+
+    `seconds` went into encoding, see `persona_plug.states.clock`.
+    """
 
     requested: int = 0
     encoded: int = 0
     truncated: int = 0
+    seconds: float = 0.0
 
 
 class HistoryEncoder:
@@ -119,7 +124,9 @@ class HistoryEncoder:
         wanted = {t: _key(t) for t in dict.fromkeys(texts) if t.strip()}
         known = self._cache.get(list(wanted.values())) if self._cache is not None else {}
         missing = [t for t, key in wanted.items() if key not in known]
+        start = clock(self)
         known.update(self._encode_missing(missing, wanted, progress))
+        self.stats.seconds += clock(self) - start
         zero = np.zeros(self.dim, dtype=np.float16)
         rows = [known[wanted[t]] if t in wanted else zero for t in texts]
         stacked = np.stack(rows) if rows else np.zeros((0, self.dim), dtype=np.float16)

@@ -5,7 +5,8 @@ import pytest
 import torch
 
 from eval.budgets import budget_note, budget_table
-from eval.session import LLMClock, _reading_once
+from eval.clock import LLMClock, reading_seconds
+from eval.session import _reading_once
 from persona_plug.evaluation import evaluate
 from persona_plug.history import Example
 
@@ -44,7 +45,7 @@ def test_a_run_without_training_says_so():
 def test_the_clock_tells_the_llms_share(make_plug, monkeypatch):
     plug = make_plug()
     ticks = iter([0.0, 2.0, 5.0, 10.0])  # start, into the LLM, out of it, stop
-    monkeypatch.setattr("eval.session.clock", lambda _: next(ticks))
+    monkeypatch.setattr("eval.clock.clock", lambda _: next(ticks))
     watch = LLMClock(plug)
     plug.llm(input_ids=plug.llm.dummy_inputs["input_ids"])
     assert watch.stop() == (10.0, 0.7)
@@ -54,7 +55,7 @@ def test_the_clock_tells_the_llms_share(make_plug, monkeypatch):
 def test_an_encoders_passes_are_the_llms_and_count_once(make_plug, monkeypatch):
     llm = (plug := make_plug("tiny-t5")).llm
     ticks = iter([0.0, 1.0, 3.0, 4.0, 9.0, 10.0])  # the encoder alone 1 to 3, then both 4 to 9
-    monkeypatch.setattr("eval.session.clock", lambda _: next(ticks))
+    monkeypatch.setattr("eval.clock.clock", lambda _: next(ticks))
     watch = LLMClock(plug)
     ids = torch.tensor([[5, 6, 7]])
     llm.get_encoder()(input_ids=ids)
@@ -78,7 +79,7 @@ def test_the_clock_charges_for_states_that_were_there_already(make_plug, monkeyp
     plug = make_plug()
     left = plug.prompter.parts("a question").left
     ticks = iter([0.0, 4.0, 10.0, 12.0])  # the state's start and end, then those of what is measured
-    for module in ("persona_plug.splice", "eval.session"):
+    for module in ("persona_plug.splice", "eval.clock"):
         monkeypatch.setattr(f"{module}.clock", lambda _: next(ticks))
     plug.splicer.states([left])
     watch = LLMClock(plug)
@@ -86,3 +87,26 @@ def test_the_clock_charges_for_states_that_were_there_already(make_plug, monkeyp
     seconds, outside = watch.stop()
     assert seconds == 2.0 + 4.0
     assert outside == pytest.approx(2.0 / 6.0)
+
+
+def test_encoding_items_is_no_questions_cost_and_reading_the_request_is(make_plug, monkeypatch):
+    plug = make_plug()
+    ticks = iter([0.0, 1.0, 8.0, 10.0])  # start, into the encoder, out of it, stop
+    for module in ("persona_plug.encoder", "eval.clock"):
+        monkeypatch.setattr(f"{module}.clock", lambda _: next(ticks))
+    watch = LLMClock(plug)
+    plug.encoder.encode(["an item nobody has encoded yet"])
+    assert watch.stop(reading=1.0) == (10.0 - 7.0 + 1.0, 1.0)
+
+
+def test_reading_requests_is_measured_past_the_cache(make_plug, monkeypatch):
+    encoder = make_plug().encoder
+    texts = [f"request {i}" * (1 + i % 3) for i in range(encoder.batch_size + 3)]
+    encoder.encode(texts)
+    seen = []
+    forward = encoder.forward
+    monkeypatch.setattr(encoder, "forward", lambda ids: seen.extend(map(tuple, ids)) or forward(ids))
+    ticks = iter([3.0, 5.0])
+    monkeypatch.setattr("eval.clock.clock", lambda _: next(ticks))
+    assert reading_seconds(encoder, texts) == 2.0
+    assert sorted(seen) == sorted(tuple(encoder.ids(t)) for t in texts)
