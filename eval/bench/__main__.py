@@ -1,4 +1,4 @@
-"""`python -m eval.bench [key=value ...]`: training step, history encoding, file size, import time.
+"""`python -m eval.bench [key=value ...]`: the LLM's passes, history encoding, file size, import time.
 
 One thread, CPU time of the process, ABBA order; FLOPs by torch's counter, which knows no noise.
 """
@@ -16,14 +16,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch.utils.flop_counter import FlopCounterMode
 
+from eval.bench.steps import rows, steps
 from eval.bench.timing import Ratio, paired
 from persona_plug.encoder import HistoryEncoder
 from persona_plug.errors import PersonaPlugError
-from persona_plug.history import Example, HistoryItem
 from persona_plug.model import PersonaPlug
-from persona_plug.prompts import AnswerTree, PromptParts
 from training.config import load
 
 DEFAULTS: dict[str, Any] = {
@@ -36,66 +34,6 @@ DEFAULTS: dict[str, Any] = {
     "texts": 96,
     "out": None,
 }
-
-
-def steps(settings: dict[str, Any]) -> dict[str, Any]:
-    """Compare training steps: suffix to prefix, and prefix to the bare frozen forward and input-backward."""
-    plugs = {
-        place: PersonaPlug.build(settings["llm"], settings["encoder"], placement=place, max_input_tokens=1024)
-        for place in ("suffix", "prefix")
-    }
-    generator = torch.Generator().manual_seed(0)
-    size = plugs["suffix"].llm.get_input_embeddings().weight.shape[0]
-
-    def random_ids(count: int) -> tuple[int, ...]:
-        return tuple(torch.randint(10, size, (count,), generator=generator).tolist())
-
-    bodies = [random_ids(settings["input_tokens"]) for _ in range(settings["batch"])]
-    tree = AnswerTree.build([random_ids(settings["answer_tokens"] - 1)], plugs["suffix"].prompter.eos)
-    items = tuple(HistoryItem(f"an earlier text number {i}", f"an answer {i}") for i in range(32))
-    examples = [Example("u", f"request {i}", "", items) for i in range(settings["batch"])]
-
-    def stepper(place: str, keep: bool) -> Any:  # noqa: ANN401
-        plug = plugs[place].train()
-        batch = plug.table(examples).batch(examples)
-        before, after = tuple(plug.prompter.before), tuple(plug.prompter.after)
-        parts = [
-            PromptParts((*before, *body), after) if place == "suffix" else PromptParts(before, (*body, *after))
-            for body in bodies
-        ]
-        plug.splicer.begin_with(before)
-
-        def step() -> None:
-            if not keep:
-                plug.splicer.cache.clear()
-            plug.zero_grad()
-            loglik, end, _ = plug(batch, parts, [tree] * len(parts))
-            (-(loglik.sum() + end.sum())).backward()
-
-        return step
-
-    llm = plugs["prefix"].llm
-    before, after = plugs["prefix"].prompter.before, plugs["prefix"].prompter.after
-    soft = plugs["prefix"].config.soft_tokens
-    length = len(before) + soft + settings["input_tokens"] + len(after) + settings["answer_tokens"] - 1
-    embeds = torch.randn(settings["batch"], length, plugs["prefix"].config.llm_width)
-
-    def floor() -> None:
-        """Bare model on the same number of positions, with the gradient to its inputs."""
-        inputs = embeds.clone().requires_grad_()
-        logits = llm(inputs_embeds=inputs, logits_to_keep=settings["answer_tokens"]).logits
-        logits.logsumexp(-1).sum().backward()
-
-    suffix, suffix_first, prefix = stepper("suffix", True), stepper("suffix", False), stepper("prefix", True)
-    found: dict[str, Any] = {
-        "suffix step, states kept / prefix step": paired(suffix, prefix, settings["pairs"]),
-        "suffix step, first epoch / prefix step": paired(suffix_first, prefix, settings["pairs"]),
-        "prefix step / bare forward + input-backward": paired(prefix, floor, settings["pairs"]),
-    }
-    flops = {name: _flops(f) for name, f in (("suffix", suffix), ("prefix", prefix), ("floor", floor))}
-    found["FLOPs: suffix step, states kept / prefix step"] = flops["suffix"] / flops["prefix"]
-    found["FLOPs: prefix step / floor"] = flops["prefix"] / flops["floor"]
-    return found
 
 
 def encoding(settings: dict[str, Any]) -> dict[str, Any]:
@@ -160,17 +98,11 @@ def imports() -> dict[str, Any]:
     }
 
 
-def _flops(call: Any) -> int:  # noqa: ANN401
-    with FlopCounterMode(display=False) as counter:
-        call()
-    return counter.get_total_flops()
-
-
 def main() -> None:
     """Run all benchmarks and show one table."""
     settings = load(sys.argv[1:], DEFAULTS)
     torch.set_num_threads(1)
-    found = {**imports(), **sizes(settings), **encoding(settings), **steps(settings)}
+    found = {**imports(), **sizes(settings), **encoding(settings), **steps(settings), **rows(settings)}
     lines = [
         f"{datetime.datetime.now(datetime.UTC).date()}, {platform.machine()}, {os.cpu_count()} cores, one thread, "
         f"torch {torch.__version__}, LLM {settings['llm']}, encoder {settings['encoder']}, batch {settings['batch']}, "
