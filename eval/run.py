@@ -75,7 +75,10 @@ def compare(settings: dict[str, Any], out: Path) -> tuple[dict[str, Any], dict[s
     found: dict[str, list[Outcome]] = {}
     headless = [n for n in settings["methods"] if n != PRIOR and not method(n).head and not data.answers]
     notes = [f"{name} not run: for free text it is the plug itself, which has no answer head" for name in headless]
-    for name in ordered([n for n in settings["methods"] if n not in headless]):
+    runnable = [n for n in settings["methods"] if n not in headless]
+    if not runnable:
+        raise ConfigError("; ".join(notes) or "methods=[] names none; give at least one, such as methods=[none, plug]")
+    for name in ordered(runnable):
         for seed in settings["seeds"][: 1 if name in settings["one_seed"] else None]:
             for row, outcome in session.outcomes(name, seed).items():
                 found.setdefault(row, []).append(outcome)

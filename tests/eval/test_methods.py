@@ -75,6 +75,10 @@ def test_a_method_that_would_repeat_another_is_left_out_and_said(tmp_path):
     results = compare(tmp_path, "text", ["none", "plug_llm_alone"])
     assert list(results["methods"]) == ["none"]
     assert any(note.startswith("plug_llm_alone not run") for note in results["data_notes"])
+    with pytest.raises(ConfigError, match=r"^plug_llm_alone not run"):
+        compare(tmp_path, "text", ["plug_llm_alone"])
+    with pytest.raises(ConfigError, match="names none"):
+        compare(tmp_path, "text", [])
 
 
 def test_ratings_score_from_their_two_files(tmp_path):
