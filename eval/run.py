@@ -73,9 +73,9 @@ def compare(settings: dict[str, Any], out: Path) -> tuple[dict[str, Any], dict[s
     _claim(out, settings, task)
     session = Session(task, data, base, {**settings, "plug": chosen}, out)
     found: dict[str, list[Outcome]] = {}
-    headless = [n for n in settings["methods"] if n != PRIOR and not method(n).head and not data.answers]
-    notes = [f"{name} not run: for free text it is the plug itself, which has no answer head" for name in headless]
-    runnable = [n for n in settings["methods"] if n not in headless]
+    repeats = {} if data.answers else {n: why for n in settings["methods"] if (why := _repeats(n))}
+    notes = [f"{name} not run: for free text {why}" for name, why in repeats.items()]
+    runnable = [n for n in settings["methods"] if n not in repeats]
     if not runnable:
         raise ConfigError("; ".join(notes) or "methods=[] names none; give at least one, such as methods=[none, plug]")
     for name in ordered(runnable):
@@ -113,6 +113,15 @@ def compare(settings: dict[str, Any], out: Path) -> tuple[dict[str, Any], dict[s
         "contrasts": contrasts(merged, users),
     }
     return results, _details(merged, found, data, users, texts)
+
+
+def _repeats(name: str) -> str | None:
+    """Return why a method gives for free text just what another one gives, if it does."""
+    if name == PRIOR:
+        return None
+    if not method(name).head:
+        return "it is the plug itself, which has no answer head"
+    return "it is summary, as there are no labels to count" if method(name).prompt == "profile" else None
 
 
 def _claim(out: Path, settings: Mapping[str, Any], task: Task) -> None:

@@ -72,9 +72,10 @@ def test_stored_predictions_score_what_is_reported(everything, name):
 
 
 def test_a_method_that_would_repeat_another_is_left_out_and_said(tmp_path):
-    results = compare(tmp_path, "text", ["none", "plug_llm_alone"])
+    results = compare(tmp_path, "text", ["none", "plug_llm_alone", "summary_profile"])
     assert list(results["methods"]) == ["none"]
-    assert any(note.startswith("plug_llm_alone not run") for note in results["data_notes"])
+    for name in ("plug_llm_alone", "summary_profile"):
+        assert any(note.startswith(f"{name} not run") for note in results["data_notes"])
     with pytest.raises(ConfigError, match=r"^plug_llm_alone not run"):
         compare(tmp_path, "text", ["plug_llm_alone"])
     with pytest.raises(ConfigError, match="names none"):
