@@ -34,33 +34,39 @@ def load_data(settings: Mapping[str, Any], task: Task) -> FitData:
     train = read_lamp(folder / "train_questions.json", folder / "train_outputs.json", fields=fields)
     files = folder / f"{split}_questions.json", folder / f"{split}_outputs.json"
     held = read_lamp(*files, train.template, fields=fields)
-    samples = leave_one_out_profiles(train.examples)
-    limit, possible = settings["profile_targets"], len(samples)
-    if limit is not None and limit < len(samples):
-        chosen = np.random.default_rng(0).choice(len(samples), limit, replace=False)
-        samples = [samples[i] for i in sorted(chosen)]
+    possible = leave_one_out_profiles(train.examples)
+    targets = _draw(possible, settings["profile_targets"])
+    everything, notes = _usable([*train.examples, *targets], task.answers)
     users = sorted({e.user_id for e in train.examples})
     if shared := set(users) & {e.user_id for e in held.examples}:
         logger.warning("%d users are in train and in %s", len(shared), split)
     count = max(1, round(settings["valid"] * len(users)))
     valid = {str(u) for u in np.random.default_rng(0).choice(users, count, replace=False)}
-    everything = [*train.examples, *samples]
-    notes = []
-    if task.answers:
-        usable = [e for e in everything if e.output.strip() in task.answers]
-        if foreign := len(everything) - len(usable):
-            notes.append(f"{foreign} training samples left out: their output is none of the task's answers")
-        everything = usable
+    learned = [e for e in everything if e.user_id not in valid]
+    looked_at = [e for e in everything if e.user_id in valid]
     asked = sample_questions(held.examples, settings["questions"])
-    learned = [e for e in everything if e.user_id not in valid], [e for e in everything if e.user_id in valid]
-    sizes = f"{len(learned[0])} training samples of {len(users) - len(valid)} users, {len(learned[1])} of {len(valid)}"
+    sizes = f"{len(learned)} training samples of {len(users) - len(valid)} users, {len(looked_at)} of {len(valid)}"
     notes += [
-        f"{sizes} users held back, {len(samples)} of {possible} profile items are targets",
+        f"{sizes} users held back, {len(targets)} of {len(possible)} profile items are targets",
         f"{len(asked)} of {len(held.examples)} {split} questions asked",
     ]
-    return FitData(
-        augment(learned[0], settings["augment"]), learned[1], asked, train.template, task.answers, notes=notes
-    )
+    return FitData(augment(learned, settings["augment"]), looked_at, asked, train.template, task.answers, notes=notes)
+
+
+def _draw(samples: list[Example], limit: int | None) -> list[Example]:
+    """Return at most `limit` samples in their order, the same ones in every run."""
+    if limit is None or limit >= len(samples):
+        return samples
+    chosen = np.random.default_rng(0).choice(len(samples), limit, replace=False)
+    return [samples[i] for i in sorted(chosen)]
+
+
+def _usable(samples: list[Example], answers: Sequence[str] | None) -> tuple[list[Example], list[str]]:
+    """Return the samples whose output is one of the answers, and a note of how many are not."""
+    usable = samples if not answers else [e for e in samples if e.output.strip() in answers]
+    foreign = len(samples) - len(usable)
+    note = f"{foreign} training samples left out: their output is none of the task's answers"
+    return usable, [note] if foreign else []
 
 
 def sample_questions(examples: Sequence[Example], limit: int | None) -> list[Example]:
