@@ -218,9 +218,9 @@ class Session:
         asked = [q if q is not None else text for q, text in zip(queries, whole, strict=True)]
         shown = self._shown(chosen, examples, asked, seed)
         profiles = [""] * len(examples)
-        if chosen.prompt == "profile" and self.data.answers:
+        if chosen.prompt == "profile":
             profiles = [profile_text(e.history) for e in examples]
-        elif chosen.prompt in ("summary", "profile"):
+        elif chosen.prompt == "summary":
             if self._summaries is None:
                 self._summaries = Summaries(self.base, self.out)
             profiles = self._summaries.of_many(self.task, [e.history for e in examples])

@@ -17,8 +17,6 @@ SETTINGS = {
 def test_rows_of_unlike_length_cost_less_apart():
     found = rows(SETTINGS)
     assert 0.2 < found["FLOPs: rows apart / one pass"] < 0.7
-    assert found["step on answers of unlike length, rows apart / one pass"].pairs == 1
-    assert found["prompts read once, one pass / states ahead"].median > 0
 
 
 def test_a_step_behind_the_input_costs_less_than_one_in_front():

@@ -6,9 +6,11 @@ import torch
 
 from eval.budgets import budget_note, budget_table
 from eval.clock import LLMClock, reading_seconds
-from eval.session import _reading_once
+from eval.methods import METHODS, method
+from eval.session import _reading_once, _reads_request
 from persona_plug.evaluation import evaluate
 from persona_plug.history import Example
+from training.recipes import make
 
 
 def row(curve, lr=0.001):
@@ -110,3 +112,12 @@ def test_reading_requests_is_measured_past_the_cache(make_plug, monkeypatch):
     monkeypatch.setattr("eval.clock.clock", lambda _: next(ticks))
     assert reading_seconds(encoder, texts) == 2.0
     assert sorted(seen) == sorted(tuple(encoder.ids(t)) for t in texts)
+
+
+def test_those_that_read_the_requests_vector_are_charged_for_it(make_plug):
+    base = make_plug()
+    plugs = {n: make(method(n).recipe, base, {}, 0) if method(n).recipe else base for n in METHODS}
+    free = {n for n, plug in plugs.items() if not _reads_request(method(n), plug)}
+    prompted = {"none", "random", "recency", "bm25", "summary", "summary_profile"}
+    without_user = {"task_prompt", "prefix_tuning", "lora", "lora_rag", "lora_user"}
+    assert free == prompted | without_user | {"plug_paper_full"}  # the last one's own reading is on the clock
