@@ -140,7 +140,7 @@ def rating_priors(
 
 
 def text_priors(test: Sequence[Example], encoder: HistoryEncoder, words: int = 10) -> dict[str, list[str]]:
-    """Return texts on `test`: the request's first words, or the output of the user's nearest item."""
+    """Return texts on `test`: the request as it is, its first words, or the output of the user's nearest item."""
     requests = encoder.encode([e.input for e in test]).numpy()
     nearest = []
     for example, request in zip(test, requests, strict=True):
@@ -149,7 +149,11 @@ def text_priors(test: Sequence[Example], encoder: HistoryEncoder, words: int = 1
             continue
         keys = encoder.encode([i.input or i.output for i in example.history]).numpy()
         nearest.append(example.history[int((keys @ request).argmax())].output)
-    return {"first_words": [" ".join(e.input.split()[:words]) for e in test], "nearest_own_output": nearest}
+    return {
+        "whole_request": [e.input for e in test],  # where a text is to be rewritten, most of it is already right
+        "first_words": [" ".join(e.input.split()[:words]) for e in test],
+        "nearest_own_output": nearest,
+    }
 
 
 def nll(probabilities: np.ndarray, gold: np.ndarray) -> float:

@@ -179,6 +179,7 @@ def test_text_baselines_copy_what_they_say():
         example("w", "anything", "gold"),
     ]
     found = text_priors(test, ENCODER)
+    assert found["whole_request"] == [e.input for e in test]
     assert found["nearest_own_output"] == ["Run!", "music is life", ""]
     assert found["first_words"] == ["sport in the rain and many many more words than", "music tonight", "anything"]
     assert text_priors(test, ENCODER, words=2)["first_words"][0] == "sport in"
