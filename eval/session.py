@@ -166,7 +166,7 @@ class Session:
             self._fitted = key, found
         return self._fitted[1]
 
-    def _answers(self, plug: PersonaPlug, held: Sequence[Example], personal: bool = True, head: bool = True) -> Answers:
+    def _answers(self, plug: PersonaPlug, held: Sequence[Example], personal: bool, head: bool = True) -> Answers:
         return evaluate(plug, held, self.settings["generated"], personal, head, self._write)
 
     def _write(self, plug: PersonaPlug, examples: Sequence[Example], personal: bool) -> list[str]:
@@ -192,18 +192,15 @@ class Session:
         merged: dict[str, np.ndarray] = {}
         texts: dict[int, str] = {}
         rows: dict[int, np.ndarray] = {}
-        limit, self.settings["generated"] = self.settings["generated"], len(held)
-        budget = set(spread(len(held), limit))
+        budget = set(expected_texts(held, plug.config.answers, self.settings["generated"]))
         for indices, own in for_each_user(plug, held, config, self.settings["user_steps"]):
-            found = self._answers(own, [held[i] for i in indices])
+            asked = [at for at, i in enumerate(indices) if i in budget]
+            found = evaluate(own, [held[i] for i in indices], asked, write=self._write)
             for metric, values in found.values.items():
                 merged.setdefault(metric, np.full(len(held), np.nan))[indices] = values
-            for at, i in enumerate(indices):
-                if plug.config.answers is not None or i in budget:
-                    texts[i] = (found.texts or [])[at]
-                if found.probabilities is not None:
-                    rows[i] = found.probabilities[at]
-        self.settings["generated"] = limit
+            texts |= zip([indices[at] for at in asked], found.texts or (), strict=True)
+            if found.probabilities is not None:
+                rows |= zip(indices, found.probabilities, strict=True)
         table = np.stack([rows[i] for i in range(len(held))]) if rows else None
         return Answers(merged, [texts[i] for i in sorted(texts)], table)
 

@@ -51,14 +51,22 @@ class Answers:
 def evaluate(
     plug: PersonaPlug,
     held: Sequence[Example],
-    generated: int = 48,
+    generated: int | Sequence[int] = 48,
     personal: bool = True,
     head: bool = True,
     write: Writer | None = None,
 ) -> Answers:
-    """Return one method's values on each question; texts are written by `write`, default the plug's own `generate`.
+    """Return one method's values on each question.
 
     Questions of like length run together: a batch is as wide as its longest row.
+
+    Args:
+        plug: The method.
+        held: N questions.
+        generated: Of free text so many answers at most are written, evenly spread, or those with these indices.
+        personal: Whether with soft tokens.
+        head: Whether an answer head counts.
+        write: Writes texts; default the plug's own `generate`.
     """
     order = np.argsort([prompt_length(plug, e) for e in held], kind="stable")
     back = np.argsort(order)
@@ -72,7 +80,7 @@ def evaluate(
     loglik = score_samples(plug, dataset)[0][:, 0].double().numpy()
     lengths = np.array([len(t.paths[0]) for t in dataset.trees])
     values = {"nll": (-loglik / lengths)[back]}
-    some = spread(len(held), generated)
+    some = spread(len(held), generated) if isinstance(generated, int) else list(generated)
     asked = sorted(some, key=lambda i: int(back[i]))
     written = (write or _generate)(plug, [held[i] for i in asked], personal) if some else []
     texts = dict(zip(asked, written, strict=True))

@@ -26,6 +26,9 @@ def test_each_question_gets_its_own_values(make_plug, answers):
         some = [i for i in range(20) if not np.isnan(together.values["rouge-1"][i])]
         assert len(some) == 7
         assert together.texts == [evaluate(plug, held[i : i + 1], generated=1).texts[0] for i in some]
+        named = evaluate(plug, held, generated=[some[5], some[1]])
+        assert named.texts == [together.texts[5], together.texts[1]]
+        assert np.flatnonzero(~np.isnan(named.values["rouge-1"])).tolist() == [some[1], some[5]]
     else:
         assert together.texts == plug.choose([e.input for e in held], history=[list(e.history) for e in held])[0]
 

@@ -105,6 +105,22 @@ def test_texts_are_scored_on_those_that_were_generated(tmp_path):
     assert (tmp_path / "out" / "report.html").read_text().lower().startswith("<!doctype html>")
 
 
+def test_an_adapter_for_each_user_writes_the_same_answers_as_the_others(tmp_path, monkeypatch):
+    """Else its seconds would be those of more texts than another method's."""
+    real, asked = Session._write, {}
+
+    def write(self, plug, examples, personal):
+        asked.setdefault(plug.llm is self.base.llm, []).extend(e.id for e in examples)
+        return real(self, plug, examples, personal)
+
+    monkeypatch.setattr(Session, "_write", write)
+    compare(tmp_path, "text", ["none", "lora_user"])
+    assert len(asked[True]) == 4
+    assert sorted(asked[False]) == sorted(asked[True])
+    found = json.loads((tmp_path / "out" / "predictions" / "lora_user.json").read_text())["golds"]
+    assert sorted(p["id"] for p in found) == sorted(asked[True])
+
+
 def test_a_stopped_run_computes_only_what_is_missing(everything, monkeypatch):
     folder, results = everything
     (folder / "out" / "seed-0" / "bm25.npz").unlink()
