@@ -30,7 +30,7 @@ from eval.methods import PRIOR, method
 from eval.metrics import expected_calibration_error
 from eval.report import html, markdown
 from eval.session import Outcome, Session, expected_texts, ordered
-from eval.significance import contrasts, direction
+from eval.significance import contrasts, direction, usual_pairs
 from persona_plug.baselines import is_rating
 from persona_plug.errors import ConfigError, PersonaPlugError
 from persona_plug.persistence import write_atomically
@@ -55,6 +55,9 @@ def main(arguments: Sequence[str]) -> None:
     for name in [*settings["methods"], *settings["one_seed"]]:
         if name != PRIOR:
             method(name)
+    for pair in settings["pairs"]:
+        if not (isinstance(pair, list) and len(pair) == 2 and all(isinstance(name, str) for name in pair)):
+            raise ConfigError(f"pairs: {pair!r} does not name two methods; write pairs=[[lora, lora_user]]")
     out = Path(settings["out"])
     out.mkdir(parents=True, exist_ok=True)
     results, details = compare(settings, out)
@@ -110,7 +113,7 @@ def compare(settings: dict[str, Any], out: Path) -> tuple[dict[str, Any], dict[s
         "data_notes": [*data.notes, *notes],
         "notes": {name: o[0].notes for name, o in found.items() if o[0].notes},
         "methods": {name: _row(merged[name], outcomes, task, data, texts, users) for name, outcomes in found.items()},
-        "contrasts": contrasts(merged, users),
+        "contrasts": contrasts(merged, users, dict.fromkeys([*usual_pairs(merged), *map(tuple, settings["pairs"])])),
     }
     return results, _details(merged, found, data, users, texts)
 

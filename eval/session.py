@@ -16,7 +16,7 @@ import numpy as np
 from eval.clock import LLMClock, reading_seconds
 from eval.lamp.prompts import render
 from eval.methods import METHODS, PRIOR, Method, method
-from eval.summaries import Summaries, profile_text, with_profile
+from eval.summaries import Summaries, fitting, profile_text, with_profile
 from persona_plug.errors import ConfigError
 from persona_plug.evaluation import Answers, evaluate, prior_answers, spread, with_other_history
 from persona_plug.history import Example, HistoryItem
@@ -222,12 +222,15 @@ class Session:
                 self._summaries = Summaries(self.base, self.out)
             profiles = self._summaries.of_many(self.task, [e.history for e in examples])
         limit, tokenizer = self.base.config.max_input_tokens, self.base.tokenizer
-        result, cut, left_out = [], 0, 0
-        for example, text, items, profile in zip(examples, whole, shown, profiles, strict=True):
+        result, cut, left_out, shortened = [], 0, 0, 0
+        for example, text, items, written in zip(examples, whole, shown, profiles, strict=True):
+            profile = fitting(written, text, tokenizer, limit)
+            shortened += profile != written
             room = limit - len(tokenizer(with_profile(profile, "-"))["input_ids"])
             made = render(self.task, text, items, tokenizer, room)
             cut, left_out = cut + (made.items_cut > 0), left_out + len(items) - made.items_used
             result.append(replace(example, prompt=with_profile(profile, made.text)))
+        self._count("profiles that were cut to leave room for the question", shortened)
         self._count("prompts with an item that was cut", cut)
         self._count("items that found no room in a prompt", left_out)
         return result

@@ -20,7 +20,7 @@ from contextlib import closing
 from pathlib import Path
 from typing import Any
 
-from eval.lamp.prompts import render
+from eval.lamp.prompts import count_tokens, first_tokens, render, token_ends
 from persona_plug.errors import ConfigError, CorruptFileError
 from persona_plug.history import HistoryItem
 from persona_plug.model import PersonaPlug
@@ -47,6 +47,16 @@ NAMED = 5  # answers that a counted profile names
 def with_profile(profile: str, text: str) -> str:
     """Put a profile in front of a request; without one the request stays as it is."""
     return PROFILE_PROMPT.format(profile=profile, input=text) if profile.strip() else text
+
+
+def fitting(profile: str, text: str, tokenizer: Any, max_tokens: int) -> str:  # noqa: ANN401
+    """Return as much of a profile's beginning as leaves room for the whole request behind it."""
+    ends = token_ends(tokenizer, profile)
+    kept = len(ends)
+    while kept and (over := count_tokens(tokenizer, with_profile(profile, text)) - max_tokens) > 0:
+        kept = max(0, kept - over)
+        profile = first_tokens(profile, ends, kept)
+    return profile
 
 
 def profile_text(items: Sequence[HistoryItem]) -> str:

@@ -28,6 +28,7 @@ DEFAULTS: dict[str, Any] = {
     "recipes": ["plug"],
     "seeds": [0],
     "one_seed": [],
+    "pairs": [],
     "out": "runs/compare",
     "llm": "smollm2-135m",
     "encoder": "minilm-l6",

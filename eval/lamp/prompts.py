@@ -54,20 +54,20 @@ def render(task: Task, text: str, items: Sequence[HistoryItem], tokenizer: Any, 
     Returns:
         The prompt; without items, or if none fits, the question as it is.
     """
-    plain = Rendered(text, 0, 0, _count(tokenizer, text))
+    plain = Rendered(text, 0, 0, count_tokens(tokenizer, text))
     # The question alone fills the length, or has no place for items: `insert_after` does not occur in it.
     if plain.tokens >= max_tokens or task.assemble(["-"], text) == text:
         return plain
     # More items than tokens never fit: a long history is not tokenised in vain.
     given = [item for item in items if item.output.strip()][:max_tokens]
     pieces = [_Piece.of(task, item, tokenizer) for item in given]
-    frame = _count(tokenizer, task.assemble([""], text))
-    join = _count(tokenizer, task.join)
+    frame = count_tokens(tokenizer, task.assemble([""], text))
+    join = count_tokens(tokenizer, task.join)
     for used in range(len(pieces), 0, -1):
         budget = max_tokens - frame - join * (used - 1)
         while (fitted := _fit(pieces[:used], budget)) is not None:
             prompt = task.assemble([piece.write(*sizes) for piece, sizes in zip(pieces, fitted, strict=False)], text)
-            tokens = _count(tokenizer, prompt)
+            tokens = count_tokens(tokenizer, prompt)
             if tokens <= max_tokens:
                 cut = sum(p.cuts(*sizes) for p, sizes in zip(pieces, fitted, strict=False))
                 return Rendered(prompt, used, cut, tokens)
@@ -95,9 +95,9 @@ class _Piece:
             wording,
             item.input if with_input else "",
             item.output,
-            _ends(tokenizer, item.input) if with_input else (),
-            _ends(tokenizer, item.output),
-            _count(tokenizer, wording.format(input="", output="")),
+            token_ends(tokenizer, item.input) if with_input else (),
+            token_ends(tokenizer, item.output),
+            count_tokens(tokenizer, wording.format(input="", output="")),
             item.output.strip() in (task.answers or ()),
         )
 
@@ -115,7 +115,8 @@ class _Piece:
 
     def write(self, inputs: int, outputs: int) -> str:
         return self.wording.format(
-            input=_keep(self.input, self.input_ends, inputs), output=_keep(self.output, self.output_ends, outputs)
+            input=first_tokens(self.input, self.input_ends, inputs),
+            output=first_tokens(self.output, self.output_ends, outputs),
         )
 
     def cuts(self, inputs: int, outputs: int) -> bool:
@@ -135,7 +136,8 @@ def _fit(pieces: Sequence[_Piece], budget: int) -> list[tuple[int, int]] | None:
     return fitted
 
 
-def _keep(text: str, ends: Sequence[int], tokens: int) -> str:
+def first_tokens(text: str, ends: Sequence[int], tokens: int) -> str:
+    """Return a text's first tokens; `ends` are those of `token_ends`."""
     if tokens >= len(ends):
         return text
     return text[: ends[tokens - 1]].rstrip() if tokens else ""
@@ -145,9 +147,11 @@ def _keep(text: str, ends: Sequence[int], tokens: int) -> str:
 _PLAIN = {"add_special_tokens": False, "split_special_tokens": True, "verbose": False}
 
 
-def _ends(tokenizer: Any, text: str) -> tuple[int, ...]:  # noqa: ANN401
+def token_ends(tokenizer: Any, text: str) -> tuple[int, ...]:  # noqa: ANN401
+    """Return where a text's tokens end (characters)."""
     return tuple(end for _, end in tokenizer(text, return_offsets_mapping=True, **_PLAIN)["offset_mapping"])
 
 
-def _count(tokenizer: Any, text: str) -> int:  # noqa: ANN401
+def count_tokens(tokenizer: Any, text: str) -> int:  # noqa: ANN401
+    """Return how many tokens a text has, special ones not counted."""
     return len(tokenizer(text, **_PLAIN)["input_ids"])

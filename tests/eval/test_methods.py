@@ -105,6 +105,14 @@ def test_texts_are_scored_on_those_that_were_generated(tmp_path):
     assert (tmp_path / "out" / "report.html").read_text().lower().startswith("<!doctype html>")
 
 
+def test_a_profile_gives_way_to_the_question(tmp_path):
+    results = compare(tmp_path, "label", ["none", "summary_profile"], "plug={max_input_tokens: 140}")
+    rows = results["methods"]
+    assert rows["none"]["prompts_cut"] == rows["summary_profile"]["prompts_cut"] == 0
+    assert rows["summary_profile"]["prompt_tokens_mean"] > rows["none"]["prompt_tokens_mean"]
+    assert results["notes"]["summary_profile"]["profiles that were cut to leave room for the question"] > 0
+
+
 def test_an_adapter_for_each_user_writes_the_same_answers_as_the_others(tmp_path, monkeypatch):
     """Else its seconds would be those of more texts than another method's."""
     real, asked = Session._write, {}
@@ -131,6 +139,22 @@ def test_a_stopped_run_computes_only_what_is_missing(everything, monkeypatch):
     for name, row in results["methods"].items():
         assert again["methods"][name]["metrics"] == row["metrics"]
     assert again["notes"] == results["notes"] != {}  # what was cut is told again, not only by the run that cut it
+
+
+def test_any_two_methods_can_be_contrasted(everything):
+    folder, _ = everything
+    names = ["none", "lora", "lora_user", "plug"]
+    usual = compare(folder, "label", names)["contrasts"]
+    found = compare(folder, "label", names, "pairs=[[lora, lora_user], [plug, none]]")["contrasts"]
+    assert [(c["a"], c["b"], c["metric"]) for c in found[len(usual) :]] == [
+        ("lora", "lora_user", metric) for metric in ("nll", "accuracy")
+    ]
+    for before, now in zip(usual, found, strict=False):
+        assert before["delta"] == now["delta"]
+        assert before["p_holm"] <= now["p_holm"]  # asking more costs certainty
+    for pairs, message in (("[lora]", "does not name two"), ("[[lora, 3]]", "does not name"), ("[[a, none]]", "'a'")):
+        with pytest.raises(ConfigError, match=message):
+            compare(folder, "label", names, f"pairs={pairs}")
 
 
 def test_a_folder_made_with_other_settings_is_refused(everything):

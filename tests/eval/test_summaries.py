@@ -9,9 +9,12 @@ from contextlib import closing
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from transformers import AutoTokenizer
 
 from eval import summaries
-from eval.summaries import REQUESTS, Summaries, profile_text, with_profile
+from eval.lamp.prompts import count_tokens
+from eval.summaries import REQUESTS, Summaries, fitting, profile_text, with_profile
+from persona_plug import zoo
 from persona_plug.errors import ConfigError, CorruptFileError
 from persona_plug.history import HistoryItem
 from persona_plug.model import PersonaPlug
@@ -50,6 +53,12 @@ def make(make_plug, tmp_path):
     return make
 
 
+@pytest.fixture(scope="module")
+def tokenizer():
+    """Bytes."""
+    return AutoTokenizer.from_pretrained(zoo.pull("tiny-llama"))
+
+
 # Counted profiles
 
 
@@ -85,6 +94,22 @@ def test_the_order_of_items_does_not_change_a_counted_profile(outputs):
 def test_a_profile_stands_in_front_of_the_request():
     assert with_profile("Likes {tea}.", "{input}?") == "Likes {tea}.\n\n{input}?"
     assert with_profile(" ", "What?") == "What?"
+
+
+@given(st.text(max_size=30), st.text(max_size=30), st.integers(0, 80))
+def test_a_profile_leaves_room_for_the_whole_request(tokenizer, profile, text, limit):
+    kept = fitting(profile, text, tokenizer, limit)
+    assert profile.startswith(kept)
+    if count_tokens(tokenizer, with_profile(profile, text)) <= limit:
+        assert kept == profile
+    elif count_tokens(tokenizer, text) <= limit:
+        assert count_tokens(tokenizer, with_profile(kept, text)) <= limit
+    else:
+        assert kept == ""
+
+
+def test_as_much_of_a_profile_as_fits_is_kept(tokenizer):
+    assert fitting("Likes tea.", "What?", tokenizer, 12) == "Likes"  # bytes: 5 + 2 line breaks + 5
 
 
 # What the LLM is asked
