@@ -115,15 +115,16 @@ class Session:
         if chosen.user_adapter:
             answers = self._by_user(plug, held, config)
         elif chosen.prompt and chosen.recipe is None:
-            kept, plug.splicer = plug.splicer, _reading_once(plug)
+            usual, plug.splicer = plug.splicer, _reading_once(plug)
             answers = self._answers(plug, held, personal=False)
-            plug.splicer = kept
+            plug.splicer = usual
         else:
             answers = self._answers(plug, held, personal=chosen.recipe is not None, head=chosen.head)
         seconds, outside = watch.stop(reading)
         parts = [plug.prompter.parts(e.input, e.prompt) for e in held]
         soft = plug.config.soft_tokens if fitted and hasattr(plug.embedder, "tokens") else 0
-        soft += getattr(plug.splicer, "prefix_length", 0)
+        kept = getattr(plug.splicer, "prefix_length", 0)  # trained keys and values: positions that nothing runs over
+        soft += kept
         if plug.config.aggregator == "uem" and soft:
             soft = plug.config.task_tokens + 1 + np.mean([min(len(e.history), plug.config.max_history) for e in held])
         prompt = float(np.mean([len(p.left) + len(p.right) for p in parts])) + float(soft)
@@ -141,8 +142,8 @@ class Session:
                 "lr": fitted.lr if fitted else None,
                 "curve": fitted.curve if fitted else None,
                 "cut": float(sum(p.cut > 0 for p in parts)),
-                # Twice the weights for each position that runs, the embedding table aside.
-                "flops": 2.0 * _running_weights(plug) * (prompt + generated),
+                # Of one answer: twice the weights for each position that runs, the embedding table aside.
+                "flops": 2.0 * _running_weights(plug) * (prompt - kept + generated),
             },
             self.notes,
         )
@@ -295,9 +296,10 @@ def _nearest(wanted: np.ndarray, pool: np.ndarray) -> list[list[int]]:
 
 def _reads_request(chosen: Method, plug: PersonaPlug) -> bool:
     """Return whether a method needs the history encoder's vector of the request: a plug, or retrieval by nearness."""
-    soft = hasattr(plug.embedder, "tokens") and plug.config.user_tokens > 0
+    soft = chosen.recipe is not None and hasattr(plug.embedder, "tokens") and plug.config.user_tokens > 0
     own = plug.config.train_request  # it reads requests itself, on the clock
-    return chosen.prompt in ("dense", "rrf", "graph") or (chosen.recipe is not None and soft and not own)
+    blind = hasattr(plug.embedder, "resampler")  # UEM and PERSOMA: their tokens are of the history alone
+    return chosen.prompt in ("dense", "rrf", "graph") or (soft and not own and not blind)
 
 
 def _reading_once(plug: PersonaPlug) -> Splicer:

@@ -9,7 +9,7 @@ from eval.clock import LLMClock, reading_seconds
 from eval.methods import METHODS, method
 from eval.session import _reading_once, _reads_request
 from persona_plug.evaluation import evaluate
-from persona_plug.history import Example
+from persona_plug.history import Example, HistoryItem
 from training.recipes import make
 
 
@@ -120,4 +120,24 @@ def test_those_that_read_the_requests_vector_are_charged_for_it(make_plug):
     free = {n for n, plug in plugs.items() if not _reads_request(method(n), plug)}
     prompted = {"none", "random", "recency", "bm25", "summary", "summary_profile"}
     without_user = {"task_prompt", "prefix_tuning", "lora", "lora_rag", "lora_user"}
-    assert free == prompted | without_user | {"plug_paper_full"}  # the last one's own reading is on the clock
+    history_alone = {"uem", "persoma", "persoma_mlp", "persoma_transformer", "persoma_lora"}
+    assert free == prompted | without_user | history_alone | {"plug_paper_full"}  # the last reads on the clock
+
+
+def test_what_is_said_to_see_no_request_does_not(make_plug):
+    """The soft tokens of those that are not charged for the request's vector are the same for every request."""
+    base = make_plug()
+    history = [HistoryItem("what was asked", "what was answered"), HistoryItem("a song", "no, thank you")]
+    for name in METHODS:
+        recipe = method(name).recipe
+        if not recipe or method(name).prompt:
+            continue
+        plug = make(recipe, base, {}, 0)
+        if not hasattr(plug.embedder, "tokens") or plug.config.train_request:
+            continue
+        torch.manual_seed(0)
+        with torch.no_grad():  # an untrained plug says the same to everyone
+            for numbers in plug.embedder.parameters():
+                numbers.normal_()
+        one, other = (plug.soft_prompt(text, history) for text in ("a film about love", "the price of coal"))
+        assert _reads_request(method(name), plug) != torch.equal(one, other) or name == "task_prompt"

@@ -56,6 +56,8 @@ def test_every_method_has_a_row_with_costs(everything):
         assert (row["trainable_params"] > 0) == (METHODS.get(name, Method()).recipe is not None)
     assert 0 < results["methods"]["bm25"]["outside_llm"] < 1
     assert results["methods"]["lora_user"]["outside_llm"] is None  # it trains while it is asked
+    running = {n: results["methods"][n]["flops_per_query"] for n in ("none", "prefix_tuning", "task_prompt")}
+    assert running["prefix_tuning"] == running["none"] < running["task_prompt"]  # a prefix is kept, not run
     alone, whole = (results["methods"][n]["metrics"]["nll"]["value"] for n in ("plug_llm_alone", "plug"))
     assert alone != whole
     assert results["methods"]["bm25"]["prompt_tokens_mean"] > results["methods"]["bm25-2"]["prompt_tokens_mean"]
