@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import logging
 import os
 import shutil
@@ -22,6 +23,7 @@ from persona_plug.errors import ConfigError
 from persona_plug.evaluation import prompt_length, score_samples, spread
 from persona_plug.history import Example
 from persona_plug.model import PersonaPlug
+from persona_plug.persistence import write_atomically
 from persona_plug.report import FitReport, make_report
 from persona_plug.trainer import FitConfig, PlugDataset, PlugTrainer, is_whole, last_checkpoint
 from persona_plug.training_data import FitData, prepare
@@ -52,8 +54,7 @@ def train(
         for old in folder.glob("checkpoint-*"):
             if checkpoint is None or not is_whole(old):
                 shutil.rmtree(old)
-        if not resume:
-            (folder / "log.jsonl").unlink(missing_ok=True)
+        _cut_log(folder / "log.jsonl", int(checkpoint.name.rpartition("-")[2]) if checkpoint else 0)
     with processes.main_process_first():  # it encodes, the others read the cache
         train_set = PlugDataset(plug, data.train)
         looked_at = sorted(_spread(data.valid, config.eval_samples), key=lambda e: prompt_length(plug, e))
@@ -107,6 +108,14 @@ def train(
         plug.embedder.score_temperature.fill_(_agreed(calibrate(plug, valid_set, config.batch_size)))
     processes.wait_for_everyone()
     return list(trainer.state.log_history)
+
+
+def _cut_log(file: Path, step: int) -> None:
+    """Keep a log's lines up to a step: what was logged later is trained, timed and logged once more."""
+    if file.is_file():
+        lines = file.read_text(encoding="utf-8").splitlines(keepends=True)
+        kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step]
+        write_atomically(file, "".join(kept).encode())
 
 
 def _agreed(found: Any) -> Any:  # noqa: ANN401

@@ -1,4 +1,5 @@
 import dataclasses
+import itertools
 import json
 import math
 import os
@@ -438,8 +439,10 @@ def test_a_half_written_checkpoint_is_ignored(make_plug, data, tmp_path):
 
 
 @pytest.mark.parametrize("step", [2, 4, 5, 7])
-def test_resuming_at_any_step_gives_the_same_weights(make_plug, data, tmp_path, step):
+def test_resuming_at_any_step_gives_the_same_weights(make_plug, data, tmp_path, step, monkeypatch):
     """Before the first checkpoint, within an epoch and at its border."""
+    ticks = itertools.count()
+    monkeypatch.setattr("persona_plug.trainer.clock", lambda _: float(next(ticks)))  # a step takes a second
     settings = SETTINGS | {"steps": 8}
     plug, resumed = make_plug(), make_plug()
     run(plug, data, tmp_path / "whole", **settings)
@@ -447,6 +450,13 @@ def test_resuming_at_any_step_gives_the_same_weights(make_plug, data, tmp_path, 
         run(make_plug(), data, tmp_path / "cut", **settings)
     run(resumed, data, tmp_path / "cut", resume=True, **settings)
     assert same(weights(plug), weights(resumed))
+    whole, cut = (
+        [json.loads(line) for line in (tmp_path / name / "log.jsonl").read_text().splitlines()]
+        for name in ("whole", "cut")
+    )
+    assert [r["step"] for r in cut] == [r["step"] for r in whole]
+    # Steps that are made twice count once.
+    assert [r["seconds"] for r in cut] == pytest.approx([r["seconds"] for r in whole], abs=0.9)
 
 
 def test_resuming_a_finished_run_changes_nothing(make_plug, data, tmp_path):
