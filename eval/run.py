@@ -36,6 +36,7 @@ from persona_plug.errors import ConfigError, PersonaPlugError
 from persona_plug.persistence import write_atomically
 from persona_plug.stats import user_bootstrap
 from persona_plug.training_data import FitData
+from persona_plug.truncation import truncation_notes
 from training.run import DEFAULTS, prepare, settle
 from training.tasks import Task
 
@@ -110,7 +111,7 @@ def compare(settings: dict[str, Any], out: Path) -> tuple[dict[str, Any], dict[s
         "settings": settings,
         "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
         "machine": f"{platform.machine()}, {os.cpu_count()} cores, {platform.python_implementation()}",
-        "data_notes": [*data.notes, *notes],
+        "data_notes": [*data.notes, *truncation_notes(base, data), *notes],
         "notes": {name: o[0].notes for name, o in found.items() if o[0].notes},
         "methods": {name: _row(merged[name], outcomes, task, data, texts, users) for name, outcomes in found.items()},
         "contrasts": contrasts(merged, users, dict.fromkeys([*usual_pairs(merged), *map(tuple, settings["pairs"])])),

@@ -125,6 +125,9 @@ class Session:
         soft = plug.config.soft_tokens if fitted and hasattr(plug.embedder, "tokens") else 0
         kept = getattr(plug.splicer, "prefix_length", 0)  # trained keys and values: positions that nothing runs over
         soft += kept
+        if plug.config.max_history < self.base.config.max_history and soft:
+            beyond = sum(max(0, len(e.history) - plug.config.max_history) for e in held)
+            self._count(f"history items beyond max_history={plug.config.max_history}", beyond)
         if plug.config.aggregator == "uem" and soft:
             soft = plug.config.task_tokens + 1 + np.mean([min(len(e.history), plug.config.max_history) for e in held])
         prompt = float(np.mean([len(p.left) + len(p.right) for p in parts])) + float(soft)
@@ -158,6 +161,7 @@ class Session:
             if prompt:
                 parts = [self._prompted(chosen, part, config.seed) for part in (data.train, data.valid)]
                 data = replace(data, train=parts[0], valid=parts[1])
+                self.notes = {f"training: {what}": count for what, count in self.notes.items()}
             common = str(chosen.recipe), self.base, self.settings["plug"], data
             first = replace(config, seed=self.settings["seeds"][0])  # every seed learns at the same rate
             grid, steps = self.settings["lr_grid"], self.settings["lr_steps"]

@@ -178,6 +178,12 @@ class HistoryEncoder:
         )
         return _vectors(self.model, padded["input_ids"], padded["attention_mask"], self.pooling)
 
+    def count_cut(self, texts: Sequence[str]) -> int:
+        """Return how many texts are longer than what the model reads of them."""
+        prompts = [self.prefix + text for text in texts]
+        probe = self.tokenizer(prompts, truncation=True, max_length=self.max_length + 1, verbose=False)["input_ids"]
+        return sum(len(row) > self.max_length for row in probe)
+
     def ids(self, text: str) -> list[int]:
         """Return the ids that the model reads of a text, prefix and special tokens included."""
         options = {"truncation": True, "max_length": self.max_length, "verbose": False}

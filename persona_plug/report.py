@@ -15,6 +15,7 @@ from persona_plug.evaluation import METRICS, Answers, evaluate, prior_answers, s
 from persona_plug.history import Example
 from persona_plug.plots import plot_lift, plot_loss
 from persona_plug.stats import Interval, user_bootstrap
+from persona_plug.truncation import truncation_notes
 
 if TYPE_CHECKING:
     from persona_plug.model import PersonaPlug
@@ -146,7 +147,7 @@ def make_report(
         contrasts(answers, users),
         len(users),
         len(set(users)),
-        notes + _truncation_notes(plug, data),
+        notes + truncation_notes(plug, data),
         side_by_side(plug, data.held_out, answers, examples),
         details,
     )
@@ -247,25 +248,6 @@ def _interval(answers: Answers, users: Sequence[str], metric: str) -> tuple[floa
         values[some], [u for u, s in zip(users, some, strict=True) if s], transform=METRICS[metric][1]
     )
     return found.value, found.low, found.high
-
-
-def _truncation_notes(plug: PersonaPlug, data: FitData) -> list[str]:
-    notes = []
-    cut = sum(plug.prompter.parts(e.input, e.prompt).cut > 0 for e in data.held_out)
-    if cut:
-        notes.append(
-            f"{cut} of {len(data.held_out)} held-out requests were cut to {plug.config.max_input_tokens} tokens"
-        )
-    stats = plug.encoder.stats
-    if stats.truncated:
-        limit = plug.encoder.max_length
-        notes.append(
-            f"{stats.truncated} of {stats.encoded} newly encoded texts were cut to the encoder's {limit} tokens"
-        )
-    dropped = sum(max(0, len(e.history) - plug.config.max_history) for e in data.held_out)
-    if dropped:
-        notes.append(f"{dropped} history items beyond max_history={plug.config.max_history} were left out")
-    return notes
 
 
 def _short(text: str, width: int) -> str:

@@ -140,6 +140,10 @@ def test_a_stopped_run_computes_only_what_is_missing(everything, monkeypatch):
     assert asked == [METHODS["bm25"]]
     for name, row in results["methods"].items():
         assert again["methods"][name]["metrics"] == row["metrics"]
+    for trained, plain in (("plug_rag", "bm25"), ("lora_rag", "bm25")):  # the same prompts of the same questions
+        asked = {k: v for k, v in results["notes"][trained].items() if not k.startswith("training: ")}
+        assert asked == results["notes"].get(plain, {})
+        assert len(results["notes"][trained]) > len(asked)
     assert again["notes"] == results["notes"] != {}  # what was cut is told again, not only by the run that cut it
 
 
