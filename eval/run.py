@@ -7,9 +7,7 @@ per-question values averaged over seeds, and differences are paired. A run that 
 
 from __future__ import annotations
 
-import dataclasses
 import datetime
-import hashlib
 import importlib.metadata
 import json
 import logging
@@ -37,16 +35,14 @@ from persona_plug.persistence import write_atomically
 from persona_plug.stats import user_bootstrap
 from persona_plug.training_data import FitData
 from persona_plug.truncation import truncation_notes
-from training.run import DEFAULTS, prepare, settle
+from training.claim import claim
+from training.run import TRAINED, prepare, settle
 from training.tasks import Task
 
 logger = logging.getLogger("eval.run")
 
 # What finished outcomes depend on; methods, seeds and threads may change from run to run in one folder.
-FIXED = (
-    *("split", "llm", "encoder", "dtype", "quantization", "plug", "fit", "lr_grid", "lr_steps", "user_steps"),
-    *("valid", "profile_targets", "augment", "beams", "questions", "generated", "generator"),
-)
+FIXED = (*TRAINED, "split", "user_steps", "beams", "questions", "generated", "generator")
 SET_DRAWS = 200  # of a metric that is computed anew for each draw of users
 
 
@@ -74,7 +70,7 @@ def compare(settings: dict[str, Any], out: Path) -> tuple[dict[str, Any], dict[s
     """Run every method for every seed; what is finished is read back from `out`, not computed again."""
     git = _git()  # before, not after: sources may change while it runs
     task, data, base, chosen = prepare(settings)
-    _claim(out, settings, task)
+    claim(out, settings, FIXED, task, ("train", settings["split"]))
     session = Session(task, data, base, {**settings, "plug": chosen}, out)
     found: dict[str, list[Outcome]] = {}
     repeats = {} if data.answers else {n: why for n in settings["methods"] if (why := _repeats(n))}
@@ -126,28 +122,6 @@ def _repeats(name: str) -> str | None:
     if not method(name).head:
         return "it is the plug itself, which has no answer head"
     return "it is summary, as there are no labels to count" if method(name).prompt == "profile" else None
-
-
-def _claim(out: Path, settings: Mapping[str, Any], task: Task) -> None:
-    """Write down what the folder's outcomes depend on, or check that it is the same as when they were made.
-
-    Raises:
-        ConfigError: It differs; the first difference is named.
-    """
-    digest = hashlib.sha256()
-    for part in ("train", settings["split"]):
-        for kind in ("questions", "outputs"):
-            digest.update((Path(settings["data"]) / f"{part}_{kind}.json").read_bytes())
-    mine = {"task": dataclasses.asdict(task), "data": digest.hexdigest(), **{k: settings[k] for k in FIXED}}
-    mine = json.loads(json.dumps(mine))
-    file = out / "settings.json"
-    if not file.is_file():
-        write_atomically(file, (json.dumps(mine, indent=1) + "\n").encode())
-        return
-    kept = json.loads(file.read_text(encoding="utf-8"))
-    for key, value in mine.items():
-        if kept.get(key, DEFAULTS.get(key)) != value:  # a setting that is younger than the folder had its default
-            raise ConfigError(f"{out} holds results made with another {key}; choose another out=, or delete the folder")
 
 
 def _complete(outcome: Outcome, task: Task, data: FitData, texts: Sequence[int]) -> None:

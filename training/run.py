@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from persona_plug.errors import ConfigError, PersonaPlugError
+from training.claim import claim
 from training.config import load
 from training.data import load_data
 from training.tasks import Task, load_task
@@ -50,6 +51,12 @@ DEFAULTS: dict[str, Any] = {
     "threads": None,
     "state_gigabytes": 4,
 }
+
+# What trained numbers depend on, the data and the seed aside.
+TRAINED = (
+    *("llm", "encoder", "dtype", "quantization", "plug", "fit", "lr_grid", "lr_steps"),
+    *("valid", "profile_targets", "augment"),
+)
 
 
 def settle(arguments: Sequence[str]) -> dict[str, Any]:
@@ -96,8 +103,10 @@ def main(arguments: Sequence[str]) -> None:
     # Binds each of several processes to its device before anything is loaded there. They wait for the main one while it
     # encodes, which may take hours.
     processes = PartialState(cpu=not torch.cuda.is_available(), timeout=timedelta(days=1))
-    _, data, base, chosen = prepare(settings)
+    task, data, base, chosen = prepare(settings)
     out = Path(settings["out"])
+    with processes.main_process_first():
+        claim(out, settings, TRAINED, task, ("train",))
     for name in settings["recipes"]:
         first = FitConfig.of({**settings["fit"], "seed": settings["seeds"][0]})
         grid, steps = settings["lr_grid"], settings["lr_steps"]

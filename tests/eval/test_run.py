@@ -7,6 +7,7 @@ import pytest
 from eval import run
 from eval.bench.timing import paired
 from persona_plug.errors import ConfigError
+from training import run as training_run
 from training.config import load
 from training.data import load_data
 from training.run import DEFAULTS
@@ -57,7 +58,7 @@ def test_a_comparison_has_every_method_and_repeats_nothing(folder, capsys, monke
         low, high = row["metrics"]["nll"]["ci95"]
         assert low <= row["metrics"]["nll"]["value"] <= high
     assert "| plug − plug_shuffled | nll |" in capsys.readouterr().out
-    monkeypatch.setattr("persona_plug.fit.train", lambda *_: pytest.fail("a finished seed was fitted again"))
+    monkeypatch.setattr("training.recipes.train", lambda *_, **__: pytest.fail("a finished seed was fitted again"))
     run.main(arguments)
     again = json.loads((folder / "out" / "results.json").read_text())
     assert again["methods"] == results["methods"]
@@ -146,3 +147,27 @@ def test_numbers_with_an_exponent_are_numbers(tmp_path):
     found = load([str(file), "fit={lr: 2e-3}"], DEFAULTS)
     assert found["lr_grid"] == [3e-4, 1e-3, 25.0, "1e"]
     assert found["fit"] == {"lr": 2e-3}
+
+
+def test_a_training_is_not_taken_for_one_with_other_settings_or_data(folder, monkeypatch):
+    out = folder / "out"
+    same = [*ARGUMENTS, f"data={folder}", f"out={out}"]
+    training_run.main(same)
+    monkeypatch.setattr("training.recipes.train", lambda *_, **__: pytest.fail("trained again"))
+    training_run.main(same)
+    for more, key in (
+        (["profile_targets=1"], "profile_targets"),
+        (["fit={steps: 3}"], "fit"),
+        (["valid=0.4"], "valid"),
+    ):
+        for main in (training_run.main, run.main):
+            with pytest.raises(ConfigError, match=f"made with another {key}; choose another out="):
+                main([*same, *more])
+    run.main([*same, "methods=[plug]"])  # reads what was trained, and adds what a comparison depends on
+    with pytest.raises(ConfigError, match="made with another generated;"):
+        run.main([*same, "methods=[plug]", "generated=3"])
+    training_run.main(same)
+    file = folder / "train_outputs.json"
+    file.write_text(file.read_text() + " ")
+    with pytest.raises(ConfigError, match=r"made with another data \(train\)"):
+        training_run.main(same)

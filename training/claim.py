@@ -1,0 +1,45 @@
+"""What a folder's results were made with, so that nothing made with other settings or data is taken for them."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from persona_plug.errors import ConfigError
+from persona_plug.persistence import write_atomically
+from training.tasks import Task
+
+FILE = "settings.json"
+
+
+def claim(out: Path, settings: Mapping[str, Any], keys: Sequence[str], task: Task, parts: Sequence[str]) -> None:
+    """Write down what a folder's results depend on, or check that it is the same as when they were made.
+
+    A training writes less than a comparison, which adds what it depends on besides.
+
+    Args:
+        out: The folder; it is made if it is not there.
+        settings: The run's.
+        keys: Settings that matter.
+        task: The task, which matters as a whole.
+        parts: Parts of the data that matter, such as `train`.
+
+    Raises:
+        ConfigError: Something differs; the first difference is named.
+    """
+    mine: dict[str, Any] = {"task": dataclasses.asdict(task)}
+    for part in parts:
+        files = [Path(settings["data"]) / f"{part}_{kind}.json" for kind in ("questions", "outputs")]
+        mine[f"data ({part})"] = hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()
+    mine = json.loads(json.dumps({**mine, **{key: settings[key] for key in keys}}))
+    file = out / FILE
+    kept = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    for key, value in mine.items():
+        if kept.get(key, value) != value:
+            raise ConfigError(f"{out} holds results made with another {key}; choose another out=, or delete the folder")
+    out.mkdir(parents=True, exist_ok=True)
+    write_atomically(file, (json.dumps({**kept, **mine}, indent=1) + "\n").encode())
