@@ -24,7 +24,7 @@ from persona_plug.model import PersonaPlug
 from persona_plug.persistence import write_atomically
 from persona_plug.retrieval import Retriever, neighbours
 from persona_plug.splice import Splicer
-from persona_plug.states import StateCache, clock
+from persona_plug.states import StateCache
 from persona_plug.trainer import FitConfig
 from persona_plug.training_data import FitData
 from training.lora import for_each_user
@@ -89,10 +89,10 @@ class Session:
         if done.is_file():
             kept = {p.stem: _read(p.with_suffix("")) for p in sorted(folder.glob(f"{PRIOR}=*.npz"))}
             return {name.replace("=", ": "): outcome for name, outcome in kept.items() if outcome is not None}
-        start = clock(self.base.llm)
+        watch = LLMClock(self.base)
         answers = prior_answers(self.base, self.data, self.settings["generated"])
-        each = (clock(self.base.llm) - start) / len(answers)
-        costs = {"prompt_tokens": 0.0, "generated_tokens": 0.0, "trainable_params": 0.0, "fit_seconds": each}
+        costs = {"prompt_tokens": 0.0, "generated_tokens": 0.0, "trainable_params": None}
+        costs["fit_seconds"] = watch.stop()[0]  # of the whole family, which is fitted together
         found = {f"{PRIOR}: {name}": Outcome(a, {**costs, "seconds": None}) for name, a in answers.items()}
         for name, outcome in found.items():
             _write(folder / name.replace(": ", "="), outcome)
@@ -121,6 +121,8 @@ class Session:
         else:
             answers = self._answers(plug, held, personal=chosen.recipe is not None, head=chosen.head)
         seconds, outside = watch.stop(reading)
+        if chosen.prompt == "summary" and self._summaries:  # what another method had written before counts, too
+            seconds += self._summaries.owed - self._summaries.spent
         parts = [plug.prompter.parts(e.input, e.prompt) for e in held]
         soft = plug.config.soft_tokens if fitted and hasattr(plug.embedder, "tokens") else 0
         kept = getattr(plug.splicer, "prefix_length", 0)  # trained keys and values: positions that nothing runs over
@@ -223,8 +225,7 @@ class Session:
         if chosen.prompt == "profile":
             profiles = [profile_text(e.history) for e in examples]
         elif chosen.prompt == "summary":
-            if self._summaries is None:
-                self._summaries = Summaries(self.base, self.out)
+            self._summaries = Summaries(self.base, self.out)
             profiles = self._summaries.of_many(self.task, [e.history for e in examples])
         limit, tokenizer = self.base.config.max_input_tokens, self.base.tokenizer
         result, cut, left_out, shortened = [], 0, 0, 0

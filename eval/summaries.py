@@ -24,6 +24,7 @@ from eval.lamp.prompts import count_tokens, first_tokens, render, token_ends
 from persona_plug.errors import ConfigError, CorruptFileError
 from persona_plug.history import HistoryItem
 from persona_plug.model import PersonaPlug
+from persona_plug.states import clock
 from training.tasks import Task
 
 logger = logging.getLogger(__name__)
@@ -90,6 +91,8 @@ class Summaries:
 
     Attributes:
         written: Summaries that the LLM had to write, so far.
+        spent: Seconds of these.
+        owed: Seconds that all summaries took that were asked for, whenever they were written.
     """
 
     def __init__(
@@ -120,10 +123,12 @@ class Summaries:
         config = plug.config.replace(template="{input}", answers=None, max_input_tokens=max_tokens)
         self.plain = PersonaPlug(config, plug.llm, plug.tokenizer, plug.encoder)
         self.sample, self.max_tokens, self.max_new_tokens = sample, max_tokens, max_new_tokens
-        self.written = 0
+        self.written, self.spent, self.owed = 0, 0.0, 0.0
         self.path = Path(cache_dir) / "summaries.sqlite"
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        self._run("CREATE TABLE IF NOT EXISTS summaries (key BLOB PRIMARY KEY, text TEXT) WITHOUT ROWID", [()])
+        self._run(
+            "CREATE TABLE IF NOT EXISTS profiles (key BLOB PRIMARY KEY, text TEXT, seconds REAL) WITHOUT ROWID", [()]
+        )
 
     def of(self, task: Task, items: Sequence[HistoryItem]) -> str:
         """Return the summary of one history; see `of_many`."""
@@ -143,16 +148,20 @@ class Summaries:
         """
         prompts = [self._prompt(task, items) for items in histories]
         keys = {prompt: self._key(prompt) for prompt in dict.fromkeys(prompts) if prompt}
-        known = {p: row[0][0] for p, key in keys.items() if (row := self._read(key))}
+        found = {p: row[0] for p, key in keys.items() if (row := self._read(key))}
+        known = {prompt: text for prompt, (text, _) in found.items()}
+        self.owed += sum(seconds for _, seconds in found.values())
         missing = [prompt for prompt in keys if prompt not in known]
         for start in range(0, len(missing), batch_size):
             batch = missing[start : start + batch_size]
+            began = clock(self.plain.llm)
             texts = self._write(batch)
+            seconds = clock(self.plain.llm) - began
             fresh = {prompt: " ".join(text.split()) for prompt, text in zip(batch, texts, strict=True)}
             if empty := sum(not text for text in fresh.values()):
                 logger.warning("the LLM wrote nothing for %d of %d summaries", empty, len(fresh))
-            self._store({keys[prompt]: text for prompt, text in fresh.items()})
-            self.written += len(fresh)
+            self._store({keys[prompt]: (text, seconds / len(fresh)) for prompt, text in fresh.items()})
+            self.written, self.spent, self.owed = self.written + len(fresh), self.spent + seconds, self.owed + seconds
             known |= fresh
         return [known[prompt] if prompt else "" for prompt in prompts]
 
@@ -184,15 +193,15 @@ class Summaries:
         made = (fingerprint, parts.left, parts.right, self.max_new_tokens, NO_REPEAT)
         return hashlib.sha256(repr(made).encode()).digest()
 
-    def _read(self, key: bytes) -> list[tuple[str]]:
-        return self._run("SELECT text FROM summaries WHERE key = ?", [(key,)])
+    def _read(self, key: bytes) -> list[tuple[str, float]]:
+        return self._run("SELECT text, seconds FROM profiles WHERE key = ?", [(key,)])
 
-    def _store(self, texts: Mapping[bytes, str]) -> None:
-        self._run("INSERT OR REPLACE INTO summaries VALUES (?, ?)", list(texts.items()))
+    def _store(self, written: Mapping[bytes, tuple[str, float]]) -> None:
+        self._run("INSERT OR REPLACE INTO profiles VALUES (?, ?, ?)", [(key, *row) for key, row in written.items()])
 
-    def _run(self, statement: str, rows: Sequence[tuple[object, ...]]) -> list[tuple[str]]:
+    def _run(self, statement: str, rows: Sequence[tuple[object, ...]]) -> list[tuple[str, float]]:
         """Run a statement for every row in one transaction, and return what the last one found."""
-        found: list[tuple[str]] = []
+        found: list[tuple[str, float]] = []
         try:
             with closing(sqlite3.connect(self.path, timeout=60)) as db, db:
                 for row in rows:

@@ -50,6 +50,8 @@ def test_every_method_has_a_row_with_costs(everything):
             low, high = found["ci95"]
             assert np.isfinite([found["value"], low, high]).all()
         if name.startswith("user_prior"):
+            assert row["fit_seconds"] == results["methods"]["user_prior: majority"]["fit_seconds"] > 0
+            assert row["trainable_params"] is None
             continue
         assert row["prompt_tokens_mean"] > 0
         assert row["seconds_per_query"] > 0

@@ -168,6 +168,16 @@ def test_a_summary_is_written_once_and_found_again(make, asked):
     assert (one.written, other.written) == (2, 1)
 
 
+def test_a_summary_costs_the_same_whenever_it_was_written(make, asked, monkeypatch):
+    ticks = iter([1.0, 9.0, 10.0, 13.0])
+    monkeypatch.setattr(summaries, "clock", lambda _: next(ticks))
+    one, other = make(), make()
+    one.of_many(SCORES, [answers("5"), answers("1")])  # 4 seconds each
+    assert (one.spent, one.owed) == (8.0, 8.0)
+    other.of_many(SCORES, [answers("2"), answers("1"), answers("1")])
+    assert (other.spent, other.owed) == (3.0, 7.0)
+
+
 @pytest.mark.parametrize("change", ["llm", "weights", "items", "wording", "request", "length", "sample"])
 def test_a_change_of_anything_that_matters_is_another_summary(make, asked, monkeypatch, change):
     make().of(SCORES, answers("5", "1"))
