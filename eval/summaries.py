@@ -126,9 +126,8 @@ class Summaries:
         self.written, self.spent, self.owed = 0, 0.0, 0.0
         self.path = Path(cache_dir) / "summaries.sqlite"
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        self._run(
-            "CREATE TABLE IF NOT EXISTS profiles (key BLOB PRIMARY KEY, text TEXT, seconds REAL) WITHOUT ROWID", [()]
-        )
+        columns = "key BLOB PRIMARY KEY, text TEXT, seconds REAL"
+        self._run(f"CREATE TABLE IF NOT EXISTS profiles ({columns}) WITHOUT ROWID", [()])
 
     def of(self, task: Task, items: Sequence[HistoryItem]) -> str:
         """Return the summary of one history; see `of_many`."""
