@@ -32,7 +32,7 @@ def budget_table(results: Mapping[str, Any]) -> Table:
     limit = methods[name]["curve"][-1][1] if name else 0.0
     rows, seen = [], []
     for method, row in methods.items():
-        curve = row.get("curve")
+        curve = [list(point) for point in row.get("curve") or ()]  # tuples when fresh, lists when read back
         if not curve or curve in seen:  # controls ask a plug that another row has trained
             continue
         seen.append(curve)

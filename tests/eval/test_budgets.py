@@ -21,7 +21,7 @@ RESULTS = {
     "methods": {
         "none": {"curve": None},
         "plug": row([[10, 4.0, 1.5], [20, 8.0, 1.2]]),
-        "plug_shuffled": row([[10, 4.0, 1.5], [20, 8.0, 1.2]]),
+        "plug_shuffled": row(((10, 4.0, 1.5), (20, 8.0, 1.2))),  # the same training, not yet read back
         "lora": row([[10, 40.0, 1.0], [20, 80.0, 0.9]], 0.0003),
         "persoma": row([[10, 8.0, 2.0], [20, 16.0, 2.5]]),
     }
