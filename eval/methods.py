@@ -77,11 +77,12 @@ METHODS: dict[str, Method] = {
     "lora_user": Method("lora", user_adapter=True),
     "plug_lora": Method("plug_lora"),
 }
+CONTROLS = {"_shuffled": "other", "_empty": "none"}  # of any method that is trained, by the end of its name
 PRIOR = "user_prior"  # the LLM-free family, reported row by row
 
 
 def method(name: str) -> Method:
-    """Return a method by name; `bm25-8` is `bm25` with 8 items.
+    """Return a method by name; `bm25-8` is `bm25` with 8 items, `uem_shuffled` is `uem` with another user's history.
 
     Raises:
         ConfigError: There is no such method.
@@ -91,6 +92,11 @@ def method(name: str) -> Method:
         return METHODS[name]
     if stem in METHODS and METHODS[stem].prompt and count.isdigit() and int(count) > 0:
         return dataclasses.replace(METHODS[stem], items=int(count))
+    for ending, history in CONTROLS.items():
+        trained = METHODS.get(name.removesuffix(ending), Method())
+        if name.endswith(ending) and trained.recipe and trained.history == "own":
+            return dataclasses.replace(trained, history=history)
     raise ConfigError(
-        f"no method {name!r}; known are {', '.join([*METHODS, PRIOR])}; NAME-K puts K items into the prompt"
+        f"no method {name!r}; known are {', '.join([*METHODS, PRIOR])}; NAME-K puts K items into the prompt, "
+        "NAME_shuffled and NAME_empty ask a trained one with another user's history, or none"
     )

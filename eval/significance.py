@@ -144,9 +144,10 @@ def holm(p: Sequence[float]) -> list[float]:
 
 
 def usual_pairs(methods: Iterable[str]) -> list[tuple[str, str]]:
-    """Return the contrasts of a comparison: personal lift, task gain, then the plug against every other method."""
+    """Return the contrasts of a comparison: personal lift, task gain, others' lifts, then the plug against all."""
     names = list(methods)
-    pairs = [pair for pair in (LIFT, GAIN) if set(pair) <= set(names)]
+    lifts = [(n, f"{n}_shuffled") for n in names if n != LIFT[0]]
+    pairs = [pair for pair in (LIFT, GAIN, *lifts) if set(pair) <= set(names)]
     return pairs + [("plug", n) for n in names if "plug" in names and n != "plug" and ("plug", n) not in pairs]
 
 

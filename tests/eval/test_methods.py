@@ -149,6 +149,14 @@ def test_a_stopped_run_computes_only_what_is_missing(everything, monkeypatch):
     assert again["notes"] == results["notes"] != {}  # what was cut is told again, not only by the run that cut it
 
 
+def test_a_users_adapter_can_be_trained_on_another_users_history(everything):
+    folder, _ = everything
+    both = compare(folder, "label", ["lora", "lora_user", "lora_user_shuffled", "lora_user_empty"])["methods"]
+    nll = {name: row["metrics"]["nll"]["value"] for name, row in both.items()}
+    assert len({nll["lora_user"], nll["lora_user_shuffled"], nll["lora"]}) == 3
+    assert nll["lora_user_empty"] == pytest.approx(nll["lora"], abs=1e-6)  # there is nothing to train on
+
+
 def test_any_two_methods_can_be_contrasted(everything):
     folder, _ = everything
     names = ["none", "lora", "lora_user", "plug"]
@@ -197,7 +205,10 @@ def test_a_new_method_is_a_line_and_a_new_task_a_file(tmp_path, monkeypatch):
 
 def test_names_are_checked_and_methods_that_share_a_training_stand_together():
     assert method("bm25-8").items == 8
-    for name in ("nonsense", "plug-4", "bm25-0", "bm25-x"):
+    assert method("lora_user_shuffled") == Method("lora", user_adapter=True, history="other")
+    assert method("plug_rag_empty") == Method("plug", prompt="bm25", history="none")
+    unknown = ("nonsense", "plug-4", "bm25-0", "bm25-x", "bm25_shuffled", "plug_shuffled_empty", "x_shuffled", "_empty")
+    for name in unknown:
         with pytest.raises(ConfigError, match="no method"):
             method(name)
     with pytest.raises(ConfigError, match="prompt='nonsense' is not one of"):

@@ -169,6 +169,9 @@ def test_all_contrasts_of_a_report_are_corrected_together():
     with pytest.raises(ConfigError, match="metric 'perplexity' has no direction; known are nll"):
         contrasts({"a": {"perplexity": [1.0]}, "b": {"perplexity": [1.0]}}, ["u"], [("a", "b")])
     assert usual_pairs(["none", "bm25"]) == []
+    assert usual_pairs(["uem", "plug", "uem_shuffled", "plug_shuffled"]) == [
+        ("plug", "plug_shuffled"), ("uem", "uem_shuffled"), ("plug", "uem"), ("plug", "uem_shuffled"),
+    ]  # fmt: skip
 
 
 def test_directions_agree_with_the_library():
