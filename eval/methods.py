@@ -52,8 +52,6 @@ METHODS: dict[str, Method] = {
     "task_prompt": Method("task_prompt"),
     "prefix_tuning": Method("prefix_tuning"),
     "plug": Method("plug"),
-    "plug_shuffled": Method("plug", history="other"),
-    "plug_empty": Method("plug", history="none"),
     "plug_llm_alone": Method("plug", head=False),
     "plug_paper": Method("plug_paper"),
     "plug_paper_full": Method("plug_paper_full"),
@@ -77,12 +75,12 @@ METHODS: dict[str, Method] = {
     "lora_user": Method("lora", user_adapter=True),
     "plug_lora": Method("plug_lora"),
 }
-CONTROLS = {"_shuffled": "other", "_empty": "none"}  # of any method that is trained, by the end of its name
+CONTROLS = {"_shuffled": "other", "_empty": "none"}  # whose history any trained method is shown, by its name's end
 PRIOR = "user_prior"  # the LLM-free family, reported row by row
 
 
 def method(name: str) -> Method:
-    """Return a method by name; `bm25-8` is `bm25` with 8 items, `uem_shuffled` is `uem` with another user's history.
+    """Return a method by name; `bm25-8` is `bm25` with 8 items, `plug_shuffled` is `plug` with another user's history.
 
     Raises:
         ConfigError: There is no such method.
@@ -93,9 +91,9 @@ def method(name: str) -> Method:
     if stem in METHODS and METHODS[stem].prompt and count.isdigit() and int(count) > 0:
         return dataclasses.replace(METHODS[stem], items=int(count))
     for ending, history in CONTROLS.items():
-        trained = METHODS.get(name.removesuffix(ending), Method())
-        if name.endswith(ending) and trained.recipe and trained.history == "own":
-            return dataclasses.replace(trained, history=history)
+        asked = METHODS.get(name.removesuffix(ending))
+        if asked and asked.recipe:
+            return dataclasses.replace(asked, history=history)
     raise ConfigError(
         f"no method {name!r}; known are {', '.join([*METHODS, PRIOR])}; NAME-K puts K items into the prompt, "
         "NAME_shuffled and NAME_empty ask a trained one with another user's history, or none"

@@ -139,13 +139,10 @@ class HistoryEncoder:
             return {}
         from tqdm.auto import tqdm
 
-        prompts = [self.prefix + t for t in texts]
-        # One token more than is read tells a text that is cut from one that just fits.
-        probe = self.tokenizer(prompts, truncation=True, max_length=self.max_length + 1, verbose=False)["input_ids"]
-        cut = [i for i, row in enumerate(probe) if len(row) > self.max_length]
-        ids = list(probe)
+        ids = self._probe(texts)
+        cut = [i for i, row in enumerate(ids) if len(row) > self.max_length]
         if cut:
-            long = [prompts[i] for i in cut]
+            long = [self.prefix + texts[i] for i in cut]
             short = self.tokenizer(long, truncation=True, max_length=self.max_length, verbose=False)["input_ids"]
             for i, row in zip(cut, short, strict=True):
                 ids[i] = row
@@ -180,9 +177,12 @@ class HistoryEncoder:
 
     def count_cut(self, texts: Sequence[str]) -> int:
         """Return how many texts are longer than what the model reads of them."""
-        prompts = [self.prefix + text for text in texts]
-        probe = self.tokenizer(prompts, truncation=True, max_length=self.max_length + 1, verbose=False)["input_ids"]
-        return sum(len(row) > self.max_length for row in probe)
+        return sum(len(row) > self.max_length for row in self._probe(texts))
+
+    def _probe(self, texts: Sequence[str]) -> list[list[int]]:
+        """Return ids, one more than is read where there are more: that tells a cut text from one that just fits."""
+        options = {"truncation": True, "max_length": self.max_length + 1, "verbose": False}
+        return list(self.tokenizer([self.prefix + text for text in texts], **options)["input_ids"])
 
     def ids(self, text: str) -> list[int]:
         """Return the ids that the model reads of a text, prefix and special tokens included."""

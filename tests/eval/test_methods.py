@@ -14,6 +14,7 @@ from persona_plug.history import Example
 from training.data import sample_questions
 from training.recipes import RECIPES
 
+EVERY = [*METHODS, "plug_shuffled", "plug_empty"]
 FIT = "fit={steps: 2, batch_size: 4, eval_every: 1, eval_samples: 4}"
 
 
@@ -39,12 +40,12 @@ def compare(folder, shape, names, *more, **data):
 @pytest.fixture(scope="module")
 def everything(tmp_path_factory):
     folder = tmp_path_factory.mktemp("label")
-    return folder, compare(folder, "label", [*METHODS, "bm25-2", "user_prior"])
+    return folder, compare(folder, "label", [*EVERY, "bm25-2", "user_prior"])
 
 
 def test_every_method_has_a_row_with_costs(everything):
     _, results = everything
-    assert {*METHODS, "bm25-2", "user_prior: majority"} <= set(results["methods"])
+    assert {*EVERY, "bm25-2", "user_prior: majority"} <= set(results["methods"])
     for name, row in results["methods"].items():
         for found in row["metrics"].values():
             low, high = found["ci95"]
@@ -55,7 +56,7 @@ def test_every_method_has_a_row_with_costs(everything):
             continue
         assert row["prompt_tokens_mean"] > 0
         assert row["seconds_per_query"] > 0
-        assert (row["trainable_params"] > 0) == (METHODS.get(name, Method()).recipe is not None)
+        assert (row["trainable_params"] > 0) == (method(name).recipe is not None)
     assert 0 < results["methods"]["bm25"]["outside_llm"] < 1
     assert results["methods"]["lora_user"]["outside_llm"] is None  # it trains while it is asked
     running = {n: results["methods"][n]["flops_per_query"] for n in ("none", "prefix_tuning", "task_prompt")}
@@ -138,7 +139,7 @@ def test_a_stopped_run_computes_only_what_is_missing(everything, monkeypatch):
     (folder / "out" / "seed-0" / "bm25.npz").unlink()
     real, asked = Session._run, []
     monkeypatch.setattr(Session, "_run", lambda self, chosen, seed: (asked.append(chosen), real(self, chosen, seed))[1])
-    again = compare(folder, "label", [*METHODS, "bm25-2", "user_prior"])
+    again = compare(folder, "label", [*EVERY, "bm25-2", "user_prior"])
     assert asked == [METHODS["bm25"]]
     for name, row in results["methods"].items():
         assert again["methods"][name]["metrics"] == row["metrics"]
