@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from persona_plug.encoder import HistoryEncoder
-from persona_plug.model import PersonaPlug
-from persona_plug.states import StateBill, clock
+from persona_plug.clock import clock
+from persona_plug.models.encoder import HistoryEncoder
+from persona_plug.plug import PersonaPlug
+from persona_plug.splice.states import StateBill
 
 
 class LLMClock:
@@ -19,7 +20,7 @@ class LLMClock:
     """
 
     def __init__(self, plug: PersonaPlug) -> None:
-        """Start the clock (see `persona_plug.states.clock`)."""
+        """Start the clock (see `persona_plug.splice.states.clock`)."""
         llm = plug.llm
         self.llm, self.inside, self.entered, self.depth = llm, 0.0, 0.0, 0
         self.bill = plug.splicer.bill = StateBill()

@@ -15,8 +15,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from eval.figures import Table, cell
-from eval.significance import METRICS
+from eval.report.figures import Table, cell
+from eval.report.significance import METRICS
 from persona_plug.errors import CorruptFileError, DataError, PersonaPlugError
 
 SHARED = ("task", "split", "n", "n_users", "llm", "encoder")

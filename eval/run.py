@@ -22,19 +22,19 @@ from typing import Any
 
 import numpy as np
 
-from eval.lamp.metrics import CORPUS as SET_METRICS
-from eval.lamp.metrics import compute, question_values
 from eval.methods import PRIOR, method
-from eval.metrics import expected_calibration_error
-from eval.report import html, markdown
+from eval.metrics.classes import expected_calibration_error
+from eval.metrics.lamp import CORPUS as SET_METRICS
+from eval.metrics.lamp import compute, question_values
+from eval.report.page import html, markdown
+from eval.report.significance import contrasts, direction, usual_pairs
 from eval.session import Outcome, Session, expected_texts, ordered
-from eval.significance import contrasts, direction, usual_pairs
-from persona_plug.baselines import is_rating
+from persona_plug.data.splits import FitData
 from persona_plug.errors import ConfigError, PersonaPlugError
-from persona_plug.persistence import write_atomically
-from persona_plug.stats import user_bootstrap
-from persona_plug.training_data import FitData
-from persona_plug.truncation import truncation_notes
+from persona_plug.files import write_atomically
+from persona_plug.measure.priors import is_rating
+from persona_plug.measure.stats import user_bootstrap
+from persona_plug.measure.truncation import truncation_notes
 from training.claim import claim
 from training.run import TRAINED, prepare, settle
 from training.tasks import Task

@@ -14,19 +14,19 @@ from typing import Any
 import numpy as np
 
 from eval.clock import LLMClock, reading_seconds
-from eval.lamp.prompts import render
 from eval.methods import METHODS, PRIOR, Method, method
-from eval.summaries import Summaries, fitting, profile_text, with_profile
+from eval.prompts.lamp import render
+from eval.prompts.summaries import Summaries, fitting, profile_text, with_profile
+from persona_plug.data.history import Example, HistoryItem
+from persona_plug.data.splits import FitData
 from persona_plug.errors import ConfigError
-from persona_plug.evaluation import Answers, evaluate, prior_answers, spread, with_other_history
-from persona_plug.history import Example, HistoryItem
-from persona_plug.model import PersonaPlug
-from persona_plug.persistence import write_atomically
+from persona_plug.files import write_atomically
+from persona_plug.fit.config import FitConfig
+from persona_plug.measure.answers import Answers, evaluate, prior_answers, spread, with_other_history
+from persona_plug.plug import PersonaPlug
 from persona_plug.retrieval import Retriever, neighbours
-from persona_plug.splice import Splicer
-from persona_plug.states import StateCache
-from persona_plug.trainer import FitConfig
-from persona_plug.training_data import FitData
+from persona_plug.splice.base import Splicer
+from persona_plug.splice.states import StateCache
 from training.lora import for_each_user
 from training.recipes import Fitted, choose_lr, fit
 from training.tasks import Task

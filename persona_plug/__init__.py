@@ -10,14 +10,15 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from persona_plug.config import PlugConfig
-    from persona_plug.embedder import UserEmbedder
-    from persona_plug.encoder import HistoryEncoder
+    from persona_plug.data.history import Event, Example, HistoryItem
+    from persona_plug.embedder.user_embedder import UserEmbedder
     from persona_plug.errors import PersonaPlugError
-    from persona_plug.history import Event, Example, HistoryItem
-    from persona_plug.model import PersonaPlug
-    from persona_plug.report import FitReport
-    from persona_plug.store import HistoryStore
-    from persona_plug.trainer import FitConfig, PlugTrainer
+    from persona_plug.fit.config import FitConfig
+    from persona_plug.fit.report import FitReport
+    from persona_plug.fit.trainer import PlugTrainer
+    from persona_plug.models.encoder import HistoryEncoder
+    from persona_plug.plug import PersonaPlug
+    from persona_plug.store.history_store import HistoryStore
 
 __version__ = "0.1.0"
 
@@ -38,18 +39,18 @@ __all__ = [
 ]
 
 _MODULES = {
-    "Event": "history",
-    "Example": "history",
-    "FitConfig": "trainer",
-    "FitReport": "report",
-    "HistoryEncoder": "encoder",
-    "HistoryItem": "history",
-    "HistoryStore": "store",
-    "PersonaPlug": "model",
+    "Event": "data.history",
+    "Example": "data.history",
+    "FitConfig": "fit.config",
+    "FitReport": "fit.report",
+    "HistoryEncoder": "models.encoder",
+    "HistoryItem": "data.history",
+    "HistoryStore": "store.history_store",
+    "PersonaPlug": "plug",
     "PersonaPlugError": "errors",
     "PlugConfig": "config",
-    "PlugTrainer": "trainer",
-    "UserEmbedder": "embedder",
+    "PlugTrainer": "fit.trainer",
+    "UserEmbedder": "embedder.user_embedder",
 }
 
 

@@ -13,6 +13,7 @@ from persona_plug.errors import ConfigError, CorruptFileError
 
 FORMAT_VERSION = 1
 CONFIG_NAME = "config.json"
+SMOOTHING = 1.0  # pseudo-counts over all answers in a user's label frequencies
 
 PLACEMENTS = ("suffix", "prefix")
 AGGREGATORS = ("attention", "mean", "paper", "uem", "persoma_mlp", "persoma_transformer", "persoma_perceiver")
@@ -50,7 +51,7 @@ class PlugConfig:
     Attributes:
         llm: Short name, folder or Hub id of the frozen LLM.
         encoder: Short name, folder or Hub id of the frozen sentence encoder.
-        llm_fingerprint: Identity of the LLM the plug was trained with (see `persona_plug.fingerprint`).
+        llm_fingerprint: Identity of the LLM the plug was trained with (see `persona_plug.models.fingerprint`).
         encoder_fingerprint: Identity of the encoder, its pooling, maximum length and prefix included.
         llm_width: H, the width of the LLM's input embeddings.
         encoder_dim: d, the width of the encoder's vectors.

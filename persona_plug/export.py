@@ -15,14 +15,14 @@ from urllib.parse import quote
 import torch
 from torch import Tensor, nn
 
-from persona_plug.batch import HistoryBatch, value_dim
-from persona_plug.embedder import UserEmbedder
+from persona_plug.data.history import Example
+from persona_plug.embedder.batch import HistoryBatch, value_dim
+from persona_plug.embedder.user_embedder import UserEmbedder
 from persona_plug.errors import ConfigError, DataError, MismatchError
-from persona_plug.history import Example
-from persona_plug.persistence import write_atomically
+from persona_plug.files import write_atomically
 
 if TYPE_CHECKING:
-    from persona_plug.model import PersonaPlug
+    from persona_plug.model import PlugModel
 
 TOLERANCE = 1e-4  # between torch and ONNX; soft tokens are about as long as the LLM's embeddings, so of order 1
 CHECKED = ((1, 1), (3, 7), (2, 40))  # (B, n) of the random batches a graph is checked on
@@ -53,7 +53,7 @@ def dense(tensor: Tensor, width: int) -> Tensor:
 
 
 @torch.no_grad()
-def export_soft_prompts(plug: PersonaPlug, requests: Sequence[Example], out: Path, batch_size: int = 16) -> Path:
+def export_soft_prompts(plug: PlugModel, requests: Sequence[Example], out: Path, batch_size: int = 16) -> Path:
     """Write the soft tokens of requests to a safetensors file and return its path.
 
     A key is `user/request`, both percent-encoded; the request is the example's id, or its number in the list. Each
@@ -87,7 +87,7 @@ def export_soft_prompts(plug: PersonaPlug, requests: Sequence[Example], out: Pat
     return out
 
 
-def export_onnx(plug: PersonaPlug, out: Path) -> Path:
+def export_onnx(plug: PlugModel, out: Path) -> Path:
     """Write the embedder as an ONNX graph, checked against torch, and return its path.
 
     Inputs, float32 unless said otherwise: `request` (B, d), `keys` (B, n, d), `values` (B, n, v), `mask` (B, n) bool
@@ -208,7 +208,7 @@ def _check(graph: _Graph, content: bytes, vocabulary: Tensor | None) -> None:
             )
 
 
-def _identity(plug: PersonaPlug) -> dict[str, str]:
+def _identity(plug: PlugModel) -> dict[str, str]:
     """Return whose soft tokens these are, and where they go in a prompt."""
     config, prompter = plug.config, plug.prompter
     suffix = config.placement == "suffix"

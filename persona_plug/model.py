@@ -1,35 +1,32 @@
-"""PersonaPlug: a frozen LLM, a frozen history encoder, and the user embedder between them."""
+"""PlugModel: a frozen LLM, a frozen history encoder, and the user embedder between them."""
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
 import torch
 from torch import Tensor, nn
 
-from persona_plug import persistence
-from persona_plug.batch import HistoryBatch, VectorTable
 from persona_plug.config import PlugConfig
-from persona_plug.embedder import Embedded, UserEmbedder
-from persona_plug.encoder import HistoryEncoder, RequestEncoder
+from persona_plug.data.history import Example, HistoryItem
+from persona_plug.embedder.batch import HistoryBatch, VectorTable
+from persona_plug.embedder.user_embedder import Embedded, UserEmbedder
 from persona_plug.errors import ConfigError
-from persona_plug.fingerprint import llm_fingerprint
-from persona_plug.history import Example, HistoryItem
-from persona_plug.llm import Quantization, embedding_norm, freeze, load_llm, sample_embeddings
+from persona_plug.models.encoder import HistoryEncoder, RequestEncoder
+from persona_plug.models.fingerprint import llm_fingerprint
+from persona_plug.models.llm import embedding_norm, freeze, sample_embeddings
 from persona_plug.pairing import History, Requests, pair
-from persona_plug.prompts import AnswerTree, Prompter, PromptParts
-from persona_plug.splice import CausalSplicer, Splicer
-from persona_plug.splice_seq2seq import Seq2SeqSplicer
-from persona_plug.states import StateCache
-from persona_plug.stored import StoredExample, StoredTable
+from persona_plug.splice.base import Splicer
+from persona_plug.splice.causal import CausalSplicer
+from persona_plug.splice.prompts import AnswerTree, Prompter, PromptParts
+from persona_plug.splice.seq2seq import Seq2SeqSplicer
+from persona_plug.splice.states import StateCache
+from persona_plug.store.batches import StoredExample, StoredTable
 
 if TYPE_CHECKING:
-    from persona_plug.report import FitReport
-    from persona_plug.store import HistoryStore
+    from persona_plug.store.history_store import HistoryStore
 
 QUOTE_LEAD = '\nA similar one: "'  # where the task tokens in front of quoted ones start
 STATE_BUDGET = 4 << 30  # bytes of frozen states kept across epochs
@@ -56,21 +53,29 @@ class Generation:
     items_unquoted: int = 0
 
 
-class PersonaPlug(nn.Module):
-    """The façade: build, fit, generate, score, save.
+class PlugModel(nn.Module):
+    """What a plug does with its parts: embed, score, choose, generate.
 
     Only `embedder` is a registered submodule: the parameters of this module are what is trained and saved, and nothing
     that moves, saves or trains it can touch the LLM.
     """
 
-    def __init__(self, config: PlugConfig, llm: Any, tokenizer: Any, encoder: HistoryEncoder, seed: int = 0) -> None:  # noqa: ANN401
+    def __init__(
+        self,
+        config: PlugConfig,
+        llm: Any,  # noqa: ANN401
+        tokenizer: Any,  # noqa: ANN401
+        encoder: HistoryEncoder,
+        seed: int = 0,
+        state_budget: int = STATE_BUDGET,
+    ) -> None:
         """Join the parts; `build` and `from_pretrained` are the usual ways here."""
         super().__init__()
         parts: dict[str, Any] = {"llm": freeze(llm), "tokenizer": tokenizer, "encoder": encoder}
         for name, part in parts.items():
             object.__setattr__(self, name, part)  # past nn.Module: frozen parts are not registered
         seq2seq = bool(llm.config.is_encoder_decoder)
-        self.splicer: Splicer = (Seq2SeqSplicer if seq2seq else CausalSplicer)(llm, StateCache(STATE_BUDGET))
+        self.splicer: Splicer = (Seq2SeqSplicer if seq2seq else CausalSplicer)(llm, StateCache(state_budget))
         self.seed = seed
         self.reset(config)
 
@@ -94,41 +99,6 @@ class PersonaPlug(nn.Module):
         self.splicer.begin_with(self.prompter.head)
 
     @classmethod
-    def build(
-        cls,
-        llm: str,
-        encoder: str | HistoryEncoder = "minilm-l6",
-        *,
-        recipe: str = "default",
-        quantization: Quantization | None = None,
-        dtype: torch.dtype | str | None = None,
-        device: str | torch.device | None = None,
-        seed: int = 0,
-        **settings: Any,  # noqa: ANN401
-    ) -> Self:
-        """Join a frozen LLM and a frozen encoder with an untrained plug.
-
-        Args:
-            llm: Short name (`persona-plug models list`), folder or Hub id.
-            encoder: The same for the sentence encoder, or a `HistoryEncoder`.
-            recipe: `default`, `mean`, or `paper` (PPlug as published).
-            quantization: `int8` or `nf4` for the LLM's matrices.
-            dtype: Dtype of the LLM.
-            device: Device of LLM and encoder.
-            seed: Seed of the untrained weights.
-            settings: Any field of `PlugConfig`.
-
-        Raises:
-            ModelUnavailable: Weights cannot be had; the message says what to do.
-            ConfigError: A setting is unknown or out of range.
-        """
-        name = encoder if isinstance(encoder, str) else encoder.name
-        config = PlugConfig.create(llm, name, recipe, **settings)
-        model, tokenizer = load_llm(llm, dtype=dtype, quantization=quantization, device=device)
-        made = encoder if isinstance(encoder, HistoryEncoder) else HistoryEncoder(encoder, device=device)
-        return cls.join(config, model, tokenizer, made, quantization, seed)
-
-    @classmethod
     def join(
         cls,
         config: PlugConfig,
@@ -137,6 +107,7 @@ class PersonaPlug(nn.Module):
         encoder: HistoryEncoder,
         quantization: str | None = None,
         seed: int = 0,
+        state_budget: int = STATE_BUDGET,
     ) -> Self:
         """Make an untrained plug from loaded parts, filling widths and fingerprints into the config."""
         config = config.replace(
@@ -145,65 +116,7 @@ class PersonaPlug(nn.Module):
             llm_fingerprint=llm_fingerprint(llm, quantization),
             encoder_fingerprint=encoder.fingerprint,
         )
-        return cls(config, llm, tokenizer, encoder, seed)
-
-    # -- persistence -----------------------------------------------------------------------------------------------
-
-    def save_pretrained(self, folder: str | os.PathLike[str]) -> Path:
-        """Write what was learned (`model.safetensors`, `config.json`, a model card), nothing of the LLM or any user."""
-        return persistence.save(self, Path(folder))
-
-    @classmethod
-    def from_pretrained(
-        cls,
-        folder: str | os.PathLike[str],
-        *,
-        llm: str | None = None,
-        encoder: str | HistoryEncoder | None = None,
-        quantization: Quantization | None = None,
-        dtype: torch.dtype | str | None = None,
-        device: str | torch.device | None = None,
-    ) -> Self:
-        """Load a plug with the LLM and encoder it names, or with others given here that have the same fingerprints.
-
-        Args:
-            folder: A folder written by `save_pretrained`, or a Hub id.
-            llm: Another place of the same LLM.
-            encoder: Another place of the same encoder.
-            quantization: `int8` or `nf4`; a plug trained on dense weights may run on quantised ones.
-            dtype: Dtype of the LLM.
-            device: Device of LLM and encoder.
-
-        Raises:
-            MismatchError: LLM or encoder is another than the plug was trained with.
-            CorruptFileError: The folder's files are incomplete or altered.
-        """
-        path = persistence.local_folder(folder)
-        config = PlugConfig.load(path)
-        weights = persistence.read_weights(path)
-        source = config.encoder if encoder is None else encoder
-        made = source if isinstance(source, HistoryEncoder) else persistence.load_encoder(path, source, device)
-        persistence.check_encoder(config, made)
-        model, tokenizer = load_llm(llm or config.llm, dtype=dtype, quantization=quantization, device=device)
-        persistence.check_llm(config, model, quantization)
-        plug = cls(config, model, tokenizer, made)
-        persistence.apply_weights(plug, weights, path)
-        return plug
-
-    def push_to_hub(self, repo_id: str, *, private: bool = True, token: str | None = None) -> str:
-        """Upload the saved plug to the Hub (private by default) and return its address."""
-        return persistence.push(self, repo_id, private=private, token=token)
-
-    # -- training --------------------------------------------------------------------------------------------------
-
-    def fit(self, data: Any, **settings: Any) -> FitReport:  # noqa: ANN401
-        """Train on a file of events, a LaMP folder or examples; hold users out, and report the lift.
-
-        See `persona_plug.fit.fit` for the arguments. Prints nothing by itself; the report's `str` is its table.
-        """
-        from persona_plug.fit import fit
-
-        return fit(self, data, **settings)
+        return cls(config, llm, tokenizer, encoder, seed, state_budget)
 
     def forward(
         self, history: HistoryBatch, parts: Sequence[PromptParts], trees: Sequence[AnswerTree]

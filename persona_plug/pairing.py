@@ -6,12 +6,12 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from persona_plug.config import PlugConfig
+from persona_plug.data.history import Example, HistoryItem
 from persona_plug.errors import ConfigError, DataError
-from persona_plug.history import Example, HistoryItem
-from persona_plug.stored import stored_examples
+from persona_plug.store.batches import stored_examples
 
 if TYPE_CHECKING:
-    from persona_plug.store import HistoryStore
+    from persona_plug.store.history_store import HistoryStore
 
 Requests = str | Sequence[str] | Sequence[Example]
 History = Sequence[HistoryItem | Mapping[str, Any] | str]

@@ -4,61 +4,60 @@ from __future__ import annotations
 
 import json
 import os
-import tempfile
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from persona_plug.config import CONFIG_NAME, PlugConfig
-from persona_plug.encoder import HistoryEncoder
 from persona_plug.errors import CorruptFileError, MismatchError, PersonaPlugError
-from persona_plug.fingerprint import llm_fingerprint, same_llm
-
-if TYPE_CHECKING:
-    from persona_plug.model import PersonaPlug
+from persona_plug.files import write_atomically
+from persona_plug.models.encoder import HistoryEncoder
+from persona_plug.models.fingerprint import llm_fingerprint, same_llm
 
 WEIGHTS_NAME = "model.safetensors"
 CARD_NAME = "README.md"
 REPORT_NAME = "fit_report.json"
 
 
-def save(plug: PersonaPlug, folder: Path) -> Path:
-    """Write the plug's files, each atomically, and return the folder."""
+class Report(Protocol):
+    """What is saved beside a plug about its training."""
+
+    def to_json(self) -> str:
+        """Return everything as JSON text."""
+
+    def to_markdown(self) -> str:
+        """Return what the model card shows."""
+
+
+def save(
+    folder: Path, config: PlugConfig, embedder: nn.Module, encoder: HistoryEncoder, report: Report | None = None
+) -> Path:
+    """Write a plug's files, each atomically, and return the folder.
+
+    Args:
+        folder: Where to; it is made if it is not there.
+        config: The plug's config.
+        embedder: What was trained.
+        encoder: The frozen encoder, whose settings are saved.
+        report: The report of its training, if there is one.
+    """
     from safetensors.torch import save as to_bytes
 
     folder.mkdir(parents=True, exist_ok=True)
-    state = {k: v.detach().cpu().contiguous() for k, v in plug.embedder.state_dict().items()}
-    encoder = plug.encoder
+    state = {k: v.detach().cpu().contiguous() for k, v in embedder.state_dict().items()}
     metadata = {
         "format": "pt",
         "sha256": _state_digest(state),
         "encoder": json.dumps({"pooling": encoder.pooling, "max_length": encoder.max_length, "prefix": encoder.prefix}),
     }
     write_atomically(folder / WEIGHTS_NAME, to_bytes(state, metadata))
-    write_atomically(folder / CONFIG_NAME, plug.config.to_json().encode())
-    report = getattr(plug, "fit_report", None)
+    write_atomically(folder / CONFIG_NAME, config.to_json().encode())
     if report is not None:
         write_atomically(folder / REPORT_NAME, report.to_json().encode())
-    write_atomically(folder / CARD_NAME, model_card(plug).encode())
+    write_atomically(folder / CARD_NAME, model_card(config, embedder, report).encode())
     return folder
-
-
-def write_atomically(path: Path, content: bytes) -> None:
-    """Write a file so that a reader or a crash sees the old or the new content, never a part."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        Path(name).chmod(0o644)
-        Path(name).replace(path)
-    except BaseException:
-        Path(name).unlink(missing_ok=True)
-        raise
 
 
 def local_folder(folder: str | os.PathLike[str]) -> Path:
@@ -118,14 +117,14 @@ def load_encoder(folder: Path, name: str, device: Any) -> HistoryEncoder:  # noq
     return HistoryEncoder(name, device=device, **settings)
 
 
-def apply_weights(plug: PersonaPlug, state: dict[str, Tensor], folder: Path) -> None:
-    """Load checked weights into the embedder.
+def apply_weights(embedder: nn.Module, state: dict[str, Tensor], folder: Path) -> None:
+    """Load checked weights into an embedder.
 
     Raises:
         MismatchError: Names or shapes are not those the config asks for.
     """
     try:
-        plug.embedder.load_state_dict(state, strict=True)
+        embedder.load_state_dict(state, strict=True)
     except RuntimeError as exc:
         reason = " ".join(str(exc).split())[:200]
         raise MismatchError(f"{folder}: {WEIGHTS_NAME} and {CONFIG_NAME} do not belong together ({reason})") from exc
@@ -151,24 +150,21 @@ def check_llm(config: PlugConfig, llm: Any, quantization: str | None) -> None:  
         )
 
 
-def push(plug: PersonaPlug, repo_id: str, *, private: bool, token: str | None) -> str:
-    """Upload a plug folder to the Hub and return its address."""
+def push(folder: Path, repo_id: str, *, private: bool, token: str | None) -> str:
+    """Upload a saved plug's folder to the Hub and return its address."""
     from huggingface_hub import HfApi
 
-    with tempfile.TemporaryDirectory() as folder:
-        save(plug, Path(folder))
-        api = HfApi(token=token)
-        try:
-            api.create_repo(repo_id, private=private, exist_ok=True)
-            return str(api.upload_folder(repo_id=repo_id, folder_path=folder, commit_message="Upload plug"))
-        except Exception as exc:  # hub, http and socket errors have no common base
-            raise PersonaPlugError(f"{repo_id}: upload failed ({str(exc).splitlines()[0][:160]})") from exc
+    api = HfApi(token=token)
+    try:
+        api.create_repo(repo_id, private=private, exist_ok=True)
+        return str(api.upload_folder(repo_id=repo_id, folder_path=str(folder), commit_message="Upload plug"))
+    except Exception as exc:  # hub, http and socket errors have no common base
+        raise PersonaPlugError(f"{repo_id}: upload failed ({str(exc).splitlines()[0][:160]})") from exc
 
 
-def model_card(plug: PersonaPlug) -> str:
+def model_card(config: PlugConfig, embedder: nn.Module, report: Report | None = None) -> str:
     """Return the README of a saved plug."""
-    config, report = plug.config, getattr(plug, "fit_report", None)
-    count = sum(p.numel() for p in plug.embedder.parameters() if p.requires_grad)
+    count = sum(p.numel() for p in embedder.parameters() if p.requires_grad)
     lines = [
         "---",
         "library_name: persona-plug",

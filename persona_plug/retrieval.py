@@ -13,11 +13,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from persona_plug.data.history import HistoryItem
 from persona_plug.errors import ConfigError, DataError
-from persona_plug.history import HistoryItem
 
 if TYPE_CHECKING:
-    from persona_plug.encoder import HistoryEncoder
+    from persona_plug.models.encoder import HistoryEncoder
 
 METHODS = ("random", "recency", "bm25", "dense", "rrf")
 BM25_K1, BM25_B = 1.5, 0.75  # rank_bm25's defaults, with which LaMP's baselines ran

@@ -66,7 +66,7 @@ def seeds():
 @pytest.fixture(scope="session")
 def load_parts():
     """`load_parts(llm)` gives (LLM, tokenizer), loaded once; do not change them."""
-    from persona_plug.llm import load_llm
+    from persona_plug.models.llm import load_llm
 
     loaded = {}
 
@@ -81,7 +81,7 @@ def load_parts():
 @pytest.fixture(scope="session")
 def encoder():
     """The tiny history encoder, with its vector cache."""
-    from persona_plug.encoder import HistoryEncoder
+    from persona_plug.models.encoder import HistoryEncoder
 
     return HistoryEncoder("tiny-encoder", device="cpu")
 
@@ -92,7 +92,7 @@ def tiny_gemma(tmp_path_factory):
     import torch
     from transformers import AutoTokenizer, Gemma3ForCausalLM, Gemma3TextConfig
 
-    from persona_plug import zoo
+    from persona_plug.models import zoo
 
     folder = tmp_path_factory.mktemp("tiny-gemma")
     config = Gemma3TextConfig(
@@ -154,7 +154,7 @@ def make_plug(load_parts, encoder, perturb):
     frozen states are a plug's own.
     """
     from persona_plug.config import PlugConfig
-    from persona_plug.model import PersonaPlug
+    from persona_plug.plug import PersonaPlug
 
     shared = encoder
 
@@ -175,7 +175,7 @@ def people():
 
     `histories[i]` belongs to `requests[i]`; `none`, `one` and `many` are single histories.
     """
-    from persona_plug.history import HistoryItem
+    from persona_plug.data.history import HistoryItem
 
     def items(*pairs):
         return [HistoryItem(text, answer) for text, answer in pairs]

@@ -11,9 +11,9 @@ from typer.testing import CliRunner
 
 from persona_plug import PersonaPlug, export
 from persona_plug.cli import app
+from persona_plug.data.history import Example
 from persona_plug.errors import ConfigError, DataError, MismatchError
 from persona_plug.export import dense, export_onnx, export_soft_prompts
-from persona_plug.history import Example
 
 NAN = float("nan")
 

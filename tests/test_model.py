@@ -5,13 +5,13 @@ from threading import Thread
 import pytest
 import torch
 
+from persona_plug.data.history import HistoryItem
 from persona_plug.errors import ConfigError, DataError
-from persona_plug.fingerprint import full_digest
-from persona_plug.history import HistoryItem
-from persona_plug.llm import load_llm
-from persona_plug.model import PersonaPlug
-from persona_plug.prompts import AnswerTree
-from persona_plug.states import StateCache
+from persona_plug.models.fingerprint import full_digest
+from persona_plug.models.llm import load_llm
+from persona_plug.plug import PersonaPlug
+from persona_plug.splice.prompts import AnswerTree
+from persona_plug.splice.states import StateCache
 
 LLMS = ("tiny-llama", "tiny-gpt2", "tiny-t5")
 PLACEMENTS = ("suffix", "prefix")

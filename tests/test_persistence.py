@@ -15,13 +15,14 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load, load_file
 
-from persona_plug import persistence, zoo
-from persona_plug.encoder import HistoryEncoder
+from persona_plug import persistence
 from persona_plug.errors import ConfigError, CorruptFileError, MismatchError, PersonaPlugError
-from persona_plug.fingerprint import full_digest, same_llm
-from persona_plug.llm import load_llm
-from persona_plug.model import PersonaPlug
-from persona_plug.prompts import AnswerTree
+from persona_plug.models import zoo
+from persona_plug.models.encoder import HistoryEncoder
+from persona_plug.models.fingerprint import full_digest, same_llm
+from persona_plug.models.llm import load_llm
+from persona_plug.plug import PersonaPlug
+from persona_plug.splice.prompts import AnswerTree
 
 ANSWERS = ("1", "10", "5")
 

@@ -182,7 +182,7 @@ def test_package_imports_only_what_it_declares():
         ("import peft", ["peft"]),
         ("def f():\n    import peft", []),
         ("if TYPE_CHECKING:\n    import peft", []),
-        ("from eval.lamp import metrics", ["eval"]),
+        ("from eval.metrics import metrics", ["eval"]),
         ("def f():\n    from training import run", ["training"]),
         ("import sklearn.svm, yaml, json\nfrom . import zoo", []),
     ],

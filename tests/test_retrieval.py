@@ -14,8 +14,8 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from persona_plug import retrieval
+from persona_plug.data.history import HistoryItem
 from persona_plug.errors import ConfigError, DataError
-from persona_plug.history import HistoryItem
 from persona_plug.retrieval import METHODS, Retriever, neighbours
 
 pytest.importorskip("bm25s")

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from persona_plug.errors import ConfigError
-from persona_plug.persistence import write_atomically
+from persona_plug.files import write_atomically
 from training.tasks import Task
 
 FILE = "settings.json"

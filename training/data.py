@@ -9,9 +9,9 @@ from typing import Any
 
 import numpy as np
 
-from persona_plug.history import Example
-from persona_plug.lamp import leave_one_out_profiles, read_lamp
-from persona_plug.training_data import FitData, augment
+from persona_plug.data.history import Example
+from persona_plug.data.lamp import leave_one_out_profiles, read_lamp
+from persona_plug.data.splits import FitData, augment
 from training.tasks import Task
 
 logger = logging.getLogger(__name__)

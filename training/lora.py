@@ -12,14 +12,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from persona_plug.batch import HistoryBatch
 from persona_plug.config import PlugConfig
-from persona_plug.embedder import Embedded
+from persona_plug.data.history import Example, leave_one_out
+from persona_plug.dataset import PlugDataset
+from persona_plug.embedder.batch import HistoryBatch
+from persona_plug.embedder.user_embedder import Embedded
 from persona_plug.errors import ConfigError
-from persona_plug.history import Example, leave_one_out
-from persona_plug.llm import load_llm, loaded_as
-from persona_plug.model import PersonaPlug
-from persona_plug.trainer import FitConfig, PlugDataset, batch_loss
+from persona_plug.fit.config import FitConfig
+from persona_plug.fit.trainer import batch_loss
+from persona_plug.models.llm import load_llm, loaded_as
+from persona_plug.plug import PersonaPlug
 
 RANK, ALPHA = 8, 32  # of the LaMP authors' per-user adapters (arXiv 2409.09510), there with dropout
 TARGETS = {"q_proj", "k_proj", "v_proj", "q", "k", "v", "c_attn"}  # names in Llama-likes, T5, GPT-2

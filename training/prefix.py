@@ -7,9 +7,9 @@ from torch import nn
 
 from persona_plug.config import PlugConfig
 from persona_plug.errors import ConfigError
-from persona_plug.model import PersonaPlug
-from persona_plug.splice import CausalSplicer
-from persona_plug.states import StateCache
+from persona_plug.plug import PersonaPlug
+from persona_plug.splice.causal import CausalSplicer
+from persona_plug.splice.states import StateCache
 from training.lora import NoTokens
 
 

@@ -13,12 +13,12 @@ from accelerate import PartialState
 from safetensors.torch import load_file, save
 
 from persona_plug.config import PlugConfig
+from persona_plug.data.splits import FitData
 from persona_plug.errors import ConfigError
-from persona_plug.fit import train
-from persona_plug.model import PersonaPlug
-from persona_plug.persistence import write_atomically
-from persona_plug.trainer import FitConfig
-from persona_plug.training_data import FitData
+from persona_plug.files import write_atomically
+from persona_plug.fit.config import FitConfig
+from persona_plug.fit.loop import train
+from persona_plug.plug import PersonaPlug
 from training.lora import with_lora
 from training.prefix import with_prefix
 
@@ -63,7 +63,7 @@ class Fitted:
 
     Attributes:
         plug: The plug.
-        seconds: Of all optimiser steps, see `persona_plug.states.clock`.
+        seconds: Of all optimiser steps, see `persona_plug.splice.states.clock`.
         steps: Optimiser steps.
         parameters: Trained numbers.
         lr: Peak learning rate.
@@ -167,7 +167,7 @@ def make(name: str, base: PersonaPlug, settings: Mapping[str, Any], seed: int) -
         template=known.template,
         answers=known.answers,
     )
-    plug = PersonaPlug(config, base.llm, base.tokenizer, base.encoder, seed)
+    plug = PersonaPlug(config, base.llm, base.tokenizer, base.encoder, seed, base.splicer.cache.budget)
     if recipe.prefix:
         return with_prefix(plug)
     if recipe.adapter:

@@ -77,15 +77,15 @@ def settle(arguments: Sequence[str]) -> dict[str, Any]:
 
 def prepare(settings: Mapping[str, Any]) -> tuple[Task, Any, Any, dict[str, Any]]:
     """Return the task, its data, an untrained plug for it, and the plug's settings."""
-    from persona_plug import model
+    from persona_plug.plug import PersonaPlug
 
-    model.STATE_BUDGET = int(settings["state_gigabytes"] * 2**30)
     task = load_task(settings["task"] or Path(settings["data"]).name)
     data = load_data(settings, task)
     lengths = {"max_answer_tokens": task.max_answer_tokens, "max_input_tokens": task.max_input_tokens}
     chosen = {**lengths, **settings["plug"]}
     how = {"dtype": settings["dtype"], "quantization": settings["quantization"]}
-    base = model.PersonaPlug.build(settings["llm"], settings["encoder"], **how, **chosen)
+    budget = int(settings["state_gigabytes"] * 2**30)
+    base = PersonaPlug.build(settings["llm"], settings["encoder"], state_budget=budget, **how, **chosen)
     base.reset(base.config.replace(template=data.template, answers=data.answers))
     base.llm.generation_config.num_beams = settings["beams"]
     return task, data, base, chosen
@@ -96,7 +96,7 @@ def main(arguments: Sequence[str]) -> None:
     import torch
     from accelerate import PartialState
 
-    from persona_plug.trainer import FitConfig
+    from persona_plug.fit.config import FitConfig
     from training.recipes import RECIPES, choose_lr, fit
 
     settings = settle(arguments)

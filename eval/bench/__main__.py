@@ -19,9 +19,9 @@ import torch
 
 from eval.bench.steps import rows, steps
 from eval.bench.timing import Ratio, paired
-from persona_plug.encoder import HistoryEncoder
 from persona_plug.errors import PersonaPlugError
-from persona_plug.model import PersonaPlug
+from persona_plug.models.encoder import HistoryEncoder
+from persona_plug.plug import PersonaPlug
 from training.config import load
 
 DEFAULTS: dict[str, Any] = {

@@ -29,7 +29,7 @@ import httpx
 import torch
 
 from persona_plug.errors import ConfigError, PersonaPlugError
-from persona_plug.model import PersonaPlug
+from persona_plug.plug import PersonaPlug
 from training.config import load
 
 DEFAULTS: dict[str, Any] = {
@@ -180,12 +180,12 @@ def overhead(settings: dict[str, Any], scratch: Path) -> dict[str, Any]:
     """Compare HTTP with direct calls of the same engine in one process, in turn, at 1 and 8 at once."""
     import uvicorn
 
-    from persona_plug.serving.app import create_app
     from persona_plug.serving.engine import TransformersEngine
     from persona_plug.serving.gateway import Backend, Settings, isolate
     from persona_plug.serving.logs import Log
+    from persona_plug.serving.routes import create_app
     from persona_plug.serving.schema import CompletionRequest
-    from persona_plug.store import HistoryStore
+    from persona_plug.store.history_store import HistoryStore
 
     plug = isolate(different(PersonaPlug.build(settings["llm"], settings["encoder"], max_input_tokens=64)))
     store = HistoryStore(f"sqlite:///{scratch}/users.db", plug.encoder, keep_text=True)

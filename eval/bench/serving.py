@@ -19,9 +19,9 @@ from typing import Any
 import torch
 
 from eval.bench.timing import Ratio
+from persona_plug.data.history import Example, HistoryItem
 from persona_plug.errors import PersonaPlugError
-from persona_plug.history import Example, HistoryItem
-from persona_plug.model import PersonaPlug
+from persona_plug.plug import PersonaPlug
 from persona_plug.retrieval import Retriever
 from persona_plug.serving.offline import VllmOffline
 from persona_plug.serving.vllm import Sampling, prompt_embeds

@@ -8,11 +8,11 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from eval.bench.timing import paired
-from persona_plug.history import Example, HistoryItem
-from persona_plug.model import PersonaPlug
-from persona_plug.prompts import AnswerTree, PromptParts
-from persona_plug.splice import Splicer
-from persona_plug.states import StateCache
+from persona_plug.data.history import Example, HistoryItem
+from persona_plug.plug import PersonaPlug
+from persona_plug.splice.base import Splicer
+from persona_plug.splice.prompts import AnswerTree, PromptParts
+from persona_plug.splice.states import StateCache
 
 # Answers of a batch as rewritten e-mails have them: the median is 40 tokens, the longest four times that.
 UNLIKE = (12, 20, 28, 36, 44, 60, 96, 176)

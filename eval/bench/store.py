@@ -21,12 +21,12 @@ import numpy as np
 import torch
 
 from persona_plug import HistoryStore, PersonaPlug
-from persona_plug.encoder import HistoryEncoder
+from persona_plug.data.history import HistoryItem, by_user, read_events
 from persona_plug.errors import PersonaPlugError
-from persona_plug.history import HistoryItem, by_user, read_events
-from persona_plug.stats import user_bootstrap
-from persona_plug.stored import stored_examples
-from persona_plug.vectors import scrub
+from persona_plug.measure.stats import user_bootstrap
+from persona_plug.models.encoder import HistoryEncoder
+from persona_plug.models.vector_cache import scrub
+from persona_plug.store.batches import stored_examples
 from training.config import load
 
 DEFAULTS: dict[str, Any] = {

@@ -5,6 +5,6 @@ the prompt template that goes with them, and the facts about their making. Nothi
 import the submodule.
 """
 
-from persona_plug.data._write import RecordSet, write_records
+from persona_plug.data.records import RecordSet, write_records
 
 __all__ = ["RecordSet", "write_records"]

@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from persona_plug.data._words import TOPIC_OF
-from persona_plug.data._write import RecordSet
+from persona_plug.data.records import RecordSet
 from persona_plug.errors import DataError
 
 

@@ -19,7 +19,7 @@ from typing import Any, Literal
 
 from persona_plug.data._apt import fetch
 from persona_plug.data._deb822 import Package, parse_packages, pick_binaries
-from persona_plug.data._write import RecordSet, count_items
+from persona_plug.data.records import RecordSet, count_items
 from persona_plug.errors import ConfigError, DataError
 
 logger = logging.getLogger(__name__)

@@ -2,7 +2,7 @@
 
 LaMP lies on its authors' server, LongLaMP on the Hub. Texts of the e-mail tasks are not public: LaMP-6 is joined with
 the user's own copy of the Avocado corpus. The files are kept as published; their known defects are repaired whenever
-they are read (`persona_plug.lamp.DEFECTS`).
+they are read (`persona_plug.data.lamp.DEFECTS`).
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ from typing import Any
 
 from persona_plug.data._http import NotThere, fetch
 from persona_plug.data.avocado import Mail, read_mails
+from persona_plug.data.lamp import LampData, read_lamp
 from persona_plug.errors import ConfigError, DataError
-from persona_plug.lamp import LampData, read_lamp
 
 BASE = "https://ciir.cs.umass.edu/downloads/LaMP"
 HUB = "LongLaMP/LongLaMP"

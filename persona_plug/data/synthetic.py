@@ -15,7 +15,7 @@ import numpy as np
 
 from persona_plug.data._oracle import Bounds, LabelSet, Probabilities, Score, StyleSet, SyntheticSet
 from persona_plug.data._words import ANSWERS, HABITS, LINKS, SENTENCE_WORDS, TOPICS
-from persona_plug.data._write import count_items
+from persona_plug.data.records import count_items
 from persona_plug.errors import ConfigError
 
 __all__ = ["Bounds", "LabelSet", "Score", "StyleSet", "SyntheticSet", "build"]

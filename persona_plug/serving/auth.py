@@ -19,7 +19,7 @@ from urllib.parse import quote
 from filelock import FileLock
 
 from persona_plug.errors import ConfigError
-from persona_plug.persistence import write_atomically
+from persona_plug.files import write_atomically
 
 logger = logging.getLogger(__name__)
 

@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 
 from persona_plug.errors import PersonaPlugError
-from persona_plug.prompts import PromptParts
 from persona_plug.serving.writing import Sampler, Writer
+from persona_plug.splice.prompts import PromptParts
 
 logger = logging.getLogger(__name__)
 

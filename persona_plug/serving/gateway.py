@@ -20,7 +20,7 @@ from persona_plug.serving.errors import ApiError
 from persona_plug.serving.limits import Limits, Memory, Rates, Slots
 from persona_plug.serving.logs import Hasher, Log, Metrics
 from persona_plug.serving.schema import ChatRequest, CompletionRequest
-from persona_plug.stored import StoredExample
+from persona_plug.store.batches import StoredExample
 
 P = ParamSpec("P")
 R = TypeVar("R")

@@ -10,14 +10,14 @@ from typing import TYPE_CHECKING, Any, Self
 import torch
 from torch import Tensor
 
-from persona_plug import zoo
+from persona_plug.data.history import Example
 from persona_plug.errors import ConfigError
 from persona_plug.export import dense
-from persona_plug.history import Example
+from persona_plug.models import zoo
 from persona_plug.serving.vllm import Sampling, prompt_embeds
 
 if TYPE_CHECKING:
-    from persona_plug.model import PersonaPlug
+    from persona_plug.plug import PersonaPlug
 
 
 class VllmOffline:

@@ -20,16 +20,16 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from persona_plug.embedder import Soft
 from persona_plug.errors import ConfigError, DataError
 from persona_plug.export import dense
-from persona_plug.prompts import PromptParts
 from persona_plug.serving.engine import Answer, Call, Delta, EngineError
+from persona_plug.splice.prompts import PromptParts
+from persona_plug.splice.soft import Soft
 
 if TYPE_CHECKING:
     import httpx
 
-    from persona_plug.model import PersonaPlug
+    from persona_plug.plug import PersonaPlug
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,9 +11,9 @@ from typer.testing import CliRunner
 
 from persona_plug.cli import app
 from persona_plug.data import _http
+from persona_plug.data.lamp import read_lamp
 from persona_plug.data.lamp_download import LAMP, LONGLAMP, SUBJECT, download
 from persona_plug.errors import ConfigError, DataError
-from persona_plug.lamp import read_lamp
 
 ITEMS = {
     "LaMP_1": {"title": "My paper", "abstract": "We show"},

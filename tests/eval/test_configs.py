@@ -6,7 +6,7 @@ import pytest
 
 from eval.methods import PRIOR, method
 from persona_plug.config import PlugConfig
-from persona_plug.trainer import FitConfig
+from persona_plug.fit.config import FitConfig
 from training.recipes import RECIPES
 from training.run import settle
 from training.tasks import TASKS, load_task

@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 
 from eval import methods, run, tiny
-from eval.lamp.metrics import score
 from eval.methods import METHODS, Method, method
+from eval.metrics.lamp import score
 from eval.session import Session, ordered
+from persona_plug.data.history import Example
 from persona_plug.errors import ConfigError
-from persona_plug.history import Example
 from training.data import sample_questions
 from training.recipes import RECIPES
 

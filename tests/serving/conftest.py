@@ -13,7 +13,7 @@ import pytest
 @pytest.fixture(scope="session")
 def serving_plug(make_plug):
     """A plug that keeps nothing from request to request, with an encoder of its own."""
-    from persona_plug.encoder import HistoryEncoder
+    from persona_plug.models.encoder import HistoryEncoder
     from persona_plug.serving.gateway import isolate
 
     encoder = HistoryEncoder("tiny-encoder", device="cpu")
@@ -76,13 +76,13 @@ class Server:
 @pytest.fixture(scope="session")
 def start(serving_plug, tmp_path_factory):
     """`start(tenants=("acme",), keep_text=True, engine=None, **limits)` runs a gateway; the caller closes it."""
-    from persona_plug.serving.app import create_app
     from persona_plug.serving.auth import new_key
     from persona_plug.serving.engine import TransformersEngine
     from persona_plug.serving.gateway import Backend, Settings
     from persona_plug.serving.limits import Limits
     from persona_plug.serving.logs import Log
-    from persona_plug.store import HistoryStore
+    from persona_plug.serving.routes import create_app
+    from persona_plug.store.history_store import HistoryStore
 
     def start(tenants=(), keep_text=True, engine=TransformersEngine, load=None, load_after=None, **limits):
         folder = tmp_path_factory.mktemp("gateway")

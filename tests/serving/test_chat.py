@@ -6,7 +6,7 @@ import pytest
 
 from persona_plug.config import PlugConfig
 from persona_plug.errors import DataError
-from persona_plug.prompts import Prompter
+from persona_plug.splice.prompts import Prompter
 
 CHAT = [("system", "be brief"), ("user", "one"), ("assistant", "two"), ("user", "three")]
 FRAME = "<|im_start|>{}\n{}<|im_end|>\n"
@@ -63,7 +63,7 @@ def test_special_tokens_in_a_message_are_characters(prompter, at):
 
 
 def test_marks_of_the_prompter_in_a_message_are_characters(prompter):
-    from persona_plug.prompts import _MARK
+    from persona_plug.splice.prompts import _MARK
 
     text = f"{_MARK}1{_MARK}"
     parts, _ = prompter().chat([("system", text), ("user", "hi")])

@@ -231,7 +231,7 @@ def test_nothing_of_a_request_stays(gateway, serving_plug, monkeypatch, tmp_path
     """No vector of it on disk, no state of it in memory; `isolate` sees to both."""
     import copy
 
-    from persona_plug.encoder import HistoryEncoder
+    from persona_plug.models.encoder import HistoryEncoder
     from persona_plug.serving.gateway import isolate
 
     def folder_size(encoder):

@@ -58,7 +58,7 @@ def wait(process, url):
 
 
 def test_a_server_from_start_to_stop(serve, tmp_path, folder, people):
-    from persona_plug.model import PersonaPlug
+    from persona_plug.plug import PersonaPlug
 
     made = CliRunner().invoke(app, ["keys", "new", "--tenant", "acme", "--keys", str(tmp_path / "k.jsonl"), "--json"])
     key = json.loads(made.stdout)["key"]

@@ -25,13 +25,13 @@ import pytest
 import torch
 
 from persona_plug import PersonaPlug
+from persona_plug.data.history import Example, HistoryItem
 from persona_plug.errors import ConfigError, DataError, PersonaPlugError
-from persona_plug.history import Example, HistoryItem
-from persona_plug.prompts import PromptParts
 from persona_plug.serving import offline
 from persona_plug.serving.engine import Call, EngineError, TransformersEngine
 from persona_plug.serving.offline import VllmOffline
 from persona_plug.serving.vllm import Sampling, VllmEngine, VllmServer, prompt_embeds
+from persona_plug.splice.prompts import PromptParts
 
 GREEDY = Sampling(16)
 ANSWER = {"choices": [{"text": " yes\n", "finish_reason": "stop"}], "usage": {"completion_tokens": 2}}
@@ -343,7 +343,7 @@ def vllm_offline():
 @pytest.fixture(scope="module")
 def vllm_url():
     """Address of a real server on loopback, ended when the tests are."""
-    from persona_plug import zoo
+    from persona_plug.models import zoo
 
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))

@@ -12,7 +12,7 @@ import yaml
 from safetensors.torch import load_file
 
 from eval import tiny
-from persona_plug.trainer import COMPLETE, is_whole, last_checkpoint
+from persona_plug.fit.trainer import COMPLETE, is_whole, last_checkpoint
 from training import run
 
 ROOT = Path(__file__).parents[2]

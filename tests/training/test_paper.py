@@ -8,7 +8,7 @@ import yaml
 
 from eval import tiny
 from persona_plug import PersonaPlug
-from persona_plug.trainer import FitConfig
+from persona_plug.fit.config import FitConfig
 from training import run
 from training.config import load
 from training.recipes import RECIPES

@@ -6,13 +6,13 @@ import pytest
 import torch
 
 from eval import tiny
+from persona_plug.data.history import Example, HistoryItem
+from persona_plug.data.splits import FitData
 from persona_plug.errors import ConfigError
-from persona_plug.fingerprint import full_digest
-from persona_plug.history import Example, HistoryItem
-from persona_plug.llm import loaded_as
-from persona_plug.prompts import AnswerTree, PromptParts
-from persona_plug.trainer import FitConfig
-from persona_plug.training_data import FitData
+from persona_plug.fit.config import FitConfig
+from persona_plug.models.fingerprint import full_digest
+from persona_plug.models.llm import loaded_as
+from persona_plug.splice.prompts import AnswerTree, PromptParts
 from training import recipes, run
 from training.lora import RANK, for_each_user, with_lora
 from training.prefix import with_prefix
@@ -200,7 +200,7 @@ def test_the_learning_rate_with_the_lowest_validation_loss_is_chosen(base, data,
 def test_shared_states_are_charged_to_every_training_that_uses_them(base, data, tmp_path, monkeypatch):
     """Which of two trainings computes a state first is chance; both pay for it."""
     ticks = iter(range(1_000_000))
-    monkeypatch.setattr("persona_plug.splice.clock", lambda _: float(next(ticks)))
+    monkeypatch.setattr("persona_plug.splice.base.clock", lambda _: float(next(ticks)))
     bills = []
     for name in ("task_prompt", "plug"):
         fit(name, base, {"max_input_tokens": 64}, data, CONFIG, tmp_path / name)

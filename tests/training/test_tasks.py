@@ -4,8 +4,8 @@ import json
 
 import pytest
 
+from persona_plug.data.lamp import read_lamp
 from persona_plug.errors import ConfigError
-from persona_plug.lamp import read_lamp
 from training.tasks import METRICS, TASKS, Task, load_task
 
 NAMES = sorted(p.stem for p in TASKS.glob("*.yaml"))
@@ -267,6 +267,6 @@ def test_an_unknown_task_names_the_known_ones():
 
 
 def test_every_metric_of_a_task_has_a_class():
-    from eval.metrics import METRICS as CLASSES
+    from eval.metrics.classes import METRICS as CLASSES
 
     assert {m for names in METRICS.values() for m in names} <= set(CLASSES)

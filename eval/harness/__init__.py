@@ -1,0 +1,1 @@
+"""A model for lm-evaluation-harness that scores behind soft tokens: `python -m eval.harness`."""

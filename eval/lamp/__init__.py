@@ -1,1 +1,0 @@
-"""LaMP and LongLaMP: the official metrics."""

@@ -1,0 +1,1 @@
+"""Histories in prompts: LaMP's wording and budget, and profiles in words."""

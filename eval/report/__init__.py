@@ -1,0 +1,1 @@
+"""What a comparison shows: contrasts, tables, plots, pages."""

@@ -1,0 +1,193 @@
+"""`persona-plug users`: histories in a store."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import sys
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from persona_plug.cli.common import Device, Json, one_line_errors, quiet, say
+
+users_app: typer.Typer = typer.Typer(
+    help="Users' histories in a store: add, look at, export, delete.", no_args_is_help=True
+)
+
+Url = Annotated[str, typer.Option("--store", help="sqlite:///users.db or postgresql://user:password@host/database.")]
+User = Annotated[str, typer.Argument(metavar="ID", help="The user's id.")]
+Tenant = Annotated[
+    str | None, typer.Option(help="Whose user it is in a gateway's store; a gateway without keys has one, local.")
+]
+
+
+@users_app.command("add")
+@one_line_errors
+def add(
+    file: Annotated[Path, typer.Argument(help="JSONL or Parquet events.")],
+    store: Url,
+    encoder: Annotated[str, typer.Option(help="Sentence encoder: short name, folder or Hub id.")] = "minilm-l6",
+    keep_text: Annotated[
+        bool | None, typer.Option(help="Keep texts beside vectors; default as the store was made, at first not.")
+    ] = None,
+    vectors: Annotated[str | None, typer.Option(help="A new store's vectors: fp16 (default) or int8.")] = None,
+    skip_bad: Annotated[bool, typer.Option(help="Skip bad records and count them.")] = False,
+    tenant: Tenant = None,
+    device: Device = None,
+    as_json: Json = False,
+) -> None:
+    """Add a file's events, making the store if there is none; running it again goes on where it broke off."""
+    from persona_plug.models.encoder import HistoryEncoder
+    from persona_plug.store.history_store import HistoryStore
+
+    quiet()
+    made = HistoryEncoder(encoder, device=device)
+    kind: Any = vectors  # the store checks it
+    with HistoryStore(store, encoder=made, keep_text=keep_text, vectors=kind) as opened:
+        result = opened.load_file(file, skip_bad, rename=lambda user: _name(user, tenant))
+    row = {"new": result.new, "known": result.known, "skipped": len(result.skipped), "truncated": made.stats.truncated}
+    say(json.dumps(row) if as_json else ", ".join(f"{k}: {v}" for k, v in row.items()))
+    for line in result.skipped[:5]:
+        sys.stderr.write(f"skipped: {line}\n")
+
+
+@users_app.command("list")
+@one_line_errors
+def list_users(
+    store: Url,
+    prefix: Annotated[str, typer.Option(help="Only ids that begin so.")] = "",
+    as_json: Json = False,
+) -> None:
+    """Show who is in the store, with the number of items and the time of the last change."""
+    from persona_plug.store.history_store import HistoryStore
+
+    with HistoryStore(store) as opened:
+        rows = opened.users(prefix)
+        if as_json:
+            say(json.dumps([dataclasses.asdict(row) for row in rows]))
+            return
+        for row in rows:
+            say(f"{_plain(row.user_id)}  {row.items} items  {_moment(row.last_update)}")
+
+
+@users_app.command("show")
+@one_line_errors
+def show(
+    user: User,
+    store: Url,
+    limit: Annotated[int, typer.Option(min=1, help="Newest items at most.")] = 20,
+    tenant: Tenant = None,
+    as_json: Json = False,
+) -> None:
+    """Show a user's newest items, with texts if the store keeps them."""
+    from persona_plug.store.history_store import HistoryStore
+
+    with HistoryStore(store) as opened:
+        history = opened.read(_name(user, tenant), limit)
+        if not history.total:
+            raise _unknown(opened.name)
+    items = [dataclasses.asdict(item) for item in history.items]
+    if history.texts is None:
+        items = [{"id": item["id"], "timestamp": item["timestamp"]} for item in items]
+    if as_json:
+        say(json.dumps({"user_id": user, "items": history.total, "newest": items}))
+        return
+    say(f"{_plain(user)}: {history.total} items" + ("" if history.texts else ", kept without their texts"))
+    for item in items:
+        texts = f"  {_plain(item['input']):.60} -> {_plain(item['output']):.60}" if "input" in item else ""
+        when = "" if item["timestamp"] is None else f"  {_moment(item['timestamp'])}"
+        say(f"{_plain(str(item['id']))}{when}{texts}")
+
+
+@users_app.command("export")
+@one_line_errors
+def export(
+    user: User,
+    store: Url,
+    out: Annotated[
+        Path | None, typer.Option(help="JSONL to write, for its owner alone; default standard output.")
+    ] = None,
+    tenant: Tenant = None,
+) -> None:
+    """Write everything held about a user, one JSON record an item."""
+    from persona_plug.store.history_store import HistoryStore
+
+    with HistoryStore(store) as opened:
+        name = _name(user, tenant)
+        if not opened.read(name, 1).total:
+            raise _unknown(opened.name)
+        lines = (json.dumps(record, ensure_ascii=False) + "\n" for record in opened.export(name))
+        if out is None:
+            sys.stdout.writelines(lines)
+            return
+        with os.fdopen(os.open(out, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w", encoding="utf-8") as file:
+            file.writelines(lines)
+    say(f"written to {out}")
+
+
+@users_app.command("delete")
+@one_line_errors
+def delete(
+    user: User,
+    item: Annotated[str, typer.Argument(metavar="ITEM", help="The item's id.")],
+    store: Url,
+    tenant: Tenant = None,
+) -> None:
+    """Delete one item of a user."""
+    from persona_plug.errors import DataError
+    from persona_plug.store.history_store import HistoryStore
+
+    with HistoryStore(store) as opened:
+        if not opened.delete(_name(user, tenant), item):
+            raise DataError(f"{opened.name} holds no such item of this user; `persona-plug users show` lists them")
+    say("deleted")
+
+
+@users_app.command("forget")
+@one_line_errors
+def forget(
+    user: User,
+    store: Url,
+    yes: Annotated[bool, typer.Option("--yes", help="Do not ask.")] = False,
+    tenant: Tenant = None,
+    as_json: Json = False,
+) -> None:
+    """Delete a user for good: id, texts and vectors, in the store's files and the encoder's cache."""
+    from persona_plug.store.history_store import HistoryStore
+
+    with HistoryStore(store) as opened:
+        if not yes:
+            count = opened.read(_name(user, tenant), 1).total
+            typer.confirm(f"delete {count} items of {_plain(user)} for good?", abort=True, err=True)
+        result = opened.forget(_name(user, tenant))
+    row = dataclasses.asdict(result)
+    say(json.dumps(row) if as_json else f"deleted {result.items} items and {result.cached_vectors} cached vectors")
+
+
+def _name(user: str, tenant: str | None) -> str:
+    """Return what a user is called in the store."""
+    from persona_plug.serving.auth import store_key
+
+    return user if tenant is None else store_key(tenant, user)
+
+
+def _unknown(store: str) -> Exception:
+    from persona_plug.errors import DataError
+
+    return DataError(f"{store} holds no such user; `persona-plug users list` shows who is there")
+
+
+def _moment(seconds: float) -> str:
+    try:
+        return datetime.fromtimestamp(seconds, UTC).isoformat(timespec="seconds")
+    except (ValueError, OverflowError, OSError):  # a number that is no date on this machine
+        return str(seconds)
+
+
+def _plain(text: str) -> str:
+    """Return a text on one line: ids and texts may hold anything, a terminal's control characters included."""
+    return "".join(c if c.isprintable() else " " for c in text)

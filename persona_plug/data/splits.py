@@ -1,0 +1,210 @@
+"""From a user's file to training, validation and held-out samples."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from persona_plug.data.history import (
+    Event,
+    Example,
+    HistoryItem,
+    by_user,
+    detect_answers,
+    leave_one_out,
+    parse_event,
+    read_events,
+    time_ordered,
+)
+from persona_plug.data.lamp import leave_one_out_profiles, read_lamp
+from persona_plug.errors import ConfigError, DataError
+
+SAMPLES = ("auto", "leave_one_out", "time")
+
+
+@dataclass(frozen=True, slots=True)
+class FitData:
+    """Samples of three disjoint sets of users.
+
+    Attributes:
+        train: What the plug learns from.
+        valid: For early stopping and calibration.
+        held_out: For the report; never looked at in training.
+        template: The LLM's instruction with `{input}`.
+        answers: The answer space of a labelling task, or None.
+        notes: What was skipped, capped or inferred, one line each.
+    """
+
+    train: list[Example]
+    valid: list[Example]
+    held_out: list[Example]
+    template: str
+    answers: tuple[str, ...] | None
+    notes: list[str] = field(default_factory=list)
+
+
+def prepare(
+    data: str | os.PathLike[str] | Sequence[Any],
+    *,
+    samples: str = "auto",
+    valid: float = 0.1,
+    held_out: float = 0.2,
+    targets_per_user: int = 32,
+    template: str | None = None,
+    answers: Sequence[str] | str | None = "auto",
+    skip_bad: bool = False,
+    seed: int = 0,
+) -> FitData:
+    """Read data and split it by users.
+
+    Args:
+        data: A JSONL or Parquet file of events; a LaMP-shaped folder (`train_questions.json`, `train_outputs.json`); a
+            list of `Example`; or a list of `Event` or records.
+        samples: `leave_one_out` (every item is a target once, the user's others are its history), `time` (only earlier
+            items are), or `auto`: by time if every item has a timestamp.
+        valid: Share of users for early stopping and calibration.
+        held_out: Share of users for the report; 0 for none.
+        targets_per_user: At most so many targets of one user, drawn at random, so that no user dominates.
+        template: The LLM's instruction; default what the data brings, else the bare input.
+        answers: Answer space, `auto` to infer it, None for free text.
+        skip_bad: Skip bad records and count them instead of stopping at the first.
+        seed: Seed of the split and of the draws.
+
+    Raises:
+        DataError: The data cannot be read, or there are too few users to split.
+    """
+    if samples not in SAMPLES:
+        raise ConfigError(f"samples={samples!r} is not one of {', '.join(SAMPLES)}")
+    notes: list[str] = []
+    per_user, found_template = _samples(data, samples, skip_bad, notes)
+    rng = np.random.default_rng(seed)
+    capped = 0
+    for user, targets in per_user.items():
+        if len(targets) > targets_per_user:
+            chosen = sorted(rng.choice(len(targets), targets_per_user, replace=False))
+            capped += len(targets) - targets_per_user
+            per_user[user] = [targets[i] for i in chosen]
+    if capped:
+        notes.append(f"{capped} targets left out: at most {targets_per_user} a user are used (targets_per_user)")
+    users = sorted(per_user)
+    n_valid, n_held = max(1, round(valid * len(users))), round(held_out * len(users))
+    if held_out > 0:
+        n_held = max(1, n_held)
+    if len(users) - n_valid - n_held < 1:
+        raise DataError(f"{len(users)} users are too few to hold some out; at least {n_valid + n_held + 1} are needed")
+    order = [users[i] for i in rng.permutation(len(users))]
+    parts = order[n_held + n_valid :], order[n_held : n_held + n_valid], order[:n_held]
+    train, validation, rest = ([e for u in part for e in per_user[u]] for part in parts)
+    if answers == "auto":
+        answers = detect_answers([e.output for e in train])
+        kind = f"labels {', '.join(answers)}" if answers else "free text"
+        notes.append(f"answers were inferred from the training outputs: {kind} (set answers to override)")
+    elif isinstance(answers, str):
+        raise ConfigError(f"answers={answers!r} must be a list of texts, 'auto' or None")
+    known = tuple(answers) if answers else None
+    if known:
+        train, validation, rest = (
+            _keep_known(p, known, n, notes)
+            for p, n in ((train, "training"), (validation, "validation"), (rest, "held-out"))
+        )
+    return FitData(train, validation, rest, template or found_template or "{input}", known, notes)
+
+
+def augment(examples: Sequence[Example], times: int, seed: int = 0) -> list[Example]:
+    """Follow each sample of more than two history items by copies with random parts of its history.
+
+    A copy leaves out a share of the items drawn from [0, 0.5), and one item more; the others keep their order. PPlug's
+    released code does so ten times, which its paper does not mention: an epoch is then eleven times as long.
+    `FitConfig.history_dropout` draws such parts anew at each step instead.
+
+    Args:
+        examples: Training samples.
+        times: Copies of a sample; 0 for none.
+        seed: Seed of the draws.
+    """
+    rng = np.random.default_rng(seed)
+    made = []
+    for example in examples:
+        made.append(example)
+        size = len(example.history)
+        for _ in range(times if size > 2 else 0):
+            kept = size - int(rng.uniform(0, 0.5) * size) - 1
+            chosen = sorted(rng.choice(size, kept, replace=False))
+            made.append(dataclasses.replace(example, history=tuple(example.history[i] for i in chosen)))
+    return made
+
+
+def _keep_known(part: list[Example], answers: tuple[str, ...], name: str, notes: list[str]) -> list[Example]:
+    kept = [e for e in part if e.output.strip() in answers]
+    if len(kept) < len(part):
+        notes.append(f"{len(part) - len(kept)} {name} samples left out: their output is not among the answers")
+    return kept
+
+
+def _samples(data: Any, samples: str, skip_bad: bool, notes: list[str]) -> tuple[dict[str, list[Example]], str | None]:  # noqa: ANN401
+    """Return each user's samples and the template the data brings."""
+    if isinstance(data, str | os.PathLike):
+        path = Path(data)
+        if path.is_dir():
+            lamp = read_lamp(path / "train_questions.json", path / "train_outputs.json")
+            notes.extend(lamp.repairs)
+            return _group([*lamp.examples, *leave_one_out_profiles(lamp.examples)]), lamp.template
+        result = read_events(path, skip_bad)
+        if result.skipped:
+            notes.append(f"{len(result.skipped)} bad records skipped, first: {result.skipped[0]}")
+        return _from_events(result.events, samples, notes), _sidecar_template(path)
+    rows = list(data)
+    if not rows:
+        raise DataError("no data given")
+    if all(isinstance(r, Example) for r in rows):
+        return _group(rows), None
+    events = [
+        r if isinstance(r, Event) else parse_event(r, f"record {i}")
+        for i, r in enumerate(rows)
+        if isinstance(r, Event | Mapping)
+    ]
+    if len(events) < len(rows):
+        raise DataError("data must be all Examples, or all Events and records with user_id, input, output")
+    return _from_events(events, samples, notes), None
+
+
+def _from_events(events: list[Event], samples: str, notes: list[str]) -> dict[str, list[Example]]:
+    users: dict[str, list[HistoryItem]] = by_user(events)
+    if samples == "auto":
+        timed = all(item.timestamp is not None for items in users.values() for item in items)
+        samples = "time" if timed else "leave_one_out"
+        notes.append(f"samples: {samples} ({'every item has' if timed else 'not every item has'} a timestamp)")
+    make = time_ordered if samples == "time" else leave_one_out
+    made = {user: make(user, items) for user, items in users.items()}
+    lonely = [user for user, targets in made.items() if all(not t.history for t in targets)]
+    if lonely:
+        notes.append(f"{len(lonely)} of {len(made)} users have no second item; they train the no-history case only")
+    return made
+
+
+def _group(examples: Sequence[Example]) -> dict[str, list[Example]]:
+    users: dict[str, list[Example]] = {}
+    for example in examples:
+        users.setdefault(example.user_id, []).append(example)
+    return users
+
+
+def _sidecar_template(path: Path) -> str | None:
+    """Read the template that `persona-plug data` writes beside its files."""
+    import json
+
+    meta = path.with_suffix(".meta.json")
+    if not meta.is_file():
+        return None
+    try:
+        found = json.loads(meta.read_text(encoding="utf-8"))
+    except (UnicodeDecodeError, json.JSONDecodeError) as exc:
+        raise DataError(f"{meta}: not JSON; delete it or pass a template") from exc
+    template = found.get("template") if isinstance(found, dict) else None
+    return template if isinstance(template, str) else None

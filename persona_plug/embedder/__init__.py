@@ -1,0 +1,1 @@
+"""The only thing that is trained: histories and requests -> soft tokens."""

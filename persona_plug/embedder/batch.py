@@ -1,0 +1,169 @@
+"""From examples to the tensors that the embedder reads."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor, nn
+
+from persona_plug.config import PlugConfig
+from persona_plug.data.history import Example
+from persona_plug.errors import ConfigError, DataError
+from persona_plug.models.encoder import HistoryEncoder
+
+Tokenise = Callable[[Sequence[str]], Sequence[Sequence[int]]]  # texts -> the LLM's ids of each
+
+
+@dataclass(frozen=True, slots=True)
+class HistoryBatch:
+    """Vectors of B requests and of their users' histories, padded to n items.
+
+    Attributes:
+        request: (B, d) float32, the request's vector.
+        keys: (B, n, d) float32, each item's input (its output where the input is empty).
+        values: (B, n, v) float32, what is pooled: input, output and one-hot answer, as the config asks.
+        mask: (B, n) bool, True where there is an item.
+        quotes: (B, n, T) int64, the LLM's ids of the first T tokens of each item's output, -1 where it has fewer; None
+            where the config quotes nothing.
+        request_ids: (B, L) int64, the encoder's ids of the requests, -1 beyond their ends; None unless the plug trains
+            its own reading of requests.
+    """
+
+    request: Tensor
+    keys: Tensor
+    values: Tensor
+    mask: Tensor
+    quotes: Tensor | None = None
+    request_ids: Tensor | None = None
+
+    def to(self, device: torch.device) -> HistoryBatch:
+        """Return the batch on a device."""
+        return HistoryBatch(
+            self.request.to(device),
+            self.keys.to(device),
+            self.values.to(device),
+            self.mask.to(device),
+            None if self.quotes is None else self.quotes.to(device),
+            None if self.request_ids is None else self.request_ids.to(device),
+        )
+
+
+class VectorTable:
+    """Vectors of every text a set of examples mentions, encoded once; makes batches without the encoder."""
+
+    def __init__(
+        self,
+        encoder: HistoryEncoder,
+        examples: Sequence[Example],
+        config: PlugConfig,
+        ids: Tokenise | None = None,
+    ) -> None:
+        """Encode (or read from the cache) all requests and the used items of all histories.
+
+        Args:
+            encoder: The history encoder.
+            examples: Examples whose texts are wanted.
+            config: Says what an item's value holds, and how many items count.
+            ids: The LLM's tokenizer, texts -> ids of each; needed where the config quotes.
+        """
+        self.config, self.encoder = config, encoder
+        texts: dict[str, int] = {"": 0}
+        for example in examples:
+            texts.setdefault(example.input, len(texts))
+            for item in example.history[-config.max_history :]:
+                texts.setdefault(item.input, len(texts))
+                texts.setdefault(item.output, len(texts))
+        self.rows = texts
+        self.vectors = encoder.encode(list(texts))
+        self.quoted = self._quoted(examples, ids) if config.quotes else None
+        self.answer_ids = {a: i for i, a in enumerate(config.answers or ())}
+
+    def _quoted(self, examples: Sequence[Example], ids: Tokenise | None) -> Tensor:
+        """Return the first T token ids of every output, (texts, T), -1 beyond its end."""
+        if ids is None:
+            raise ConfigError(f"quote_tokens={self.config.quote_tokens} needs the LLM's tokenizer: pass ids=")
+        table = torch.full((len(self.rows), self.config.quotes), -1)
+        texts = list({i.output for e in examples for i in e.history[-self.config.max_history :]})
+        for text, row in zip(texts, ids(texts), strict=True):
+            first = list(row)[: self.config.quotes]
+            table[self.rows[text], : len(first)] = torch.tensor(first, dtype=torch.long)
+        return table
+
+    def batch(self, examples: Sequence[Example]) -> HistoryBatch:
+        """Collate examples whose texts are all in the table."""
+        limit = self.config.max_history
+        histories = [e.history[-limit:] for e in examples]
+        n = max([len(h) for h in histories] + [1])
+        shape = (len(examples), n)
+        inputs, outputs = torch.zeros(shape, dtype=torch.long), torch.zeros(shape, dtype=torch.long)
+        answers = torch.full(shape, -1)
+        mask = torch.zeros(shape, dtype=torch.bool)
+        for b, history in enumerate(histories):
+            for i, item in enumerate(history):
+                inputs[b, i] = self.rows[item.input]
+                outputs[b, i] = self.rows[item.output]
+                answers[b, i] = self.answer_ids.get(item.output.strip(), -1)
+                mask[b, i] = True
+        request = self.vectors[torch.tensor([self.rows[e.input] for e in examples], dtype=torch.long)]
+        quotes = None if self.quoted is None else self.quoted[outputs]
+        made = collate(self.config, request, self.vectors[inputs], self.vectors[outputs], answers, mask, quotes)
+        return self._with_ids(made, examples)
+
+    def _with_ids(self, batch: HistoryBatch, examples: Sequence[Example]) -> HistoryBatch:
+        """Add the requests' ids where the plug reads them itself."""
+        if not self.config.train_request:
+            return batch
+        rows = [torch.tensor(self.encoder.ids(e.input), dtype=torch.long) for e in examples]
+        return replace(batch, request_ids=nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=-1))
+
+
+def collate(
+    config: PlugConfig,
+    request: Tensor,
+    inputs: Tensor,
+    outputs: Tensor,
+    answers: Tensor,
+    mask: Tensor,
+    quotes: Tensor | None,
+) -> HistoryBatch:
+    """Make a batch of vectors, wherever they come from.
+
+    Args:
+        config: Says what an item's value holds.
+        request: (B, d) the requests' vectors.
+        inputs: (B, n, d) the items' inputs, zero where there is none.
+        outputs: (B, n, d) their outputs.
+        answers: (B, n) int64, the number of each item's answer, -1 where it is none of the config's.
+        mask: (B, n) bool, True where there is an item.
+        quotes: (B, n, T) int64, as in `HistoryBatch`.
+    """
+    blank = torch.linalg.vector_norm(inputs, dim=-1, keepdim=True) == 0
+    keys = torch.where(blank, outputs, inputs)
+    parts = [inputs, outputs] if config.item_outputs else [keys]
+    if count := value_dim(config)[1]:
+        one_hot = torch.nn.functional.one_hot(answers.clamp(min=0), count).float()
+        parts.append(one_hot * (answers >= 0).unsqueeze(-1))
+    return HistoryBatch(request, keys, torch.cat(parts, -1), mask, quotes)
+
+
+def value_dim(config: PlugConfig) -> tuple[int, int]:
+    """Return the width of an item's text part and of its one-hot answer part."""
+    wanted = config.use_answer_counts or config.answer_head
+    answers = len(config.answers) if config.answers and wanted else 0
+    return config.encoder_dim * (2 if config.item_outputs else 1), answers
+
+
+def check_finite(batch: HistoryBatch) -> None:
+    """Refuse vectors that are not finite.
+
+    Raises:
+        DataError: Names the row and the kind of vector.
+    """
+    for name in ("request", "keys", "values"):
+        tensor = getattr(batch, name)
+        # A sum is much cheaper than a look at each number, and not finite if one of them is not.
+        if not bool(torch.isfinite(tensor.sum())) and not bool(torch.isfinite(tensor).all()):
+            row = int((~torch.isfinite(tensor)).flatten(1).any(1).nonzero()[0])
+            raise DataError(f"row {row}: {name} vectors hold NaN or infinity; encode the history again")

@@ -1,0 +1,1 @@
+"""Training one plug, and the report of what it learned."""

@@ -1,0 +1,72 @@
+"""How a plug is trained: one frozen, validated object."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any
+
+from persona_plug.errors import ConfigError
+
+
+@dataclass(frozen=True, slots=True)
+class FitConfig:
+    """How a plug is trained.
+
+    Attributes:
+        steps: Optimiser steps at most; early stopping may end sooner.
+        batch_size: Samples per process and step: several processes (`accelerate launch`) take as many each.
+        gradient_accumulation: Batches per optimiser step.
+        lr: Peak learning rate of AdamW; linear decay after `warmup` (share of the steps).
+        warmup: Share of steps with rising learning rate.
+        weight_decay: AdamW's decay.
+        history_dropout: Each row loses a share of its items drawn from [0, history_dropout].
+        empty_history: Share of rows that lose their whole history.
+        dropout: Dropout in the projector.
+        token_weight: Weight of the token loss beside the loss over the candidate answers' scores (labelling tasks).
+        eval_every: Steps between looks at the validation users.
+        patience: Looks without improvement before training stops.
+        eval_samples: Validation samples at most.
+        bf16: Mixed precision where the hardware has it.
+        seed: Seed of weights, order and dropout.
+        report_to: `none`, `tensorboard`, `trackio`, ...
+    """
+
+    steps: int = 200
+    batch_size: int = 32
+    gradient_accumulation: int = 1
+    lr: float = 1e-3
+    warmup: float = 0.1
+    weight_decay: float = 0.01
+    history_dropout: float = 0.5
+    empty_history: float = 0.25
+    dropout: float = 0.1
+    token_weight: float = 0.1
+    eval_every: int = 20
+    patience: int = 4
+    eval_samples: int = 192
+    bf16: bool = False
+    seed: int = 0
+    report_to: str = "none"
+
+    def __post_init__(self) -> None:
+        """Refuse values that cannot work, naming the field."""
+        for name in ("steps", "batch_size", "gradient_accumulation", "eval_every", "patience", "eval_samples"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name}={getattr(self, name)!r} must be at least 1")
+        for name in ("history_dropout", "dropout", "empty_history", "warmup"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ConfigError(f"{name}={getattr(self, name)!r} must be in [0, 1)")
+        if not 0 < self.lr < float("inf"):
+            raise ConfigError(f"lr={self.lr!r} must be a positive number")
+        for name in ("weight_decay", "token_weight"):
+            if not 0 <= getattr(self, name) < float("inf"):
+                raise ConfigError(f"{name}={getattr(self, name)!r} must not be negative")
+
+    @classmethod
+    def of(cls, settings: dict[str, Any]) -> FitConfig:
+        """Build from keyword settings, naming an unknown one."""
+        known = [f.name for f in dataclasses.fields(cls)]
+        if unknown := sorted(set(settings) - set(known)):
+            raise ConfigError(f"unknown setting {unknown[0]!r}; known are {', '.join(known)}")
+        return cls(**settings)

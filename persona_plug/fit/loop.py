@@ -1,0 +1,156 @@
+"""The training itself: the answer head's start, the steps, the calibration."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import PartialState
+from accelerate.utils import broadcast_object_list
+from torch import Tensor
+from transformers import TrainingArguments
+
+from persona_plug.data.history import Example
+from persona_plug.data.splits import FitData
+from persona_plug.dataset import PlugDataset
+from persona_plug.errors import ConfigError
+from persona_plug.files import write_atomically
+from persona_plug.fit.config import FitConfig
+from persona_plug.fit.trainer import PlugTrainer, is_whole, last_checkpoint
+from persona_plug.measure.answers import prompt_length, score_samples, spread
+from persona_plug.measure.priors import fit_label_model
+from persona_plug.model import PlugModel
+
+logger = logging.getLogger(__name__)
+
+
+def train(
+    plug: PlugModel, data: FitData, config: FitConfig, folder: Path, resume: bool = False
+) -> list[dict[str, float]]:
+    """Train the plug's embedder in place and calibrate its scores; returns the Trainer's log.
+
+    Several processes (`accelerate launch`) train one plug: each calls this with the same arguments and gets the same
+    plug. The main process alone writes to `folder`, which all must see.
+
+    Args:
+        plug: The plug; its config must already hold the data's template and answers.
+        data: Samples; only `train` and `valid` are read.
+        config: Settings.
+        folder: Checkpoints and `log.jsonl` go here.
+        resume: Go on from the newest whole checkpoint there, if any; the result is that of an uninterrupted run.
+    """
+    torch.manual_seed(config.seed)
+    processes = PartialState(cpu=plug.llm.device.type == "cpu")
+    checkpoint = last_checkpoint(folder) if resume else None
+    processes.wait_for_everyone()  # all have looked
+    if processes.is_main_process:
+        for old in folder.glob("checkpoint-*"):
+            if checkpoint is None or not is_whole(old):
+                shutil.rmtree(old)
+        _cut_log(folder / "log.jsonl", int(checkpoint.name.rpartition("-")[2]) if checkpoint else 0)
+    with processes.main_process_first():  # it encodes, the others read the cache
+        train_set = PlugDataset(plug, data.train)
+        looked_at = sorted(_spread(data.valid, config.eval_samples), key=lambda e: prompt_length(plug, e))
+        valid_set = PlugDataset(plug, looked_at)
+    drawn = config.steps * config.batch_size * config.gradient_accumulation * processes.num_processes
+    lefts = [p.left for part in (train_set, valid_set) for p in part.parts]
+    plug.splicer.plan(lefts, drawn + len(valid_set))
+    if train_set.cut and processes.is_main_process:
+        logger.warning("%d of %d requests are longer than max_input_tokens and were cut", train_set.cut, len(train_set))
+    if plug.embedder.has_answer_head:
+        train_set.offsets = _agreed(start_answer_head(plug, data))
+    plug.embedder.history_dropout, plug.embedder.empty_history = config.history_dropout, config.empty_history
+    if plug.config.user_tokens:
+        plug.embedder.dropout.p = config.dropout
+    args = TrainingArguments(
+        output_dir=str(folder),
+        max_steps=config.steps,
+        per_device_train_batch_size=config.batch_size,
+        per_device_eval_batch_size=config.batch_size,
+        gradient_accumulation_steps=config.gradient_accumulation,
+        learning_rate=config.lr,
+        warmup_steps=int(config.warmup * config.steps),
+        weight_decay=config.weight_decay,
+        eval_strategy="steps",
+        save_strategy="steps",
+        eval_steps=config.eval_every,
+        save_steps=config.eval_every,
+        logging_steps=max(1, config.eval_every // 4),
+        save_total_limit=2,
+        load_best_model_at_end=True,
+        metric_for_best_model="eval_loss",
+        greater_is_better=False,
+        bf16=config.bf16,
+        seed=config.seed,
+        report_to=config.report_to,
+        remove_unused_columns=False,
+        use_cpu=plug.llm.device.type == "cpu",
+        disable_tqdm=not os.isatty(2),
+        dataloader_num_workers=0,
+        restore_callback_states_from_checkpoint=True,  # patience counts on
+    )
+    try:
+        trainer = PlugTrainer(plug, args, train_set, valid_set, config)
+    except RuntimeError as exc:  # transformers' way to say that a tracker is not installed
+        if config.report_to == "none" or "installed" not in str(exc):
+            raise
+        raise ConfigError(f"report_to={config.report_to!r}: {exc}") from exc
+    trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    plug.eval()
+    if data.answers:
+        plug.embedder.score_temperature.fill_(_agreed(calibrate(plug, valid_set, config.batch_size)))
+    processes.wait_for_everyone()
+    return list(trainer.state.log_history)
+
+
+def _cut_log(file: Path, step: int) -> None:
+    """Keep a log's lines up to a step: what was logged later is trained, timed and logged once more."""
+    if file.is_file():
+        lines = file.read_text(encoding="utf-8").splitlines(keepends=True)
+        kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step]
+        write_atomically(file, "".join(kept).encode())
+
+
+def _agreed(found: Any) -> Any:  # noqa: ANN401
+    """Return what the main process found: the last bit may differ between machines, and all must train one plug."""
+    return broadcast_object_list([found])[0]
+
+
+@torch.no_grad()
+def start_answer_head(plug: PlugModel, data: FitData) -> Tensor:
+    """Set the answer head to the best LLM-free product of classifier and user frequencies (a convex fit, seconds).
+
+    Trained jointly, the frequencies explain most answers before the request's words are learned, which ends worse on
+    few users. Fitted first, it leaves to the LLM what the LLM adds. Returned are the scores (N, C) of the training
+    samples by heads that did not see their users: the head's own, seen ones would leave too little to learn.
+    """
+    found = fit_label_model(data.train, data.valid, plug.config.answers or (), plug.encoder)
+    embedder = plug.embedder
+    embedder.null_answers.copy_(torch.from_numpy(found.population).log())
+    embedder.population.copy_(torch.from_numpy(found.population))
+    embedder.answer_head.weight.copy_(torch.from_numpy(found.weight))
+    embedder.answer_head.bias.copy_(torch.from_numpy(found.bias))
+    embedder.frequency_weight.fill_(found.power)
+    return torch.from_numpy(found.crossed)
+
+
+@torch.no_grad()
+def calibrate(plug: PlugModel, samples: PlugDataset, batch_size: int = 32) -> float:
+    """Fit the temperature of candidate scores on held-back users by a line search on their NLL, and return it."""
+    scores, gold = score_samples(plug, samples, batch_size)
+    grid = torch.logspace(-1, 1, 81)
+    nll = torch.stack([torch.nn.functional.cross_entropy(scores / t, gold) for t in grid])
+    best = grid[int(nll.argmin())]
+    plug.embedder.score_temperature.fill_(float(best))
+    return float(best)
+
+
+def _spread(examples: Sequence[Example], limit: int) -> list[Example]:
+    """Return at most `limit` examples, evenly spread over the list."""
+    return [examples[i] for i in spread(len(examples), limit)]

@@ -1,0 +1,206 @@
+"""The training loop's parts: settings, samples as batches, and PlugTrainer on transformers.Trainer."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import PartialState
+from torch import Tensor, nn
+from transformers import EarlyStoppingCallback, PrinterCallback, Trainer, TrainerCallback, TrainingArguments
+
+from persona_plug.clock import clock
+from persona_plug.dataset import PlugDataset
+from persona_plug.fit.config import FitConfig
+from persona_plug.model import PlugModel
+
+COMPLETE = "complete"
+NEEDED = ("model.safetensors", "optimizer.pt", "scheduler.pt", "trainer_state.json")
+FEW, FEW_LR = 32, 10.0  # parameters of at most so many numbers learn so much faster
+
+
+class _Trained(nn.Module):
+    """What the Trainer sees: the embedder alone. It would write into `model.config`, which here is PlugConfig.
+
+    Its forward gives the loss, so that whatever wraps it for several processes sees every trained number in use.
+    """
+
+    def __init__(self, plug: PlugModel) -> None:
+        super().__init__()
+        self.embedder = plug.embedder
+        object.__setattr__(self, "plug", plug)
+
+    plug: PlugModel
+
+    def forward(self, token_weight: float, tokens: Tensor | None, **batch: Any) -> Tensor:  # noqa: ANN401
+        said = self.plug(batch["history"], batch["parts"], batch["trees"])
+        return batch_loss(said, self.embedder, batch, token_weight, tokens)
+
+
+class PlugTrainer(Trainer):
+    """transformers.Trainer for a plug: its loss, its validation, checkpoints that are whole or ignored."""
+
+    def __init__(
+        self, plug: PlugModel, args: TrainingArguments, train: PlugDataset, valid: PlugDataset, config: FitConfig
+    ) -> None:
+        """Create the trainer; the LLM is no part of the model the Trainer sees."""
+        self.fit_config = config
+        callbacks = [
+            EarlyStoppingCallback(config.patience),
+            _JsonLog(Path(str(args.output_dir)) / "log.jsonl", plug),
+            _MarkComplete(),
+            _DrawApart(),
+        ]
+        super().__init__(
+            model=_Trained(plug),
+            args=args,
+            train_dataset=train,
+            eval_dataset=valid,
+            data_collator=train.collate,
+            callbacks=callbacks,
+        )
+        self.remove_callback(PrinterCallback)  # log.jsonl has it all
+        self.valid = valid
+
+    def create_optimizer(self, model: Any = None) -> Any:  # noqa: ANN401
+        """AdamW; single numbers (gains, temperatures, weights) take larger steps, and only matrices decay."""
+        trained: Any = model if model is not None else self.model
+        named = [(n, p) for n, p in trained.named_parameters() if p.requires_grad]
+        few = [p for _, p in named if p.numel() <= FEW]
+        flat = [p for _, p in named if p.numel() > FEW and p.dim() < 2]
+        wide = [p for _, p in named if p.numel() > FEW and p.dim() >= 2]
+        lr, decay = self.args.learning_rate, self.args.weight_decay
+        groups = [
+            {"params": few, "lr": lr * FEW_LR, "weight_decay": 0.0},
+            {"params": flat, "lr": lr, "weight_decay": 0.0},
+            {"params": wide, "lr": lr, "weight_decay": decay},
+        ]
+        self.optimizer = torch.optim.AdamW([g for g in groups if g["params"]])
+        return self.optimizer
+
+    def get_eval_dataloader(self, eval_dataset: Any = None) -> Any:  # noqa: ANN401
+        """Collate validation batches from the validation set's own tables."""
+        kept, self.data_collator = self.data_collator, self.valid.collate
+        try:
+            return super().get_eval_dataloader(eval_dataset)
+        finally:
+            self.data_collator = kept
+
+    def compute_loss(
+        self,
+        model: Any,  # noqa: ANN401
+        inputs: Any,  # noqa: ANN401
+        return_outputs: bool = False,
+        num_items_in_batch: Any = None,  # noqa: ANN401
+    ) -> Any:  # noqa: ANN401
+        """Candidate loss plus weighted token loss; for free text the token loss alone."""
+        weight = self.fit_config.token_weight if model.training else 0.0
+        tokens = None
+        if self.accelerator.num_processes > 1:
+            # Averaged over the processes, the loss is then that of one process with all rows.
+            count = inputs["lengths"].sum().float().to(self.args.device)
+            tokens = self.accelerator.reduce(count, "mean")
+        loss = model(weight, tokens, **inputs)
+        return (loss, None) if return_outputs else loss
+
+    def prediction_step(self, model: Any, inputs: Any, prediction_loss_only: bool, ignore_keys: Any = None) -> Any:  # noqa: ANN401
+        """Return the validation loss of a batch."""
+        with torch.no_grad():
+            return self.compute_loss(model, inputs).detach(), None, None
+
+
+def batch_loss(
+    said: Any,  # noqa: ANN401
+    embedder: Any,  # noqa: ANN401
+    inputs: dict[str, Any],
+    token_weight: float,
+    tokens: Tensor | None = None,
+) -> Tensor:
+    """Return the loss of what a plug says (its `forward`) of a collated batch; for free text the token loss alone.
+
+    Args:
+        said: Log-likelihoods (B, C) of the answers, (B,) of the gold's end token, and the answers' bias (B, C) or None.
+        embedder: The plug's embedder.
+        inputs: The batch.
+        token_weight: Weight of the token loss beside that over the answers' scores.
+        tokens: Answer tokens that the token loss is divided by; default those of the batch.
+    """
+    loglik, end, bias = said
+    gold, lengths = inputs["gold"].to(loglik.device), inputs["lengths"].to(loglik.device)
+    chosen = loglik.gather(1, gold.unsqueeze(1)).squeeze(1)
+    # Every answer token counts the same, as in the LLM's own next-token loss.
+    token: Tensor = -(chosen + end).sum() / (lengths.sum() if tokens is None else tokens)
+    if loglik.shape[1] == 1:
+        return token
+    if inputs["offset"] is not None:
+        bias = inputs["offset"].to(loglik.device)
+    loss = torch.nn.functional.cross_entropy(embedder.combine(loglik, bias), gold)
+    return loss + token_weight * token if token_weight else loss
+
+
+class _JsonLog(TrainerCallback):
+    """Append every log line to a JSONL file, with the seconds that the steps so far took (see `states.clock`).
+
+    Looks at the validation users do not count, and frozen states count as if this training had computed all it used.
+    """
+
+    def __init__(self, path: Path, plug: PlugModel) -> None:
+        self.path, self.plug = path, plug
+        lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
+        self.seconds: float = json.loads(lines[-1]).get("seconds", 0.0) if lines else 0.0
+        self.began = 0.0
+
+    def _now(self) -> float:
+        bill = self.plug.splicer.bill
+        return clock(self.plug.llm) - bill.spent + bill.owed
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:  # noqa: ANN401
+        self.began = self._now()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:  # noqa: ANN401
+        self.seconds += self._now() - self.began
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:  # noqa: ANN401
+        if not state.is_world_process_zero:
+            return
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        line = {"step": state.global_step, "seconds": round(self.seconds, 3), **(logs or {})}
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(line) + "\n")
+
+
+class _MarkComplete(TrainerCallback):
+    """Mark a checkpoint as whole once all processes have written their part; `resume` takes no other."""
+
+    def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:  # noqa: ANN401
+        processes = PartialState()
+        processes.wait_for_everyone()
+        if processes.is_main_process:
+            mark = Path(args.output_dir) / f"checkpoint-{state.global_step}" / COMPLETE
+            mark.write_text(f"{processes.num_processes}\n", encoding="utf-8")
+        processes.wait_for_everyone()
+
+
+class _DrawApart(TrainerCallback):
+    """Give each process random numbers of its own, which the Trainer does not: dropout would repeat itself."""
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:  # noqa: ANN401
+        if args.process_index:  # the first draws as one process alone does
+            torch.manual_seed(args.seed + (args.process_index << 32))
+
+
+def is_whole(checkpoint: Path) -> bool:
+    """Whether a checkpoint was written to its end (a kill while it is being deleted leaves its mark on a torso)."""
+    if not (checkpoint / COMPLETE).is_file():
+        return False
+    processes = int((checkpoint / COMPLETE).read_text(encoding="utf-8") or 1)
+    draws = ["rng_state.pth"] if processes == 1 else [f"rng_state_{i}.pth" for i in range(processes)]
+    return all((checkpoint / name).is_file() for name in [*NEEDED, *draws])
+
+
+def last_checkpoint(folder: Path) -> Path | None:
+    """Return the newest whole checkpoint of a run, or None."""
+    whole = [p for p in folder.glob("checkpoint-*") if is_whole(p)]
+    return max(whole, key=lambda p: int(p.name.rsplit("-", 1)[1]), default=None)

@@ -1,0 +1,1 @@
+"""How good an answer is: metrics, intervals, and predictions without an LLM."""

@@ -1,0 +1,176 @@
+"""What a method answers on held-out questions, and each question's value of each metric."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from persona_plug.data.history import Example
+from persona_plug.dataset import PlugDataset
+from persona_plug.measure.priors import is_rating, label_priors, rating_priors, text_priors
+from persona_plug.measure.stats import derangement
+
+if TYPE_CHECKING:
+    from persona_plug.data.splits import FitData
+    from persona_plug.model import PlugModel
+
+# Writes the answers to examples: (plug, examples, whether with its soft tokens) -> texts.
+Writer = Callable[["PlugModel", Sequence[Example], bool], list[str]]
+
+
+@dataclass(frozen=True, slots=True)
+class Answers:
+    """What one method gave on the held-out questions.
+
+    Attributes:
+        values: Metric -> (N,) per-question values.
+        texts: Answers: of free text those that were generated; else the likeliest label, for ratings the median.
+        probabilities: (N, C) of the answers of a labelling task.
+    """
+
+    values: dict[str, np.ndarray]
+    texts: list[str] | None = None
+    probabilities: np.ndarray | None = None
+
+
+def evaluate(
+    plug: PlugModel,
+    held: Sequence[Example],
+    generated: int | Sequence[int] = 48,
+    personal: bool = True,
+    head: bool = True,
+    write: Writer | None = None,
+) -> Answers:
+    """Return one method's values on each question.
+
+    Questions of like length run together: a batch is as wide as its longest row.
+
+    Args:
+        plug: The method.
+        held: N questions.
+        generated: Of free text so many answers at most are written, evenly spread, or those with these indices.
+        personal: Whether with soft tokens.
+        head: Whether an answer head counts.
+        write: Writes texts; default the plug's own `generate`.
+    """
+    order = np.argsort([prompt_length(plug, e) for e in held], kind="stable")
+    back = np.argsort(order)
+    queue = [held[i] for i in order]
+    if plug.config.answers:
+        scores = plug.score(queue, personal=personal, head=head)[back]
+        # The temperature was fitted for the plug's scores, not for log-likelihoods of the LLM alone.
+        temperature = plug.embedder.score_temperature.cpu() if personal and head else 1.0
+        return label_answers((scores / temperature).softmax(-1).double().numpy(), held, plug.config.answers)
+    dataset = PlugDataset(plug, queue, personal)
+    loglik = score_samples(plug, dataset)[0][:, 0].double().numpy()
+    lengths = np.array([len(t.paths[0]) for t in dataset.trees])
+    values = {"nll": (-loglik / lengths)[back]}
+    some = spread(len(held), generated) if isinstance(generated, int) else list(generated)
+    asked = sorted(some, key=lambda i: int(back[i]))
+    written = (write or _generate)(plug, [held[i] for i in asked], personal) if some else []
+    texts = dict(zip(asked, written, strict=True))
+    return _with_rouge(values, [texts[i] for i in some], held, some)
+
+
+@torch.no_grad()
+def score_samples(plug: PlugModel, samples: PlugDataset, batch_size: int = 32) -> tuple[Tensor, Tensor]:
+    """Return scores (N, C), end token included for free text, and gold indices (N,), on the CPU."""
+    rows = []
+    for start in range(0, len(samples), batch_size):
+        batch = samples.collate(range(start, min(start + batch_size, len(samples))))
+        if batch["history"] is not None:
+            loglik, _, bias = plug(batch["history"], batch["parts"], batch["trees"])
+        else:
+            soft = plug.plain(len(batch["parts"])).soft
+            loglik, bias = plug.splicer.loglik(batch["parts"], soft, batch["trees"])[0], None
+        rows.append(plug.embedder.combine(loglik, bias).float().cpu())
+    return torch.cat(rows), torch.tensor(samples.gold)
+
+
+def _generate(plug: PlugModel, examples: Sequence[Example], personal: bool) -> list[str]:
+    texts: list[str] = plug.generate(examples, personal=personal)
+    return texts
+
+
+def prompt_length(plug: PlugModel, example: Example) -> int:
+    """Return a request's tokens, chat template included."""
+    parts = plug.prompter.parts(example.input, example.prompt)
+    return len(parts.left) + len(parts.right)
+
+
+def label_answers(probabilities: np.ndarray, held: Sequence[Example], answers: Sequence[str]) -> Answers:
+    """Return values of a method that gives probabilities (N, C).
+
+    For ratings, MAE is of the median and RMSE of the mean of the distribution: each metric's own best decision.
+    """
+    gold = np.array([list(answers).index(e.output.strip()) for e in held])
+    rows = np.arange(len(gold))
+    values = {
+        "nll": -np.log(np.maximum(probabilities[rows, gold], 1e-12)),
+        "accuracy": (probabilities.argmax(1) == gold).astype(float),
+    }
+    if is_rating(answers):
+        levels = np.array([float(a) for a in answers])
+        order = np.argsort(levels)
+        cumulative = probabilities[:, order].cumsum(1)
+        median = levels[order][(cumulative >= 0.5 - 1e-9).argmax(1)]
+        values |= rating_errors(levels[gold], median, probabilities @ levels)
+        chosen = order[(cumulative >= 0.5 - 1e-9).argmax(1)]
+    else:
+        chosen = probabilities.argmax(1)
+    return Answers(values, [answers[i] for i in chosen], probabilities)
+
+
+def rating_errors(gold: np.ndarray, median: np.ndarray, mean: np.ndarray) -> dict[str, np.ndarray]:
+    """Return absolute errors of one prediction and squared errors of another, (N,) each."""
+    return {"mae": np.abs(gold - median), "rmse": (gold - mean) ** 2}
+
+
+def prior_answers(plug: PlugModel, data: FitData, generated: int) -> dict[str, Answers]:
+    """Return the LLM-free family's values on the held-out users."""
+    held = data.held_out
+    if data.answers:
+        found = label_priors(data.train, data.valid, held, data.answers, plug.encoder)
+        result = {name: label_answers(p, held, data.answers) for name, p in found.items()}
+        if is_rating(data.answers):
+            gold = np.array([float(e.output) for e in held])
+            for name, prediction in rating_priors(data.train, data.valid, held, plug.encoder).items():
+                result[name] = Answers(rating_errors(gold, prediction, prediction))
+        return result
+    some = spread(len(held), generated)
+    chosen = [held[i] for i in some]
+    found_texts = text_priors(chosen, plug.encoder)
+    return {name: _with_rouge({}, texts, held, some) for name, texts in found_texts.items()}
+
+
+def _with_rouge(
+    values: dict[str, np.ndarray], texts: list[str], held: Sequence[Example], some: Sequence[int]
+) -> Answers:
+    from rouge_score.rouge_scorer import RougeScorer
+
+    scorer = RougeScorer(["rouge1", "rougeL"])
+    one, longest = np.full(len(held), np.nan), np.full(len(held), np.nan)
+    for i, text in zip(some, texts, strict=True):
+        score = scorer.score(held[i].output, text)
+        one[i], longest[i] = score["rouge1"].fmeasure, score["rougeL"].fmeasure
+    return Answers({**values, "rouge-1": one, "rouge-L": longest}, texts)
+
+
+def spread(total: int, limit: int) -> list[int]:
+    """Return at most `limit` indices, evenly spread."""
+    return sorted({i * total // limit for i in range(limit)}) if total > limit else list(range(total))
+
+
+def with_other_history(held: Sequence[Example], seed: int = 0) -> list[Example]:
+    """Return the questions with the longest history of another held-out user each, the same one for all of a user's."""
+    other = derangement([e.user_id for e in held], seed)
+    longest: dict[str, Example] = {}
+    for example in held:
+        if len(example.history) > len(getattr(longest.get(example.user_id), "history", ())):
+            longest[example.user_id] = example
+    return [replace(e, history=longest[other[e.user_id]].history if other[e.user_id] in longest else ()) for e in held]

@@ -1,0 +1,1 @@
+"""The frozen models: names, LLMs, encoders, fingerprints, the cache of vectors."""

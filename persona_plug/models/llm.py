@@ -1,0 +1,119 @@
+"""Loading the frozen LLM: dtype, device, quantisation; nothing in here ever changes a weight."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any, Literal
+
+import torch
+
+from persona_plug.errors import ConfigError
+from persona_plug.models import zoo
+
+logger = logging.getLogger(__name__)
+
+Quantization = Literal["int8", "nf4"]
+
+
+def load_llm(
+    name: str,
+    *,
+    dtype: torch.dtype | str | None = None,
+    quantization: Quantization | None = None,
+    device: str | torch.device | None = None,
+) -> tuple[Any, Any]:
+    """Load a frozen LLM in eval mode with its tokenizer.
+
+    Args:
+        name: Short name, folder or Hub id.
+        dtype: Weights' dtype; default bfloat16 where the hardware has it, else float32.
+        quantization: `int8` or `nf4` by bitsandbytes.
+        device: Torch device; default CUDA if there is one, else CPU.
+
+    Raises:
+        ModelUnavailable: The weights cannot be had.
+        ConfigError: The quantisation is unknown or bitsandbytes is missing.
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer
+
+    place = pick_device(device)
+    if isinstance(dtype, str):
+        dtype = getattr(torch, dtype, None)
+        if not isinstance(dtype, torch.dtype):
+            raise ConfigError("dtype must name a torch dtype such as float32 or bfloat16")
+    if dtype is None:
+        # bfloat16 is emulated on most CPUs: many times slower than float32.
+        dtype = torch.bfloat16 if place.type == "cuda" and torch.cuda.is_bf16_supported() else torch.float32
+    kwargs: dict[str, Any] = {"dtype": dtype}
+    if quantization is not None:
+        kwargs |= {"quantization_config": _bitsandbytes(quantization, dtype), "device_map": {"": place}}
+    folder = zoo.resolve(name)
+    try:
+        config = AutoConfig.from_pretrained(folder)
+        loader = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
+        llm: Any = loader.from_pretrained(folder, **kwargs)
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+    except (OSError, ValueError) as exc:
+        raise zoo.load_error(name, exc) from exc
+    if quantization is None:
+        llm.to(place)
+    for module in llm.modules():
+        # bitsandbytes repacks 4-bit weights on some CPUs at the first pass without a graph, for a kernel that has no
+        # backward: later passes would give soft tokens no gradient, silently.
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
+    return freeze(llm), tokenizer
+
+
+def loaded_as(llm: Any) -> dict[str, Any]:  # noqa: ANN401
+    """Return the keywords of `load_llm` that load another copy of an LLM as this one was loaded."""
+    kinds: dict[str, Quantization] = {"is_loaded_in_8bit": "int8", "is_loaded_in_4bit": "nf4"}
+    found = [kind for flag, kind in kinds.items() if getattr(llm, flag, False)]
+    return {"dtype": llm.dtype, "quantization": found[0] if found else None, "device": llm.device}
+
+
+def pick_device(device: str | torch.device | None) -> torch.device:
+    """Return the device; by default CUDA if there is one, else the CPU.
+
+    Raises:
+        ConfigError: Torch knows no such device.
+    """
+    try:
+        return torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    except RuntimeError as exc:
+        raise ConfigError(f"device={device!r} is not one torch knows, such as cpu or cuda:0") from exc
+
+
+def freeze(llm: Any) -> Any:  # noqa: ANN401
+    """Put an LLM in eval mode and take gradients off all its parameters."""
+    return llm.eval().requires_grad_(False)
+
+
+def embedding_norm(llm: Any) -> float:  # noqa: ANN401
+    """Return the mean L2 norm of the LLM's input embeddings, as its layers see them (Gemma scales its table)."""
+    return float(sample_embeddings(llm, 2048).norm(dim=-1).mean())
+
+
+@torch.no_grad()
+def sample_embeddings(llm: Any, count: int, seed: int = 0) -> torch.Tensor:  # noqa: ANN401
+    """Return the float32 embeddings (count, H) of randomly drawn vocabulary entries."""
+    table = llm.get_input_embeddings()
+    size = table.weight.shape[0]
+    ids = torch.randint(0, size, (count,), generator=torch.Generator().manual_seed(seed))
+    return table(ids.to(table.weight.device)).float().cpu()
+
+
+def _bitsandbytes(kind: str, dtype: torch.dtype) -> Any:  # noqa: ANN401
+    from importlib.util import find_spec
+
+    if kind not in ("int8", "nf4"):
+        raise ConfigError(f"quantization={kind!r} is not one of int8, nf4")
+    if find_spec("bitsandbytes") is None:
+        raise ConfigError(f"quantization={kind!r} needs bitsandbytes: pip install 'persona-plug[quant]'")
+    from transformers import BitsAndBytesConfig
+
+    if kind == "int8":
+        # bitsandbytes tells at every product that it casts to half precision; once is enough.
+        logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+        return BitsAndBytesConfig(load_in_8bit=True)
+    return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype)

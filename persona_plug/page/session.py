@@ -1,0 +1,171 @@
+"""What the page does, without a page: users, their items, answers side by side, a map, the plug's report."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from persona_plug.data.history import Event, HistoryItem, by_user, parse_event, read_events
+from persona_plug.errors import ConfigError, CorruptFileError, DataError
+from persona_plug.fit.report import FitReport
+from persona_plug.page.answers import Comparison
+from persona_plug.page.places import Places
+from persona_plug.persistence import REPORT_NAME
+
+if TYPE_CHECKING:
+    from persona_plug.plug import PersonaPlug
+    from persona_plug.store.history_store import ForgetResult, HistoryStore, UserRow
+
+ARROW = " -> "  # between input and output in a pasted line, as the command line prints items
+
+
+class Session:
+    """A plug and a store, and what a page asks of them.
+
+    Attributes:
+        comparison: Answers requests.
+        places: Says where users stand.
+    """
+
+    def __init__(self, plug: PersonaPlug, store: HistoryStore, folder: Path | None = None) -> None:
+        """Join a plug and a store.
+
+        Args:
+            plug: The plug.
+            store: Its store, opened with `keep_text=True`.
+            folder: The plug's folder, where its report lies.
+
+        Raises:
+            ConfigError: The store keeps no text.
+        """
+        if not store.keep_text:
+            raise ConfigError("this store keeps vectors without text, and items cannot be shown: use another store")
+        self.plug, self.store, self.folder = plug, store, folder
+        self.comparison = Comparison(plug, store)
+        self.places = Places(store)
+
+    def users(self, search: str = "") -> list[UserRow]:
+        """Return users whose id contains the text, whatever its case, by id."""
+        wanted = search.strip().casefold()
+        rows = (row for row in self.store.users() if wanted in row.user_id.casefold())
+        return sorted(rows, key=lambda row: row.user_id)
+
+    def items(self, user: str) -> list[HistoryItem]:
+        """Return a user's items, newest first; an unknown user has none."""
+        return list(reversed(self.store.read(named(user)).texts or ()))
+
+    def item(self, user: str, ident: str | None) -> HistoryItem:
+        """Return one item of a user.
+
+        Raises:
+            DataError: There is none with this id.
+        """
+        for item in self.items(user):
+            if item.id == ident:
+                return item
+        raise DataError("no item is picked: choose one from the list first")
+
+    def add(self, user: str, pasted: str = "", file: Path | None = None) -> dict[str, int]:
+        """Read pasted lines and a file, then store them; a bad record stores nothing.
+
+        Args:
+            user: Whose the records are that name nobody.
+            pasted: Lines: JSON with `input` and `output`, or `input -> output`, or what the user wrote.
+            file: JSONL or Parquet; its records may name their users.
+
+        Returns:
+            New items of each user; items that were there already do not count.
+
+        Raises:
+            DataError: There is nothing to add, or a record is bad: file, line and field are named.
+        """
+        events = parse_pasted(named(user), pasted)
+        if file is not None:
+            try:
+                events += read_events(file, owner=named(user)).events
+            except DataError as exc:
+                raise DataError(str(exc).replace(str(file), file.name)) from exc
+        if not events:
+            raise DataError("nothing to add: paste lines or choose a file")
+        with self.comparison.alone:
+            return {owner: self.store.append(owner, items) for owner, items in by_user(events).items()}
+
+    def edit(self, user: str, ident: str | None, input: str, output: str) -> None:
+        """Replace an item by a new one of the same time, which is then the newest; the old one goes once it is stored.
+
+        Raises:
+            DataError: There is no such item, or the new text is none.
+        """
+        item = self.item(user, ident)
+        record = {"user_id": user, "input": input.strip(), "output": output.strip(), "timestamp": item.timestamp}
+        new = parse_event(record, "edited item").item
+        if (new.input, new.output) == (item.input, item.output):
+            return
+        with self.comparison.alone:
+            self.store.append(user, [new])
+        self.delete(user, ident)
+
+    def delete(self, user: str, ident: str | None) -> None:
+        """Delete one item.
+
+        Raises:
+            DataError: There is no such item.
+        """
+        if ident is None or not self.store.delete(user, ident):
+            raise DataError("no item is picked, or it is gone: choose one from the list first")
+
+    def forget(self, user: str) -> tuple[ForgetResult, int]:
+        """Delete everything about a user; return what went, and how many items are left of them (none)."""
+        self.places.forget(user)
+        gone = self.store.forget(user)
+        return gone, len(self.store.read(user).ids)
+
+    def report(self) -> tuple[FitReport, list[Path]] | None:
+        """Return the plug's report and its plots, or None where the folder holds none.
+
+        Raises:
+            CorruptFileError: The report cannot be read.
+        """
+        path = self.folder / REPORT_NAME if self.folder else None
+        if path is None or not path.is_file():
+            return None
+        try:
+            report = FitReport(**json.loads(path.read_text(encoding="utf-8")))
+        except (ValueError, TypeError) as exc:
+            raise CorruptFileError(f"{path.name} is no report ({exc!s:.80}); fit the plug again") from exc
+        plots = [path.with_name(name) for name in ("loss.png", "lift.png")]
+        return report, [plot for plot in plots if plot.is_file()]
+
+
+def named(user: str | None) -> str:
+    """Return a user's id without the space around it.
+
+    Raises:
+        DataError: There is none.
+    """
+    if user is None or not user.strip():
+        raise DataError("no user is chosen: choose one, or type a new id")
+    return user.strip()
+
+
+def parse_pasted(user: str, text: str) -> list[Event]:
+    """Read pasted lines: JSON objects, `input -> output`, or plain text, which is an output.
+
+    Raises:
+        DataError: A line is bad; the message names line and field.
+    """
+    events = []
+    for number, line in enumerate(text.splitlines(), 1):
+        where, line = f"pasted text, line {number}", line.strip()
+        if line.startswith("{"):
+            try:
+                record = json.loads(line)
+            except (ValueError, RecursionError) as exc:
+                raise DataError(f"{where}: not JSON ({exc!s:.60}); one object a line, with input and output") from exc
+            events.append(parse_event({"user_id": user, "input": "", **record}, where))
+        elif line:
+            input, arrow, output = f"{line} ".partition(ARROW)
+            record = {"input": input.strip(), "output": output.strip()} if arrow else {"input": "", "output": line}
+            events.append(parse_event({"user_id": user, **record}, where))
+    return events

@@ -1,0 +1,264 @@
+"""How the page reads: HTML and SVG from the session's answers. Everything users wrote is escaped here."""
+
+from __future__ import annotations
+
+import base64
+from collections.abc import Collection, Mapping, Sequence
+from html import escape
+from pathlib import Path
+
+from persona_plug.data.history import HistoryItem
+from persona_plug.fit.report import FitReport
+from persona_plug.measure.metrics import METRICS
+from persona_plug.page.answers import COLUMNS, RAG_ITEMS, Answer, Column
+from persona_plug.page.places import UserMap
+
+LONG = 160  # characters of an item's text in a table
+ROWS = 8  # bars before the rest is summed up
+SHOWN_ITEMS = 200
+DOTS = 2000
+WIDTH, HEIGHT, MARGIN = 640, 400, 28  # of the map, in SVG units
+
+TITLES: dict[Column, tuple[str, str]] = {
+    "base": ("Base", "the LLM alone"),
+    "rag": ("Retrieval", f"the LLM alone, behind the user's {RAG_ITEMS} nearest items (BM25)"),
+    "other": ("Another user", "the plug with the largest other history"),
+    "own": ("This user", "the plug with this user's history"),
+}
+
+CSS = """
+.pp-cards { display: grid; grid-template-columns: repeat(4, minmax(0, 1fr)); gap: .75rem; }
+@media (max-width: 1000px) { .pp-cards { grid-template-columns: repeat(2, minmax(0, 1fr)); } }
+.pp-card { border: 1px solid var(--border-color-primary); border-radius: .5rem; padding: .75rem; min-width: 0;
+  background: var(--block-background-fill); display: flex; flex-direction: column; }
+.pp-card.own { border: 2px solid var(--color-accent); }
+.pp-card h3, .pp h2, .pp h3 { margin: 0 0 .25rem; overflow-wrap: anywhere; }
+.pp { overflow-wrap: anywhere; }
+.pp .about, .pp .note, .pp caption { color: var(--body-text-color-subdued); font-size: .85rem; text-align: left; }
+.pp .text { white-space: pre-wrap; margin: .5rem 0; }
+.pp .numbers { font-size: .85rem; font-variant-numeric: tabular-nums; margin: auto 0 0; padding-top: .25rem; }
+.pp table, .pp thead, .pp tbody, .pp tr { border: 0; }
+.pp table { border-collapse: collapse; width: 100%; table-layout: fixed; margin: .5rem 0; }
+.pp th, .pp td { text-align: left; padding: .3rem .5rem .3rem 0; vertical-align: top; font-size: .9rem;
+  border: 0; border-bottom: 1px solid var(--border-color-primary); }
+.pp .bar { width: 30%; }
+.pp .bar span { display: block; height: .6rem; min-width: 1px; background: var(--color-accent); border-radius: 2px; }
+.pp .good, .pp .bad { margin: .25rem 0; padding: .4rem .75rem; border-left: 4px solid #15803d; }
+.pp .bad { border-left-color: #b91c1c; font-weight: 600; }
+.pp svg { width: 100%; height: auto; border: 1px solid var(--border-color-primary); border-radius: .5rem; }
+.pp .dot { fill: var(--body-text-color-subdued); fill-opacity: .55; }
+.pp .dot.near { fill: var(--color-accent); fill-opacity: .45; }
+.pp .dot.hit { fill: var(--body-text-color); fill-opacity: 1; }
+.pp .dot.own { fill: var(--color-accent); fill-opacity: 1; stroke: var(--body-text-color); stroke-width: 2; }
+.pp text { fill: var(--body-text-color); font-size: 15px; }
+.pp .wide { overflow-x: auto; }
+.pp .wide table { table-layout: auto; }
+.pp .wide td, .pp .wide th { white-space: nowrap; }
+.pp .plots { display: flex; flex-wrap: wrap; gap: .75rem; margin: 1rem 0; }
+.pp .plots img { max-width: min(100%, 30rem); height: auto; background: white; }
+@media (max-width: 600px) { .pp-cards { grid-template-columns: minmax(0, 1fr); } }
+@media (max-width: 600px) { .pp text { font-size: 28px; } .pp .dot { r: 8px; } .pp .dot.own { r: 14px; } }
+@media (prefers-reduced-motion: no-preference) { .pp .busy { animation: pp-busy 1s ease-in-out infinite alternate; } }
+@keyframes pp-busy { to { opacity: .35; } }
+.gradio-container :focus-visible { outline: 3px solid var(--color-accent) !important; outline-offset: 1px; }
+footer { display: none !important; }
+"""
+
+
+def header(llm: str, encoder: str, kept: str) -> str:
+    """Return the title, what the plug joins, and where histories are kept."""
+    joined = f"LLM {escape(llm)}, encoder {escape(encoder)}."
+    return _block(f'<h1>persona_plug</h1><p class="about">{joined} {escape(kept)}</p>')
+
+
+def good(text: str) -> str:
+    """Return a line that says what was done."""
+    return _block(f'<p class="good" role="status">{escape(text)}</p>')
+
+
+def bad(text: object) -> str:
+    """Return a line that says what is wrong and what to do."""
+    return _block(f'<p class="bad" role="alert">{escape(str(text))}</p>')
+
+
+def note(text: str) -> str:
+    """Return a line for what is empty."""
+    return _block(f'<p class="note">{escape(text)}</p>')
+
+
+def counted(number: int, what: str = "item") -> str:
+    """Return a number with its noun."""
+    return f"{number} {what}" if number == 1 else f"{number} {what}s"
+
+
+def cards(answers: Mapping[Column, Answer], running: bool = False) -> str:
+    """Return the four columns; those without an answer yet wait, the first of them at work."""
+    left = [c for c in COLUMNS if c not in answers]
+    parts = []
+    for column in COLUMNS:
+        title, about = TITLES[column]
+        if column in answers:
+            answer = answers[column]
+            if answer.user is not None and column in ("other", "own"):
+                title = f"{title}: {answer.user}"
+            body = _answered(answer)
+        elif running and column == left[0]:
+            body = '<p class="text busy" role="status">Answering …</p>'
+        else:
+            body = f'<p class="text about">{"Waiting." if running else "No answer yet: ask something."}</p>'
+        parts.append(
+            f'<section class="pp-card {column}" aria-label="{escape(title)}"><h3>{escape(title)}</h3>'
+            f'<p class="about">{escape(about)}</p>{body}</section>'
+        )
+    return _block(f'<div class="pp-cards" aria-busy="{str(running).lower()}">{"".join(parts)}</div>')
+
+
+def _answered(answer: Answer) -> str:
+    notes = "".join(f'<p class="note">{escape(line)}</p>' for line in answer.notes)
+    if answer.text is None:
+        return f'<p class="text about">No answer.</p>{notes}'
+    text = escape(answer.text) or '<span class="about">(nothing: the LLM ended at once)</span>'
+    chances = answer.probabilities or {}
+    rows = [((name,), p) for name, p in sorted(chances.items(), key=lambda row: -row[1])]
+    table = _bars(("label",), rows, "Probabilities of the labels") if rows else ""
+    tokens = f"{answer.prompt_tokens} tokens read"
+    if not rows:  # a label is scored, not written
+        tokens += f", {answer.answer_tokens} written"
+    return f'<p class="text" dir="auto">{text}</p>{table}{notes}<p class="numbers">{tokens}, {answer.seconds:.2f} s</p>'
+
+
+def weights(answer: Answer) -> str:
+    """Return which items of the user weighed how much, as bars with their figures."""
+    if answer.weights is None:
+        return note("This plug gives no weights to single items.")
+    if not answer.weights:
+        return note("No items yet, so nothing weighed: add some under History.")
+    rows = [((_short(item.input) or "–", _short(item.output)), weight) for item, weight in answer.weights]
+    rest = max(0.0, 1 - sum(weight for _, weight in rows))
+    caption = f"Which items of {answer.user} weighed how much; {rest:.0%} went to none but to what all users share."
+    return _block("<h3>Weights</h3>" + _bars(("input", "output"), rows, caption))
+
+
+def _bars(names: Sequence[str], rows: Sequence[tuple[Sequence[str], float]], caption: str) -> str:
+    """Return a table of texts and shares of 1, as figures and as bars; the longest bar fills its column."""
+    shown = list(rows[:ROWS])
+    if len(rows) > ROWS:
+        others = [f"{len(rows) - ROWS} others", *[""] * (len(names) - 1)]
+        shown.append((others, sum(weight for _, weight in rows[ROWS:])))
+    head = "".join(f'<th scope="col">{escape(n)}</th>' for n in names)
+    most = max(share for _, share in shown) or 1.0
+    body = "".join(
+        "<tr>"
+        + "".join(f'<td dir="auto">{escape(text)}</td>' for text in texts)
+        + f'<td class="bar">{share:.1%}<span style="width:{100 * share / most:.1f}%"></span></td></tr>'
+        for texts, share in shown
+    )
+    top = f'<caption>{escape(caption)}</caption><thead><tr>{head}<th scope="col" class="bar">share</th></tr></thead>'
+    return f"<table>{top}<tbody>{body}</tbody></table>"
+
+
+def items(user: str, held: Sequence[HistoryItem]) -> str:
+    """Return a user's items as a table, newest first."""
+    if not held:
+        return note(f"Nothing is held about {user} yet. Paste lines or choose a file below.")
+    body = "".join(
+        f'<tr><td dir="auto">{escape(_short(i.input)) or "–"}</td><td dir="auto">{escape(_short(i.output))}</td></tr>'
+        for i in held[:SHOWN_ITEMS]
+    )
+    more = f", the newest {SHOWN_ITEMS} shown" if len(held) > SHOWN_ITEMS else ""
+    head = '<thead><tr><th scope="col">input</th><th scope="col">output</th></tr></thead>'
+    caption = f"<caption>{counted(len(held))} of {escape(user)}, newest first{more}</caption>"
+    return _block(f"<table>{caption}{head}<tbody>{body}</tbody></table>")
+
+
+def user_map(where: UserMap, user: str, near: Collection[str], hits: Collection[str]) -> str:
+    """Return the map as SVG: a dot a user, the chosen one, the nearest and what was searched for marked."""
+    if not where.users:
+        return note("No user has items yet: the map is empty. Add some under History.")
+    low, span = where.points.min(0), where.points.max(0) - where.points.min(0)
+    scale = [(side - 2 * MARGIN) / (float(s) or 1.0) for side, s in zip((WIDTH, HEIGHT), span, strict=True)]
+    dots: list[str] = []
+    labels: list[str] = []
+    order = sorted(range(len(where.users)), key=lambda i: _rank(where.users[i], user, near, hits))
+    for i in order[:DOTS][::-1]:  # what is marked comes last and lies on top
+        name, count = where.users[i], where.items[i]
+        x = MARGIN + float(where.points[i, 0] - low[0]) * scale[0]
+        y = HEIGHT - MARGIN - float(where.points[i, 1] - low[1]) * scale[1]
+        kind, radius = [("own", 9), ("hit", 7), ("near", 6), ("", 5)][_rank(name, user, near, hits)]
+        title = f"<title>{escape(name)}, {counted(count)}</title>"
+        dots.append(f'<circle class="dot {kind}" cx="{x:.1f}" cy="{y:.1f}" r="{radius}">{title}</circle>')
+        if kind in ("own", "hit") and len(labels) < ROWS:
+            side = ("end", -12) if x > WIDTH / 2 else ("start", 12)
+            labels.append(f'<text x="{x + side[1]:.1f}" y="{y + 5:.1f}" text-anchor="{side[0]}">{escape(name)}</text>')
+    shown = min(len(order), DOTS)
+    some = f"{shown} of {len(order)} users" if shown < len(order) else counted(shown, "user")
+    says = f"{some} by the mean vectors of their items, {where.method}."
+    drawn = (
+        f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="Map of {escape(says)}">{"".join(dots + labels)}'
+    )
+    key = "Ringed: the chosen user; tinted: the nearest to them; dark: found by the search."
+    return _block(f'{drawn}</svg><p class="note">{escape(says)} {key}</p>')
+
+
+def _rank(name: str, user: str, near: Collection[str], hits: Collection[str]) -> int:
+    return 0 if name == user else 1 if name in hits else 2 if name in near else 3
+
+
+def nearest(user: str, rows: Sequence[tuple[str, float, int]]) -> str:
+    """Return the users nearest to one, as a table: the map in words."""
+    if not rows:
+        return note(f"{user} has no items, or nobody else has." if user else "Choose a user to see who is nearest.")
+    body = "".join(f"<tr><td>{escape(n)}</td><td>{cosine:+.2f}</td><td>{i}</td></tr>" for n, cosine, i in rows)
+    head = "".join(f'<th scope="col">{name}</th>' for name in ("user", "cosine", "items"))
+    caption = f"<caption>Nearest to {escape(user)}, by the cosine of mean vectors about the mean of all users</caption>"
+    return _block(f"<table>{caption}<thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>")
+
+
+def found(search: str, hits: Sequence[str]) -> str:
+    """Say whom the search found."""
+    if not search.strip():
+        return ""
+    if not hits:
+        return note(f"No user id contains {search.strip()!r}.")
+    more = f" and {len(hits) - ROWS} more" if len(hits) > ROWS else ""
+    return note(f"{len(hits)} found: {', '.join(hits[:ROWS])}{more}.")
+
+
+def report(made: FitReport, plots: Sequence[Path]) -> str:
+    """Return the verdict on held-out users, the table of methods, and the plots."""
+    names = [m for m in METRICS if any(m in row for row in made.metrics.values())]
+    head = "".join(f'<th scope="col">{escape(m)} {"↓" if METRICS[m][0] else "↑"}</th>' for m in names)
+    body = "".join(
+        f'<tr><th scope="row">{escape(method)}</th>' + "".join(f"<td>{_cell(row.get(m))}</td>" for m in names) + "</tr>"
+        for method, row in made.metrics.items()
+    )
+    images = "".join(
+        f'<img alt="{escape(plot.stem)} of the training" src="data:image/png;base64,{_base64(plot)}">' for plot in plots
+    )
+    notes = "".join(f'<li class="note">{escape(line)}</li>' for line in made.notes)
+    rest = f'<div class="plots">{images}</div><ul>{notes}</ul>'
+    if not names:
+        return note("No users were held out: nothing can be said about the lift.") + _block(rest)
+    caption = f"{made.n} questions of {made.n_users} held-out users; 95% intervals from a bootstrap over users."
+    table = f'<table><thead><tr><th scope="col">method</th>{head}</tr></thead><tbody>{body}</tbody></table>'
+    return _block(
+        f'<p><strong>{escape(made.verdict())}</strong></p><p class="note">{caption}</p>'
+        f'<div class="wide" tabindex="0" role="region" aria-label="Methods">{table}</div>{rest}'
+    )
+
+
+def _cell(interval: Sequence[float] | None) -> str:
+    return "–" if interval is None else f"{interval[0]:.3f} [{interval[1]:.3f}, {interval[2]:.3f}]"
+
+
+def _base64(path: Path) -> str:
+    return base64.b64encode(path.read_bytes()).decode()
+
+
+def _short(text: str) -> str:
+    text = " ".join(text.split())
+    return text if len(text) <= LONG else text[: LONG - 1] + "…"
+
+
+def _block(inner: str) -> str:
+    return f'<div class="pp">{inner}</div>'

@@ -1,0 +1,124 @@
+"""PersonaPlug, the façade: build, fit, save, load, push."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Self
+
+import torch
+
+from persona_plug import persistence
+from persona_plug.config import PlugConfig
+from persona_plug.model import STATE_BUDGET, PlugModel
+from persona_plug.models.encoder import HistoryEncoder
+from persona_plug.models.llm import Quantization, load_llm
+
+if TYPE_CHECKING:
+    from persona_plug.fit.report import FitReport
+
+
+class PersonaPlug(PlugModel):
+    """A plug: build one, fit it, generate with it, save it.
+
+    Attributes:
+        fit_report: What the last `fit` found on held-out users, None before; it is saved with the plug.
+    """
+
+    fit_report: FitReport | None = None
+
+    @classmethod
+    def build(
+        cls,
+        llm: str,
+        encoder: str | HistoryEncoder = "minilm-l6",
+        *,
+        recipe: str = "default",
+        quantization: Quantization | None = None,
+        dtype: torch.dtype | str | None = None,
+        device: str | torch.device | None = None,
+        seed: int = 0,
+        state_budget: int = STATE_BUDGET,
+        **settings: Any,  # noqa: ANN401
+    ) -> Self:
+        """Join a frozen LLM and a frozen encoder with an untrained plug.
+
+        Args:
+            llm: Short name (`persona-plug models list`), folder or Hub id.
+            encoder: The same for the sentence encoder, or a `HistoryEncoder`.
+            recipe: `default`, `mean`, or `paper` (PPlug as published).
+            quantization: `int8` or `nf4` for the LLM's matrices.
+            dtype: Dtype of the LLM.
+            device: Device of LLM and encoder.
+            seed: Seed of the untrained weights.
+            state_budget: Bytes of frozen states kept across epochs.
+            settings: Any field of `PlugConfig`.
+
+        Raises:
+            ModelUnavailable: Weights cannot be had; the message says what to do.
+            ConfigError: A setting is unknown or out of range.
+        """
+        name = encoder if isinstance(encoder, str) else encoder.name
+        config = PlugConfig.create(llm, name, recipe, **settings)
+        model, tokenizer = load_llm(llm, dtype=dtype, quantization=quantization, device=device)
+        made = encoder if isinstance(encoder, HistoryEncoder) else HistoryEncoder(encoder, device=device)
+        return cls.join(config, model, tokenizer, made, quantization, seed, state_budget)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        folder: str | os.PathLike[str],
+        *,
+        llm: str | None = None,
+        encoder: str | HistoryEncoder | None = None,
+        quantization: Quantization | None = None,
+        dtype: torch.dtype | str | None = None,
+        device: str | torch.device | None = None,
+        state_budget: int = STATE_BUDGET,
+    ) -> Self:
+        """Load a plug with the LLM and encoder it names, or with others given here that have the same fingerprints.
+
+        Args:
+            folder: A folder written by `save_pretrained`, or a Hub id.
+            llm: Another place of the same LLM.
+            encoder: Another place of the same encoder.
+            quantization: `int8` or `nf4`; a plug trained on dense weights may run on quantised ones.
+            dtype: Dtype of the LLM.
+            device: Device of LLM and encoder.
+            state_budget: Bytes of frozen states kept across epochs.
+
+        Raises:
+            MismatchError: LLM or encoder is another than the plug was trained with.
+            CorruptFileError: The folder's files are incomplete or altered.
+        """
+        path = persistence.local_folder(folder)
+        config = PlugConfig.load(path)
+        weights = persistence.read_weights(path)
+        source = config.encoder if encoder is None else encoder
+        made = source if isinstance(source, HistoryEncoder) else persistence.load_encoder(path, source, device)
+        persistence.check_encoder(config, made)
+        model, tokenizer = load_llm(llm or config.llm, dtype=dtype, quantization=quantization, device=device)
+        persistence.check_llm(config, model, quantization)
+        plug = cls(config, model, tokenizer, made, state_budget=state_budget)
+        persistence.apply_weights(plug.embedder, weights, path)
+        return plug
+
+    def save_pretrained(self, folder: str | os.PathLike[str]) -> Path:
+        """Write what was learned (`model.safetensors`, `config.json`, a model card), nothing of the LLM or any user."""
+        return persistence.save(Path(folder), self.config, self.embedder, self.encoder, self.fit_report)
+
+    def push_to_hub(self, repo_id: str, *, private: bool = True, token: str | None = None) -> str:
+        """Upload the saved plug to the Hub (private by default) and return its address."""
+        with tempfile.TemporaryDirectory() as folder:
+            return persistence.push(self.save_pretrained(folder), repo_id, private=private, token=token)
+
+    def fit(self, data: Any, **settings: Any) -> FitReport:  # noqa: ANN401
+        """Train on a file of events, a LaMP folder or examples; hold users out, and report the lift.
+
+        See `persona_plug.fit.run.fit` for the arguments. Prints nothing by itself; the report's `str` is its table.
+        """
+        from persona_plug.fit.run import fit
+
+        self.fit_report = fit(self, data, **settings)
+        return self.fit_report

@@ -1,0 +1,1 @@
+"""Users in a database: histories as vectors, and as texts where asked."""

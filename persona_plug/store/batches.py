@@ -1,0 +1,117 @@
+"""From a store's histories to the tensors that the embedder reads, without encoding any item."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from persona_plug.config import PlugConfig
+from persona_plug.data.history import Example
+from persona_plug.embedder.batch import HistoryBatch, Tokenise, VectorTable, collate
+from persona_plug.errors import ConfigError, DataError, MismatchError
+from persona_plug.models.encoder import HistoryEncoder
+from persona_plug.models.vector_cache import unkept
+from persona_plug.store.format import StoredHistory
+from persona_plug.store.rows import text_hash
+
+if TYPE_CHECKING:
+    from persona_plug.store.history_store import HistoryStore
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class StoredExample(Example):
+    """A request whose history is vectors out of a store."""
+
+    stored: StoredHistory = field(kw_only=True)
+
+
+def stored_examples(
+    config: PlugConfig, requests: Sequence[str], user: str | Sequence[str] | None, store: HistoryStore | None
+) -> list[StoredExample]:
+    """Pair requests with their users' stored histories; one user for several requests is every request's.
+
+    Raises:
+        ConfigError: Only one of user and store is given.
+        MismatchError: The store's vectors come from another encoder than the plug's.
+        DataError: Requests and users differ in number.
+    """
+    if user is None or store is None:
+        raise ConfigError("user= and store= belong together: give both, or history= alone")
+    if store.fingerprint != config.encoder_fingerprint:
+        raise MismatchError(
+            f"{store.name} holds vectors of encoder {store.fingerprint}, the plug was trained with "
+            f"{config.encoder_fingerprint}: use a store made with the plug's encoder"
+        )
+    users = [user] * len(requests) if isinstance(user, str) else list(user)
+    if len(users) != len(requests):
+        raise DataError(f"{len(requests)} inputs but {len(users)} users; give one user for each input")
+    held = {name: store.read(name, config.max_history) for name in dict.fromkeys(users)}
+    if config.quotes and not store.keep_text and not store.told_unquoted and any(h.total for h in held.values()):
+        store.told_unquoted = True
+        logger.warning(
+            "%s keeps no texts: this plug quotes, and does without for items out of it; "
+            "a store made with keep_text gives all the plug can do",
+            store.name,
+        )
+    return [StoredExample(name, text, "", stored=held[name]) for text, name in zip(requests, users, strict=True)]
+
+
+class StoredTable(VectorTable):
+    """Makes batches of stored histories; only the requests are encoded, and those are not kept in the cache."""
+
+    def __init__(
+        self,
+        encoder: HistoryEncoder,
+        examples: Sequence[Example],
+        config: PlugConfig,
+        ids: Tokenise | None = None,
+    ) -> None:
+        """Encode the requests.
+
+        Args:
+            encoder: The plug's encoder, whose vectors the store holds.
+            examples: Requests with stored histories.
+            config: Says what an item's value holds.
+            ids: The LLM's tokenizer, texts -> ids of each; needed where the config quotes.
+        """
+        self.config, self.encoder, self.ids = config, encoder, ids
+        self.rows = {text: row for row, text in enumerate(dict.fromkeys(e.input for e in examples))}
+        with unkept():
+            self.vectors = encoder.encode(list(self.rows))
+        # Without texts an answer is known by its hash: vectors of short labels may lie too close together.
+        self.answers = {text_hash(a): i for i, a in enumerate(config.answers or ())}
+
+    def batch(self, examples: Sequence[Example]) -> HistoryBatch:
+        """Collate examples whose requests are in the table; all are `StoredExample`."""
+        histories = [e.stored for e in examples if isinstance(e, StoredExample)]
+        shape = (len(histories), max([len(h.ids) for h in histories] + [1]))
+        inputs = torch.zeros(*shape, self.vectors.shape[1])
+        outputs = torch.zeros_like(inputs)
+        answers, mask = torch.full(shape, -1), torch.zeros(shape, dtype=torch.bool)
+        for b, history in enumerate(histories):
+            n = len(history.ids)
+            inputs[b, :n] = torch.from_numpy(history.inputs)
+            outputs[b, :n] = torch.from_numpy(history.outputs)
+            answers[b, :n] = torch.tensor([self.answers.get(h, -1) for h in history.output_hashes], dtype=torch.long)
+            mask[b, :n] = True
+        request = self.vectors[torch.tensor([self.rows[e.input] for e in examples], dtype=torch.long)]
+        made = collate(self.config, request, inputs, outputs, answers, mask, self._quotes(histories, shape))
+        return self._with_ids(made, examples)
+
+    def _quotes(self, histories: Sequence[StoredHistory], shape: tuple[int, int]) -> Tensor | None:
+        """Return the first T token ids of every output (B, n, T): none (-1) where no text is kept."""
+        if not self.config.quotes or self.ids is None:
+            return None
+        quotes = torch.full((*shape, self.config.quotes), -1)
+        for b, history in enumerate(histories):
+            for i, row in enumerate(self.ids([item.output for item in history.texts or ()])):
+                first = list(row)[: self.config.quotes]
+                quotes[b, i, : len(first)] = torch.tensor(first, dtype=torch.long)
+        return quotes

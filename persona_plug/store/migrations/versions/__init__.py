@@ -1,0 +1,1 @@
+"""One file a revision, named by its number; the last number is `persona_plug.store.database.HEAD`."""

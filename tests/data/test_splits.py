@@ -1,0 +1,260 @@
+import json
+from collections import Counter
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from persona_plug.data import synthetic
+from persona_plug.data.history import Event, Example, HistoryItem, leave_one_out, time_ordered
+from persona_plug.data.splits import augment, prepare
+from persona_plug.errors import ConfigError, DataError
+
+
+def records(users=10, items=4, timestamps=False, outputs=("yes", "no")):
+    rows = []
+    for u in range(users):
+        for i in range(items):
+            row = {"user_id": f"u{u}", "input": f"request {u} {i}", "output": outputs[(u + i) % len(outputs)]}
+            rows.append(row | ({"timestamp": i} if timestamps else {}))
+    return rows
+
+
+def parts(data):
+    return data.train, data.valid, data.held_out
+
+
+def users(part):
+    return {e.user_id for e in part}
+
+
+# --- the split
+
+
+@given(
+    sizes=st.lists(st.integers(1, 5), min_size=3, max_size=25),
+    valid=st.floats(0.01, 0.4),
+    held_out=st.floats(0, 0.4),
+    seed=st.integers(0, 99),
+    samples=st.sampled_from(["auto", "leave_one_out", "time"]),
+)
+@settings(max_examples=150, deadline=None)
+def test_no_user_is_in_two_parts(sizes, valid, held_out, seed, samples):
+    rows = [
+        {"user_id": f"u{u}", "input": f"r {u} {i}", "output": f"o {u} {i}", "timestamp": i}
+        for u, n in enumerate(sizes)
+        for i in range(n)
+    ]
+    try:
+        data = prepare(rows, samples=samples, valid=valid, held_out=held_out, seed=seed)
+    except DataError as exc:
+        assert "too few" in str(exc)  # noqa: PT017 - rounding up may leave nobody to train on
+        assert len(sizes) - max(1, round(valid * len(sizes))) - max(held_out > 0, round(held_out * len(sizes))) < 1
+        return
+    train, validation, held = (users(p) for p in parts(data))
+    assert train.isdisjoint(validation | held)
+    assert validation.isdisjoint(held)
+    assert train | validation | held == {f"u{u}" for u in range(len(sizes))}
+    assert train
+    assert validation
+    assert bool(held) == (held_out > 0)
+    # nobody's items reach another user's history, and every item is a target once
+    for part in parts(data):
+        for e in part:
+            assert all(i.input.split()[1] == e.user_id[1:] for i in e.history)
+    assert Counter(e.user_id for p in parts(data) for e in p) == {f"u{u}": n for u, n in enumerate(sizes)}
+
+
+def test_the_seed_decides_the_split_and_nothing_else_does():
+    rows = records(20)
+    same = [users(p) for p in parts(prepare(rows, seed=3))]
+    assert same == [users(p) for p in parts(prepare(rows, seed=3))]
+    assert same == [users(p) for p in parts(prepare(rows[::-1], seed=3))]
+    assert same != [users(p) for p in parts(prepare(rows, seed=4))]
+
+
+def test_shares_of_users():
+    data = prepare(records(40), valid=0.1, held_out=0.25)
+    assert [len(users(p)) for p in parts(data)] == [26, 4, 10]
+
+
+@pytest.mark.parametrize(("number", "held_out", "needed"), [(2, 0.2, 3), (1, 0, 2), (1, 0.2, 3), (3, 0.7, 4)])
+def test_too_few_users(number, held_out, needed):
+    with pytest.raises(DataError, match=f"{number} users are too few.*at least {needed} are needed"):
+        prepare(records(number), held_out=held_out)
+
+
+def test_the_fewest_users_that_do():
+    assert [len(users(p)) for p in parts(prepare(records(3)))] == [1, 1, 1]
+    assert [len(users(p)) for p in parts(prepare(records(2), held_out=0))] == [1, 1, 0]
+
+
+# --- the cap
+
+
+def test_a_capped_user_keeps_whole_histories_and_the_cap_is_noted():
+    rows = records(9, items=2) + records(1, items=50)[2:]
+    data = prepare(rows, targets_per_user=10)
+    every = [e for p in parts(data) for e in p]
+    assert Counter(e.user_id for e in every)["u0"] == 10
+    assert {len(e.history) for e in every if e.user_id == "u0"} == {49}
+    assert "40 targets left out: at most 10 a user are used (targets_per_user)" in data.notes
+    assert not any("targets left out" in n for n in prepare(rows, targets_per_user=50).notes)
+
+
+def test_the_cap_draws_at_random_and_keeps_the_order():
+    rows = records(8, items=40)
+    data = prepare(rows, targets_per_user=8)
+    for user in {e.user_id for e in data.train}:
+        drawn = [int(e.input.split()[-1]) for e in data.train if e.user_id == user]
+        assert drawn == sorted(drawn)
+    assert {int(e.input.split()[-1]) for e in data.train} - set(range(8))
+
+
+# --- samples
+
+
+def test_auto_goes_by_time_only_if_every_item_has_one():
+    timed = prepare(records(timestamps=True))
+    assert any("samples: time (every item has a timestamp)" in n for n in timed.notes)
+    assert {len(e.history) for e in timed.train} == {0, 1, 2, 3}
+    mixed = records(timestamps=True)
+    del mixed[5]["timestamp"]
+    found = prepare(mixed)
+    assert any("samples: leave_one_out (not every item has a timestamp)" in n for n in found.notes)
+    assert {len(e.history) for e in found.train} == {3}
+
+
+def test_samples_can_be_imposed():
+    assert {len(e.history) for e in prepare(records(timestamps=True), samples="leave_one_out").train} == {3}
+    with pytest.raises(DataError, match="has no timestamp"):
+        prepare(records(), samples="time")
+    with pytest.raises(ConfigError, match="samples='random' is not one of auto, leave_one_out, time"):
+        prepare(records(), samples="random")
+
+
+def test_the_samples_are_those_of_the_history_module():
+    rows = records(5, timestamps=True)
+    for name, make in (("time", time_ordered), ("leave_one_out", leave_one_out)):
+        data = prepare(rows, samples=name)
+        items = [HistoryItem(r["input"], r["output"], float(r["timestamp"])) for r in rows if r["user_id"] == "u2"]
+        found = [e for p in parts(data) for e in p if e.user_id == "u2"]
+        assert found == make("u2", items)
+
+
+def test_users_without_a_second_item_are_noted():
+    rows = [*records(5), {"user_id": "lonely", "input": "a", "output": "yes"}]
+    assert any(n.startswith("1 of 6 users have no second item") for n in prepare(rows).notes)
+
+
+# --- answers and template
+
+
+def test_answers_are_inferred_from_the_training_outputs_and_this_is_noted():
+    data = prepare(records())
+    assert data.answers == ("no", "yes")
+    assert any("inferred" in n and "labels no, yes" in n for n in data.notes)
+    free = prepare(records(outputs=tuple(f"text {i}" for i in range(30))))
+    assert free.answers is None
+    assert any("inferred" in n and "free text" in n for n in free.notes)
+
+
+def test_given_answers_leave_other_outputs_out_and_say_so():
+    rows = records(outputs=("yes", "no", "perhaps"), items=6)
+    data = prepare(rows, answers=["yes", "no"])
+    assert data.answers == ("yes", "no")
+    assert {e.output for p in parts(data) for e in p} == {"yes", "no"}
+    # they stay in the histories: the user did give them
+    assert any(i.output == "perhaps" for e in data.train for i in e.history)
+    for name in ("training", "validation", "held-out"):
+        assert any(f"{name} samples left out" in n for n in data.notes)
+    assert not any("inferred" in n for n in data.notes)
+
+
+def test_none_means_free_text_even_for_labels():
+    assert prepare(records(), answers=None).answers is None
+
+
+def test_a_bare_text_is_no_answer_space():
+    with pytest.raises(ConfigError, match="must be a list"):
+        prepare(records(), answers="yes")
+
+
+def test_the_template_beside_a_file_is_used_unless_another_is_given(tmp_path):
+    made = synthetic.build("label", users=5, items_per_user=4)
+    path = made.write(tmp_path / "set.jsonl")
+    assert prepare(path).template == made.template
+    assert prepare(path, template="Say: {input}").template == "Say: {input}"
+    (tmp_path / "set.meta.json").unlink()
+    assert prepare(path).template == "{input}"
+    assert prepare(made.records).template == "{input}"
+
+
+@pytest.mark.parametrize("content", ["{oops", "[]", '"x"', '{"template": 5}', "{}", b"\xff\xfe"])
+def test_a_damaged_sidecar_is_ignored_or_named(tmp_path, content):
+    path = synthetic.build("label", users=5, items_per_user=4).write(tmp_path / "set.jsonl")
+    side = tmp_path / "set.meta.json"
+    side.write_bytes(content if isinstance(content, bytes) else content.encode())
+    try:
+        assert prepare(path).template == "{input}"
+    except DataError as exc:
+        assert "set.meta.json" in str(exc)  # noqa: PT017
+
+
+# --- kinds of data
+
+
+def test_skipped_records_are_noted(tmp_path):
+    path = tmp_path / "e.jsonl"
+    path.write_text("".join(json.dumps(r) + "\n" for r in records()) + "oops\n")
+    with pytest.raises(DataError, match=":41: not JSON"):
+        prepare(path)
+    assert any(n.startswith("1 bad records skipped, first: ") for n in prepare(path, skip_bad=True).notes)
+
+
+def test_events_records_and_examples_are_taken():
+    rows = records()
+    events = [Event(r["user_id"], HistoryItem(r["input"], r["output"])) for r in rows]
+    assert prepare(rows) == prepare(events) == prepare([*events[:5], *rows[5:]])
+    examples = [e for p in parts(prepare(rows)) for e in p]
+    assert sorted(e.input for p in parts(prepare(examples)) for e in p) == sorted(r["input"] for r in rows)
+
+
+@pytest.mark.parametrize("data", [[], [1], [Example("u", "a", "b"), {"user_id": "u", "input": "a", "output": "b"}]])
+def test_other_data_is_refused(data):
+    with pytest.raises(DataError):
+        prepare(data)
+
+
+def test_a_bad_record_of_a_list_is_named_by_its_place():
+    with pytest.raises(DataError, match="record 1: field 'output'"):
+        prepare([*records(1, 1), {"user_id": "a", "input": "b"}])
+
+
+# --- parts of histories written out
+
+
+@given(st.integers(0, 30), st.integers(0, 4), st.integers(0, 3))
+def test_copies_hold_random_parts_of_the_history_in_its_order(size, times, seed):
+    items = tuple(HistoryItem(f"i{i}", "o") for i in range(size))
+    first, other = Example("u", "q", "a", items, "1"), Example("v", "r", "b", items[:2], "2")
+    made = augment([first, other], times, seed)
+    assert made[0] == first
+    assert made[-1] == other
+    assert len(made) == 2 + (times if size > 2 else 0)
+    for copy in made[1:-1]:
+        assert (copy.user_id, copy.input, copy.output, copy.id) == ("u", "q", "a", "1")
+        assert [i for i in items if i in copy.history] == list(copy.history)
+        # Between one item and half of them and one more are left out.
+        assert size - 1 >= len(copy.history) >= size - (size // 2 + 1)
+        assert copy.history
+    assert made == augment([first, other], times, seed)
+
+
+def test_copies_differ():
+    items = tuple(HistoryItem(f"i{i}", "o") for i in range(40))
+    made = augment([Example("u", "q", "a", items)], 10)
+    assert len({e.history for e in made}) == 11
+    lengths = [len(e.history) for e in made[1:]]
+    assert max(lengths) - min(lengths) >= 8  # the share itself is drawn
+    assert {len(e.history) for e in augment([Example("u", "q", "a", items[:3])], 200)[1:]} == {1, 2}
