@@ -175,6 +175,20 @@ class HistoryEncoder:
         )
         return _vectors(self.model, padded["input_ids"], padded["attention_mask"], self.pooling)
 
+    @torch.inference_mode()
+    def token_states(self, text: str) -> tuple[list[tuple[int, int]], Tensor]:
+        """Return the characters (start, end) of each token that the model reads of a text, and its states (n, d).
+
+        Special tokens and those of the prefix are left out. States are float32, on the CPU.
+        """
+        options = {"truncation": True, "max_length": self.max_length, "verbose": False, "return_offsets_mapping": True}
+        row = self.tokenizer(self.prefix + text, return_tensors="pt", **options)
+        offsets = row.pop("offset_mapping")[0].tolist()
+        states = self.model(**row.to(self.device)).last_hidden_state[0].float().cpu()
+        skip = len(self.prefix)
+        inside = [i for i, (start, end) in enumerate(offsets) if end > start >= skip]
+        return [(offsets[i][0] - skip, offsets[i][1] - skip) for i in inside], states[inside]
+
     def count_cut(self, texts: Sequence[str]) -> int:
         """Return how many texts are longer than what the model reads of them."""
         return sum(len(row) > self.max_length for row in self._probe(texts))

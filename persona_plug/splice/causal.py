@@ -85,6 +85,10 @@ class CausalSplicer(Splicer):
         self, parts: Sequence[PromptParts], soft: Soft, trees: Sequence[AnswerTree]
     ) -> tuple[Tensor, Tensor]:
         """See `Splicer.loglik`; all candidates of a row share one pass."""
+        return gather_paths(self.answer_logits(parts, soft, trees), trees)
+
+    def answer_logits(self, parts: Sequence[PromptParts], soft: Soft, trees: Sequence[AnswerTree]) -> Tensor:
+        """Return logits (B, 1 + nodes, V): column 0 is the end of the prompt, column 1 + i is node i of the tree."""
         states = self.states([p.left for p in parts]) if self.reuses else []
         embeds, mask, positions, cache, keep = self._layout(parts, soft, trees, states)
         out = self.llm(
@@ -95,7 +99,7 @@ class CausalSplicer(Splicer):
             logits_to_keep=keep,
             **{self.cache_argument: cache},
         )
-        return gather_paths(out.logits[:, -keep:], trees)
+        return out.logits[:, -keep:]
 
     def _layout(
         self, parts: Sequence[PromptParts], soft: Soft, trees: Sequence[AnswerTree], states: Sequence[Tensor]

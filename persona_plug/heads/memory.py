@@ -1,0 +1,243 @@
+"""The memory of a user's own words: states and tokens of past answers, read for a new request."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from persona_plug.heads.slots import Slot, place, shape
+
+CHAIN = 8  # tokens inside a placed slot that have to be written in order before the next one is
+NONE = -1  # where there is no token: in front of an answer, or none required
+DIGITS = re.compile(r"\w*\d\w*")
+
+Tokenise = Callable[[str], list[int]]
+
+
+@dataclass(frozen=True, slots=True)
+class SlotTokens:
+    """A slot in tokens.
+
+    Attributes:
+        begin: First token of the answer that touches the slot.
+        end: Token behind the last one.
+        before: Characters of these tokens in front of the slot, mostly a space.
+        after: Characters behind it, mostly none.
+        form: See `Slot.form`.
+        first: (d,) unit vector of the slot's first word in its request.
+        last: (d,) unit vector of its last word.
+    """
+
+    begin: int
+    end: int
+    before: str
+    after: str
+    form: str
+    first: Tensor
+    last: Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class ItemWords:
+    """What is kept of one item.
+
+    Attributes:
+        tokens: (n,) token ids of the answer, the end token last.
+        states: (n, d) unit vectors of the LLM's state in front of each token, fp16.
+        slots: Its slots, in order.
+        facts: (token, word) of words with digits that stand in no slot.
+    """
+
+    tokens: tuple[int, ...]
+    states: Tensor
+    slots: tuple[SlotTokens, ...] = ()
+    facts: tuple[tuple[int, str], ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class WordMemory:
+    """A user's words as one request reads them: N places, each with the token that followed.
+
+    Attributes:
+        states: (N, d) unit vectors, zero inside a placed slot.
+        tokens: (N,) the token that followed.
+        items: (N,) the item that a place belongs to.
+        before: (N, CHAIN) the tokens in front, the nearest last, `NONE` where there is none or none is required.
+        inside: (N,) whether the place lies inside a placed slot: it counts only behind exactly its `before`.
+        slots: (N,) whether the token is a slot's.
+        count: Items.
+        length: Mean of log(1 + tokens) over the items' answers.
+    """
+
+    states: Tensor
+    tokens: Tensor
+    items: Tensor
+    before: Tensor
+    inside: Tensor
+    slots: Tensor
+    count: int
+    length: float
+
+    @classmethod
+    def empty(cls, size: int) -> WordMemory:
+        """Return the memory of a user nobody knows."""
+        return cls(
+            torch.zeros(0, size),
+            torch.zeros(0, dtype=torch.long),
+            torch.zeros(0, dtype=torch.long),
+            torch.zeros(0, CHAIN, dtype=torch.long),
+            torch.zeros(0, dtype=torch.bool),
+            torch.zeros(0, dtype=torch.bool),
+            0,
+            0.0,
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class RequestWords:
+    """A request as slots are placed in it.
+
+    Attributes:
+        text: The request.
+        spans: (start, end) characters of each word that the encoder reads.
+        states: (W, d) unit vectors of these words.
+        allowed: (W,) whether a slot may begin or end there: whether the word is none of the common ones.
+    """
+
+    text: str
+    spans: Sequence[tuple[int, int]]
+    states: Tensor
+    allowed: Sequence[bool]
+
+    def fill(self, slot: SlotTokens) -> str | None:
+        """Return what stands in the slot for this request, or None where nothing is near."""
+        words = place(slot.first.float(), slot.last.float(), self.states, self.allowed)
+        if words is None:
+            return None
+        return shape(self.text[self.spans[words[0]][0] : self.spans[words[1]][1]], slot.form)
+
+
+def token_slots(
+    slots: Sequence[Slot], answer: str, offsets: Sequence[tuple[int, int]], states: Tensor
+) -> tuple[SlotTokens, ...]:
+    """Return slots in tokens.
+
+    Args:
+        slots: Slots of an answer.
+        answer: The answer.
+        offsets: (start, end) characters of each of its tokens.
+        states: (W, d) unit vectors of the request's words.
+    """
+    rows = []
+    for slot in slots:
+        touched = [i for i, (start, end) in enumerate(offsets) if start < slot.end and end > slot.start]
+        if not touched or slot.last >= len(states) or (rows and touched[0] < rows[-1].end):
+            continue
+        begin, end = touched[0], touched[-1] + 1
+        before = answer[min(offsets[begin][0], slot.start) : slot.start]
+        after = answer[slot.end : max(offsets[end - 1][1], slot.end)]
+        rows.append(SlotTokens(begin, end, before, after, slot.form, states[slot.first], states[slot.last]))
+    return tuple(rows)
+
+
+def facts_of(
+    answer: str, offsets: Sequence[tuple[int, int]], slots: Sequence[SlotTokens]
+) -> tuple[tuple[int, str], ...]:
+    """Return (token, word) of each token of a word with digits that lies in no slot."""
+    inside = {i for slot in slots for i in range(slot.begin, slot.end)}
+    rows = []
+    for match in DIGITS.finditer(answer):
+        for i, (start, end) in enumerate(offsets):
+            if i not in inside and start < match.end() and end > match.start():
+                rows.append((i, match.group().casefold()))
+    return tuple(rows)
+
+
+def recall(items: Sequence[ItemWords], request: RequestWords | None, tokenise: Tokenise, size: int) -> WordMemory:
+    """Return the memory that a request reads: slots filled from it, other requests' facts left out.
+
+    A word with digits counts where it stands in two items at least: then it is this user's, not one request's.
+
+    Args:
+        items: The user's items.
+        request: Where slots are placed; None leaves them out.
+        tokenise: The LLM's tokenizer.
+        size: d.
+    """
+    if not items:
+        return WordMemory.empty(size)
+    known = Counter(word for item in items for word in {w for _, w in item.facts})
+    rows = _Rows()
+    for number, item in enumerate(items):
+        rows.add_item(number, item, {i for i, word in item.facts if known[word] < 2}, request, tokenise)
+    lengths = [math.log1p(len(item.tokens)) for item in items]
+    return rows.memory(items, sum(lengths) / len(lengths))
+
+
+class _Rows:
+    """The places of a memory while it is put together."""
+
+    def __init__(self) -> None:
+        self.tokens: list[int] = []
+        self.items: list[int] = []
+        self.before: list[list[int]] = []
+        self.inside: list[bool] = []
+        self.slots: list[bool] = []
+        self.sources: list[tuple[int, int]] = []  # (item, token) whose state the place has, token -1 for none
+
+    def add_item(
+        self, number: int, item: ItemWords, barred: set[int], request: RequestWords | None, tokenise: Tokenise
+    ) -> None:
+        """Add an item's places, its slots filled from a request."""
+        written: list[int] = []
+        slots = {slot.begin: slot for slot in item.slots}
+        i = 0
+        while i < len(item.tokens):
+            slot = slots.get(i)
+            if slot is None:
+                if i not in barred:
+                    self._add(number, i, item.tokens[i], written, inside=0, slot=False)
+                written.append(item.tokens[i])
+                i += 1
+                continue
+            text = request.fill(slot) if request is not None else None
+            filled = [] if text is None else tokenise(slot.before + text + slot.after)
+            for depth, token in enumerate(filled):
+                self._add(number, i if depth == 0 else NONE, token, written, inside=depth, slot=True)
+                written.append(token)
+            if text is None:  # what stood there is another request's
+                written.append(NONE)
+            i = slot.end
+
+    def _add(self, number: int, source: int, token: int, written: Sequence[int], inside: int, slot: bool) -> None:
+        tail = list(written[-CHAIN:])
+        if inside:
+            tail = tail[-inside:]
+        self.before.append([NONE] * (CHAIN - len(tail)) + tail)
+        self.tokens.append(token)
+        self.items.append(number)
+        self.inside.append(inside > 0)
+        self.slots.append(slot)
+        self.sources.append((number, source))
+
+    def memory(self, items: Sequence[ItemWords], length: float) -> WordMemory:
+        """Return the memory."""
+        size = items[0].states.shape[1]
+        zero = torch.zeros(size)
+        states = [items[n].states[i].float() if i >= 0 else zero for n, i in self.sources]
+        return WordMemory(
+            torch.stack(states) if states else torch.zeros(0, size),
+            torch.tensor(self.tokens, dtype=torch.long),
+            torch.tensor(self.items, dtype=torch.long),
+            torch.tensor(self.before, dtype=torch.long).view(-1, CHAIN),
+            torch.tensor(self.inside, dtype=torch.bool),
+            torch.tensor(self.slots, dtype=torch.bool),
+            len(items),
+            length,
+        )

@@ -1,0 +1,100 @@
+"""The mixture: a distribution, the LLM's own where nothing is known, and equal however it is read."""
+
+import pytest
+import torch
+
+from persona_plug.heads.gate import PARTS, WordGate, look
+from persona_plug.heads.memory import WordMemory, recall
+from tests.heads.test_memory import item, tokenise
+
+V, D, END = 140, 16, 0
+
+
+@pytest.fixture
+def memory():
+    return recall([item("hello you"), item("hello me")], None, tokenise, D)
+
+
+def mixture(gate, logp, states, written, offset, memory, request):
+    sight = look(logp, states, written, offset, memory, request, END)
+    mixed, rest, weights = gate(sight)
+    return (logp + rest.unsqueeze(1)).index_copy(1, sight.tokens, mixed), weights
+
+
+def draw(length, seed=0):
+    noise = torch.Generator().manual_seed(seed)
+    logp = torch.randn(length, V, generator=noise).log_softmax(-1)
+    return logp, torch.nn.functional.normalize(torch.randn(length, D, generator=noise), dim=-1)
+
+
+def random_gate(parts=PARTS):
+    gate = WordGate(parts)
+    with torch.no_grad():
+        for parameter in gate.parameters():
+            parameter.add_(0.3 * torch.randn_like(parameter))
+    return gate
+
+
+def test_the_mixture_is_a_distribution(memory):
+    written = tokenise("hello")
+    logp, states = draw(6)
+    mixed, weights = mixture(random_gate(), logp, states, written, 0, memory, torch.tensor(tokenise("hell")))
+    torch.testing.assert_close(mixed.exp().sum(-1), torch.ones(6))
+    torch.testing.assert_close(weights.sum(-1), torch.ones(6))
+
+
+def test_with_nothing_known_it_is_the_llms():
+    logp, states = draw(3)
+    nobody = WordMemory.empty(D)
+    mixed, weights = mixture(random_gate(), logp, states, tokenise("ab"), 0, nobody, torch.zeros(0, dtype=torch.long))
+    torch.testing.assert_close(mixed, logp)
+    assert weights[:, 0].tolist() == [1.0] * 3
+
+
+def test_one_position_after_the_other_gives_what_all_at_once_do(memory):
+    written, request = tokenise("hello y"), torch.tensor(tokenise("hello"))
+    logp, states = draw(8)
+    gate = random_gate()
+    together, _ = mixture(gate, logp, states, written, 0, memory, request)
+    for i in range(8):
+        alone, _ = mixture(gate, logp[i : i + 1], states[i : i + 1], written[:i], i, memory, request)
+        torch.testing.assert_close(alone[0], together[i])
+
+
+@pytest.mark.parametrize("part", PARTS[1:])
+def test_a_part_that_is_left_out_has_no_weight(memory, part):
+    parts = [p for p in PARTS if p != part]
+    logp, states = draw(6)
+    _, weights = mixture(random_gate(parts), logp, states, tokenise("hello"), 0, memory, torch.tensor(tokenise("ell")))
+    assert weights[:, PARTS.index(part)].tolist() == [0.0] * 6
+
+
+def test_memory_says_what_followed_the_nearest_state(memory):
+    gate = WordGate(["memory"])
+    with torch.no_grad():
+        gate.out.weight.zero_()
+        gate.out.bias.copy_(torch.tensor([-20.0, 20.0, 0.0, 0.0]))
+        gate.log_temperature.fill_(6.0)
+    logp, _ = draw(1)
+    mixed, _ = mixture(gate, logp, memory.states[4:5], tokenise("hell"), 4, memory, torch.zeros(0, dtype=torch.long))
+    assert chr(int(mixed.argmax())) == "o"
+
+
+def test_inside_a_slot_the_next_token_needs_the_ones_before():
+    from tests.heads.test_memory import request_words
+
+    names = torch.eye(D)
+    kept = [item("hi Ben,", "Ben lamp", names[:2])]
+    read = recall(kept, request_words("lamp Jo", names[[1, 0]]), tokenise, D)
+    logp, states = draw(2)
+    sight = look(logp, states, tokenise("hi J"), 3, read, torch.zeros(0, dtype=torch.long), END)
+    place = int(read.inside.int().argmax())
+    assert sight.open[:, place].tolist() == [False, True]
+
+
+def test_copying_follows_the_longest_common_end():
+    logp, states = draw(1)
+    request = torch.tensor(tokenise("xab yab zcab!"))
+    sight = look(logp, states, tokenise("cab"), 3, WordMemory.empty(D), request, END)
+    assert int(sight.match.max()) == 3
+    assert chr(int(request[sight.match[0].argmax()])) == "!"
