@@ -9,6 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from persona_plug.cli.common import Json, one_line_errors, say
+from persona_plug.errors import ConfigError
 
 data_app: typer.Typer = typer.Typer(
     help="Data: check your own, read LaMP's, make sets to try with.", no_args_is_help=True
@@ -91,16 +92,29 @@ def data_debian(
 @one_line_errors
 def data_synthetic(
     out: Annotated[Path, typer.Option(help="JSONL to write.")],
-    kind: Annotated[str, typer.Option(help="label, or style (free text).")] = "label",
+    kind: Annotated[str, typer.Option(help="label, style (free text), or replies (support and mail).")] = "label",
     users: Annotated[int, typer.Option(help="Users.")] = 100,
     items: Annotated[int, typer.Option(help="Items a user.")] = 20,
-    personal: Annotated[bool, typer.Option(help="--no-personal: labels do not depend on the user (control).")] = True,
+    personal: Annotated[bool, typer.Option(help="--no-personal: outputs do not depend on the user (control).")] = True,
+    held_out: Annotated[
+        float | None, typer.Option(help="replies: share of users with forms of their own [0.2].")
+    ] = None,
+    facts: Annotated[Path | None, typer.Option(help="replies: JSON of habits and of each request's facts.")] = None,
     seed: Annotated[int, typer.Option(help="Seed.")] = 0,
 ) -> None:
-    """Generate users with known habits, whose best possible score is known."""
-    from persona_plug.data import synthetic
+    """Generate users with known habits: labels, rewritten sentences, or replies to customers."""
+    from persona_plug.data import replies, synthetic
 
-    chosen: Any = kind  # build checks it
-    made = synthetic.build(chosen, users=users, items_per_user=items, seed=seed, personal=personal)
-    made.write(out)
-    say(f"{len(made.records)} records of {users} users in {out}")
+    if kind == "replies":
+        share = 0.2 if held_out is None else held_out
+        made = replies.build(users, items, seed, held_out=share, personal=personal)
+        if facts is not None:
+            made.write_facts(facts)
+        made.write(out)
+    else:
+        for name, value in (("--held-out", held_out), ("--facts", facts)):
+            if value is not None:
+                raise ConfigError(f"{name} belongs to --kind replies; leave it out for --kind {kind}")
+        chosen: Any = kind  # build checks it
+        synthetic.build(chosen, users=users, items_per_user=items, seed=seed, personal=personal).write(out)
+    say(f"{users * items} records of {users} users in {out}")

@@ -53,7 +53,9 @@ def fit(
     batch_size: Annotated[int, typer.Option(help="Samples a step.")] = 32,
     lr: Annotated[float, typer.Option(help="Peak learning rate.")] = 1e-3,
     eval_every: Annotated[int, typer.Option(help="Steps between looks at the validation users.")] = 20,
-    held_out: Annotated[float, typer.Option(help="Share of users held out for the report.")] = 0.2,
+    held_out: Annotated[
+        float | None, typer.Option(help="Share of users held out [0.2, or those the set names].")
+    ] = None,
     targets_per_user: Annotated[int, typer.Option(help="Training targets of one user at most.")] = 32,
     max_input_tokens: Annotated[int | None, typer.Option(help="Tokens of a request at most.")] = None,
     max_answer_tokens: Annotated[int | None, typer.Option(help="Tokens of an answer at most.")] = None,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -54,7 +54,7 @@ def prepare(
     *,
     samples: str = "auto",
     valid: float = 0.1,
-    held_out: float = 0.2,
+    held_out: float | Collection[str] | None = None,
     targets_per_user: int = 32,
     template: str | None = None,
     answers: Sequence[str] | str | None = "auto",
@@ -69,7 +69,8 @@ def prepare(
         samples: `leave_one_out` (every item is a target once, the user's others are its history), `time` (only earlier
             items are), or `auto`: by time if every item has a timestamp.
         valid: Share of users for early stopping and calibration.
-        held_out: Share of users for the report; 0 for none.
+        held_out: Share of users for the report, 0 for none; or their names. Default those that the file's
+            `.meta.json` names, else a share of 0.2.
         targets_per_user: At most so many targets of one user, drawn at random, so that no user dominates.
         template: The LLM's instruction; default what the data brings, else the bare input.
         answers: Answer space, `auto` to infer it, None for free text.
@@ -82,7 +83,7 @@ def prepare(
     if samples not in SAMPLES:
         raise ConfigError(f"samples={samples!r} is not one of {', '.join(SAMPLES)}")
     notes: list[str] = []
-    per_user, found_template = _samples(data, samples, skip_bad, notes)
+    per_user, sidecar = _samples(data, samples, skip_bad, notes)
     rng = np.random.default_rng(seed)
     capped = 0
     for user, targets in per_user.items():
@@ -92,14 +93,13 @@ def prepare(
             per_user[user] = [targets[i] for i in chosen]
     if capped:
         notes.append(f"{capped} targets left out: at most {targets_per_user} a user are used (targets_per_user)")
-    users = sorted(per_user)
-    n_valid, n_held = max(1, round(valid * len(users))), round(held_out * len(users))
-    if held_out > 0:
-        n_held = max(1, n_held)
-    if len(users) - n_valid - n_held < 1:
-        raise DataError(f"{len(users)} users are too few to hold some out; at least {n_valid + n_held + 1} are needed")
-    order = [users[i] for i in rng.permutation(len(users))]
-    parts = order[n_held + n_valid :], order[n_held : n_held + n_valid], order[:n_held]
+    if held_out is None and sidecar.held_out:
+        notes.append(
+            f"held out: the {len(sidecar.held_out)} users that {sidecar.name} names (set held_out to override)"
+        )
+    if held_out is None:
+        held_out = sidecar.held_out or 0.2
+    parts = _split(sorted(per_user), valid, held_out, rng)
     train, validation, rest = ([e for u in part for e in per_user[u]] for part in parts)
     if answers == "auto":
         answers = detect_answers([e.output for e in train])
@@ -113,7 +113,27 @@ def prepare(
             _keep_known(p, known, n, notes)
             for p, n in ((train, "training"), (validation, "validation"), (rest, "held-out"))
         )
-    return FitData(train, validation, rest, template or found_template or "{input}", known, notes)
+    return FitData(train, validation, rest, template or sidecar.template or "{input}", known, notes)
+
+
+def _split(
+    users: list[str], valid: float, held_out: float | Collection[str], rng: np.random.Generator
+) -> tuple[list[str], list[str], list[str]]:
+    """Return users to train on, for validation, and held out; the last are drawn, or those that are named."""
+    order = [users[i] for i in rng.permutation(len(users))]
+    if isinstance(held_out, int | float):
+        outside = set(order[: max(held_out > 0, round(held_out * len(users)))])
+    else:
+        outside = set(held_out)
+        if unknown := sorted(outside - set(users)):
+            raise DataError(
+                f"held-out user {unknown[0]!r:.60} has no record ({len(unknown)} in all); name users of the data"
+            )
+    others, n_valid = [user for user in order if user not in outside], max(1, round(valid * len(users)))
+    if len(others) <= n_valid:
+        needed = n_valid + len(outside) + 1
+        raise DataError(f"{len(users)} users are too few to hold some out; at least {needed} are needed")
+    return others[n_valid:], others[:n_valid], [user for user in order if user in outside]
 
 
 def augment(examples: Sequence[Example], times: int, seed: int = 0) -> list[Example]:
@@ -147,23 +167,32 @@ def _keep_known(part: list[Example], answers: tuple[str, ...], name: str, notes:
     return kept
 
 
-def _samples(data: Any, samples: str, skip_bad: bool, notes: list[str]) -> tuple[dict[str, list[Example]], str | None]:  # noqa: ANN401
-    """Return each user's samples and the template the data brings."""
+@dataclass(frozen=True, slots=True)
+class _Sidecar:
+    """What stands beside a file, or comes with a folder: where, the prompt template, users to hold out."""
+
+    name: str = ""
+    template: str | None = None
+    held_out: tuple[str, ...] = ()
+
+
+def _samples(data: Any, samples: str, skip_bad: bool, notes: list[str]) -> tuple[dict[str, list[Example]], _Sidecar]:  # noqa: ANN401
+    """Return each user's samples and what the data brings beside them."""
     if isinstance(data, str | os.PathLike):
         path = Path(data)
         if path.is_dir():
             lamp = read_lamp(path / "train_questions.json", path / "train_outputs.json")
             notes.extend(lamp.repairs)
-            return _group([*lamp.examples, *leave_one_out_profiles(lamp.examples)]), lamp.template
+            return _group([*lamp.examples, *leave_one_out_profiles(lamp.examples)]), _Sidecar(path.name, lamp.template)
         result = read_events(path, skip_bad)
         if result.skipped:
             notes.append(f"{len(result.skipped)} bad records skipped, first: {result.skipped[0]}")
-        return _from_events(result.events, samples, notes), _sidecar_template(path)
+        return _from_events(result.events, samples, notes), _sidecar(path)
     rows = list(data)
     if not rows:
         raise DataError("no data given")
     if all(isinstance(r, Example) for r in rows):
-        return _group(rows), None
+        return _group(rows), _Sidecar()
     events = [
         r if isinstance(r, Event) else parse_event(r, f"record {i}")
         for i, r in enumerate(rows)
@@ -171,7 +200,7 @@ def _samples(data: Any, samples: str, skip_bad: bool, notes: list[str]) -> tuple
     ]
     if len(events) < len(rows):
         raise DataError("data must be all Examples, or all Events and records with user_id, input, output")
-    return _from_events(events, samples, notes), None
+    return _from_events(events, samples, notes), _Sidecar()
 
 
 def _from_events(events: list[Event], samples: str, notes: list[str]) -> dict[str, list[Example]]:
@@ -195,16 +224,18 @@ def _group(examples: Sequence[Example]) -> dict[str, list[Example]]:
     return users
 
 
-def _sidecar_template(path: Path) -> str | None:
-    """Read the template that `persona-plug data` writes beside its files."""
+def _sidecar(path: Path) -> _Sidecar:
+    """Read the template and the held-out users that `persona-plug data` writes beside its files."""
     import json
 
-    meta = path.with_suffix(".meta.json")
-    if not meta.is_file():
-        return None
+    file = path.with_suffix(".meta.json")
+    if not file.is_file():
+        return _Sidecar()
     try:
-        found = json.loads(meta.read_text(encoding="utf-8"))
+        content = json.loads(file.read_text(encoding="utf-8"))
     except (UnicodeDecodeError, json.JSONDecodeError) as exc:
-        raise DataError(f"{meta}: not JSON; delete it or pass a template") from exc
-    template = found.get("template") if isinstance(found, dict) else None
-    return template if isinstance(template, str) else None
+        raise DataError(f"{file}: not JSON; delete it or pass a template") from exc
+    content = content if isinstance(content, dict) else {}
+    template, meta = content.get("template"), content.get("meta")
+    held_out = meta.get("held_out", ()) if isinstance(meta, dict) else ()
+    return _Sidecar(file.name, template if isinstance(template, str) else None, tuple(map(str, held_out)))

@@ -41,7 +41,7 @@ def fit(
     resume: bool = False,
     samples: str = "auto",
     valid: float = 0.1,
-    held_out: float = 0.2,
+    held_out: float | None = None,
     targets_per_user: int = 32,
     template: str | None = None,
     answers: Sequence[str] | str | None = "auto",
@@ -59,7 +59,7 @@ def fit(
         data: See `persona_plug.data.splits.prepare`, also for the next seven arguments.
         samples: `auto`, `leave_one_out` or `time`.
         valid: Share of users for early stopping and calibration.
-        held_out: Share of users for the report.
+        held_out: Share of users for the report; default the users that the data's sidecar names, else 0.2.
         targets_per_user: At most so many targets of one user.
         template: The LLM's instruction with `{input}`.
         answers: Answer space, `auto`, or None for free text.
