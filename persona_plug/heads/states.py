@@ -65,7 +65,8 @@ class StateMap(nn.Module):
                 f"the LLM's output layer ({name}, {weight.shape[0]} x {weight.shape[1]}) cannot be inverted, so the "
                 "words memory cannot read its states: build the plug with words=False"
             )
-        inverse = torch.linalg.pinv(part)  # (H, R)
+        # A constant is solved for as well: log-probabilities are logits less one, and give the same states.
+        inverse = torch.linalg.pinv(torch.cat([part, torch.ones(len(part), 1)], 1))[:-1]  # (H, R)
         states = nn.functional.normalize(self._uncapped(logits[:, rows.to(logits.device)]).cpu() @ inverse.T, dim=-1)
         directions = torch.linalg.svd(states, full_matrices=False).Vh[: self.matrix.shape[1]]  # (d, H)
         matrix = inverse.T @ directions.T

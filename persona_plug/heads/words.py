@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
@@ -98,24 +99,53 @@ class WordsHead(nn.Module):
         kept = token_slots(slots, answer, offsets, words.states.half()) if words else ()
         return ItemWords(tuple(tokens), self.states(logits).half().cpu(), kept, facts_of(answer, offsets, kept))
 
+    def reader(self, memory: WordMemory, request: Sequence[int], end: int) -> WordsReader:
+        """Bind the head to one request's memory."""
+        return WordsReader(self, memory, torch.tensor(list(request), dtype=torch.long), end)
+
     def recall(self, items: Sequence[ItemWords], request: RequestWords | None, tokenise: Any) -> WordMemory:  # noqa: ANN401
         """Return the memory that a request reads."""
         return recall(items, request, tokenise, SIZE)
 
-    def look(
-        self, logits: Tensor, written: Sequence[int], offset: int, memory: WordMemory, request: Tensor, end: int
-    ) -> Sight:
-        """Return what the gate sees of positions whose logits (L, V) are given; see `gate.look`."""
-        return look(logits.float().log_softmax(-1), self.states(logits), written, offset, memory, request, end)
 
-    def mix(
-        self, logits: Tensor, written: Sequence[int], offset: int, memory: WordMemory, request: Tensor, end: int
-    ) -> Tensor:
-        """Return log-probabilities (L, V) of the mixture; arguments as in `gate.look`, with logits in place of both."""
+@dataclass(frozen=True, slots=True)
+class WordsReader:
+    """The head as one request uses it.
+
+    Attributes:
+        head: The fitted head.
+        memory: The user's words, slots filled from this request.
+        request: (R,) token ids of the request, which may be copied from.
+        end: The end token.
+    """
+
+    head: WordsHead
+    memory: WordMemory
+    request: Tensor
+    end: int
+
+    def look(self, logits: Tensor, written: Sequence[int], offset: int = 0) -> Sight:
+        """Return what the gate sees of positions offset, offset + 1, ... whose logits (L, V) are given."""
         logp = logits.float().log_softmax(-1)
-        sight = look(logp, self.states(logits), written, offset, memory, request, end)
-        mixed, kept, _ = self.gate(sight)
-        return (logp + kept.unsqueeze(1)).index_copy(1, sight.tokens, mixed)
+        return look(logp, self.head.states(logits), written, offset, self.memory, self.request, self.end)
+
+    def mix(self, logits: Tensor, written: Sequence[int], offset: int = 0) -> tuple[Tensor, Tensor]:
+        """Return log-probabilities (L, V) of the mixture, and the weights (L, 4) of its parts.
+
+        Args:
+            logits: (L, V) the LLM's logits in front of tokens offset, offset + 1, ...
+            written: The answer's tokens so far, at least offset + L - 1 of them.
+            offset: Tokens in front of the first position.
+        """
+        sight = self.look(logits, written, offset)
+        mixed, rest, weights = self.head.gate(sight)
+        logp = logits.float().log_softmax(-1) + rest.unsqueeze(1)
+        return logp.index_copy(1, sight.tokens, mixed), weights
+
+    def score(self, logits: Tensor, tokens: Sequence[int]) -> Tensor:
+        """Return the log-probability (n,) of each token of an answer, whose logits (n, V) are given."""
+        mixed, _ = self.mix(logits, tokens)
+        return mixed.gather(1, torch.tensor(list(tokens), device=mixed.device).unsqueeze(1)).squeeze(1)
 
 
 def _hash(word: str) -> int:

@@ -17,6 +17,7 @@ def test_states_come_back_from_logits(load_parts, name):
     state_map.fit(llm, logits)
     mapped, true = state_map(logits), torch.nn.functional.normalize(states, dim=-1)
     torch.testing.assert_close(mapped @ mapped.T, true @ true.T, atol=1e-3, rtol=0)
+    torch.testing.assert_close(state_map(logits.log_softmax(-1)), mapped, atol=1e-3, rtol=0)
 
 
 def test_a_softcap_is_undone(load_parts):
