@@ -73,22 +73,27 @@ def test_inside_uncached_nothing_is_cached_and_answers_are_the_same(make_plug, p
         once = plug.score(people.requests, ["yes", "no"], people.histories)
         text = plug.generate("rate this", people.ann, max_new_tokens=4)
     assert cached(plug) == (0, 0)
-    torch.testing.assert_close(plug.score(people.requests, ["yes", "no"], people.histories), once, atol=1e-4, rtol=0)
+    scores = plug.score(people.requests, ["yes", "no"], people.histories)
+    torch.testing.assert_close(scores, once, atol=1e-4, rtol=0)
     assert plug.generate("rate this", people.ann, max_new_tokens=4) == text
     assert min(cached(plug)) > 0
 
 
 def test_uncached_ends_with_its_block_after_exceptions_and_in_its_own_thread(make_plug):
-    plug = make_plug()
-    with pytest.raises(RuntimeError, match="in the middle"), uncached(), uncached():
-        assert not caching()
-        assert not plug.splicer.reuses
-        seen = []
-        thread = threading.Thread(target=lambda: seen.append(caching()))
-        thread.start()
-        thread.join()
-        assert seen == [True]
-        raise RuntimeError("in the middle")
+    plug, elsewhere = make_plug(), []
+
+    def block():
+        with uncached(), uncached():
+            assert not caching()
+            assert not plug.splicer.reuses
+            thread = threading.Thread(target=lambda: elsewhere.append(caching()))
+            thread.start()
+            thread.join()
+            raise RuntimeError("in the middle")
+
+    with pytest.raises(RuntimeError, match="in the middle"):
+        block()
+    assert elsewhere == [True]
     assert caching()
     assert plug.splicer.reuses
 
@@ -99,9 +104,8 @@ def test_a_plug_that_keeps_nothing_holds_no_trace_of_a_request(make_plug, people
     expected = plug.score(people.requests, ["yes", "no"], people.histories)
     plug.keep_nothing()
     assert own_encoder.cache is None
-    torch.testing.assert_close(
-        plug.score(people.requests, ["yes", "no"], people.histories), expected, atol=1e-4, rtol=0
-    )
+    scores = plug.score(people.requests, ["yes", "no"], people.histories)
+    torch.testing.assert_close(scores, expected, atol=1e-4, rtol=0)
     plug.generate(people.requests, people.histories, max_new_tokens=2)
     splicer = plug.splicer
     assert (splicer.cache.used, splicer.cache.seconds, splicer.bill.used, splicer.groups) == (0, {}, set(), {})
