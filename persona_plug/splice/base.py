@@ -39,7 +39,7 @@ class Splicer:
     """Trained keys and values in front of every prompt (layers, 2, heads, P, head_dim): prefix tuning."""
 
     head: tuple[int, ...] = ()
-    """Tokens that prompts begin with (chat header, instruction); they run once, and their states are kept once."""
+    """Tokens that prompts begin with (chat header, instruction); they run once, and their states are cached once."""
 
     @property
     def reuses(self) -> bool:
@@ -56,7 +56,7 @@ class Splicer:
         self.cache, self.groups, self.bill = StateCache(0), {}, StateBill()
 
     def begin_with(self, head: tuple[int, ...]) -> None:
-        """Set the head; states are kept without its positions, so those of another head are forgotten."""
+        """Set the head; states are cached without its positions, so those of another head are forgotten."""
         if head != self.head:
             self.cache.clear()
             self.groups = {}

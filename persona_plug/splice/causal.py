@@ -38,15 +38,15 @@ class CausalSplicer(Splicer):
     @torch.no_grad()
     def _compute_states(self, lefts: Sequence[tuple[int, ...]]) -> list[Tensor]:
         """Return (layers, 2, heads, length, head_dim) for each left, without the positions shared with the head."""
-        made: dict[tuple[int, ...], Tensor] = {}
+        states: dict[tuple[int, ...], Tensor] = {}
         for shared in {self.shared(left) for left in lefts if left}:
             group = [left for left in lefts if left and self.shared(left) == shared]
             start = self._head_state(shared) if shared else None
-            made.update(zip(group, self._run(start, shared, [left[shared:] for left in group]), strict=True))
-        return [made[left] if left else torch.zeros(0) for left in lefts]
+            states.update(zip(group, self._run(start, shared, [left[shared:] for left in group]), strict=True))
+        return [states[left] if left else torch.zeros(0) for left in lefts]
 
     def _head_state(self, shared: int) -> Tensor:
-        key = (-1, *self.head[:shared])  # no token is -1: a prompt of the same tokens is kept without these positions
+        key = (-1, *self.head[:shared])  # no token is -1: a prompt of the same tokens is cached without these positions
         state = self.cache.get(key)
         if state is None:
             state = self._run(None, 0, [self.head[:shared]])[0]
