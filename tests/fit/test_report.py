@@ -194,7 +194,7 @@ def test_json_is_strict_and_complete(tmp_path):
 
 
 def test_every_metric_has_a_direction():
-    assert {name for name, (lower, _) in METRICS.items() if lower} == {"nll", "mae", "rmse"}
+    assert {name for name, (lower, _) in METRICS.items() if lower} == {"nll", "mae", "rmse", "ece"}
 
 
 # --- plots

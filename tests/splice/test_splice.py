@@ -263,7 +263,7 @@ def test_rows_run_apart_say_the_same_and_pass_the_same_gradients_on(load_parts, 
     for fixed in (10**6, 0):  # all in one pass, and each length by itself
         monkeypatch.setattr(parting, "PASS_TOKENS", {"cpu": fixed})
         splicer = (Seq2SeqSplicer if name == "tiny-t5" else CausalSplicer)(llm, StateCache(1 << 30))
-        splicer.reuses = reuses
+        splicer.frozen = reuses
         soft = start.clone().requires_grad_()
         loglik, end = splicer.loglik(parts, soft, trees)
         (loglik[loglik.isfinite()].sum() + end.sum()).backward()
