@@ -17,7 +17,7 @@ from eval.clock import LLMClock, reading_seconds
 from eval.methods import METHODS, PRIOR, Method, method
 from eval.prompts.lamp import render
 from eval.prompts.summaries import Summaries, fitting, profile_text, with_profile
-from persona_plug.caching import uncached
+from persona_plug.models.caching import uncached
 from persona_plug.data.history import Example, HistoryItem
 from persona_plug.data.splits import FitData
 from persona_plug.errors import ConfigError

@@ -11,7 +11,7 @@ from typing import Any, Self
 
 from persona_plug.errors import ConfigError, CorruptFileError
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 CONFIG_NAME = "config.json"
 SMOOTHING = 1.0  # pseudo-counts over all answers in a user's label frequencies
 
@@ -41,6 +41,8 @@ RECIPES: dict[str, dict[str, Any]] = {
     "persoma": {**_ALONE, "aggregator": "persoma_perceiver"},
     "persoma_mlp": {**_ALONE, "aggregator": "persoma_mlp"},
     "persoma_transformer": {**_ALONE, "aggregator": "persoma_transformer"},
+    # Task tokens that know no user, and for free text the user's own words beside them.
+    "words": {"words": True, "quote_tokens": 0, "user_tokens": 0, "task_tokens": 16},
 }
 
 
@@ -78,6 +80,8 @@ class PlugConfig:
             frequencies say without the LLM, each with a learned weight.
         answers: The answer space of a labelling task, or None for free text.
         template: The LLM's instruction; `{input}` stands for the request's text.
+        words: Whether, for free text, a memory of the user's own words is mixed into what the LLM writes.
+        max_words: Items whose words are read for a request; the latest (last in order) are taken.
         max_history: Items used per user; the latest (last in order) are kept.
         max_input_tokens: Tokens of the templated input; the middle part `{input}` is cut from its end.
         max_answer_tokens: Tokens of an answer, in training and as default in generation.
@@ -107,6 +111,8 @@ class PlugConfig:
     answer_head: bool = True
     answers: tuple[str, ...] | None = None
     template: str = "{input}"
+    words: bool = False
+    max_words: int = 40
     max_history: int = 512
     max_input_tokens: int = 256
     max_answer_tokens: int = 64
@@ -121,7 +127,15 @@ class PlugConfig:
         _one_of("placement", self.placement, PLACEMENTS)
         _one_of("aggregator", self.aggregator, AGGREGATORS)
         _one_of("recipe", self.recipe, tuple(RECIPES))
-        for name in ("heads", "key_dim", "projector_hidden", "max_history", "max_input_tokens", "max_answer_tokens"):
+        for name in (
+            "heads",
+            "key_dim",
+            "projector_hidden",
+            "max_history",
+            "max_input_tokens",
+            "max_answer_tokens",
+            "max_words",
+        ):
             if int(getattr(self, name)) < 1:
                 raise ConfigError(f"{name}={getattr(self, name)!r} must be at least 1")
         for name in ("user_tokens", "task_tokens", "quote_tokens", "llm_width", "encoder_dim"):
@@ -161,6 +175,11 @@ class PlugConfig:
     def quotes(self) -> int:
         """Quoted positions of this plug: none for labels, whose scores read the user's answers directly."""
         return self.quote_tokens if self.answers is None and self.user_tokens else 0
+
+    @property
+    def remembers(self) -> bool:
+        """Whether this plug has a words memory: for free text alone."""
+        return self.words and self.answers is None
 
     @property
     def soft_tokens(self) -> int:

@@ -12,6 +12,7 @@ from torch.utils.data import Dataset
 from persona_plug.data.history import Example
 from persona_plug.embedder.batch import HistoryBatch
 from persona_plug.errors import DataError
+from persona_plug.heads.words import WordsReader
 from persona_plug.model import PlugModel
 from persona_plug.splice.prompts import AnswerTree, PromptParts
 
@@ -64,7 +65,7 @@ class PlugDataset(Dataset[int]):
         """
         if not examples:
             raise DataError("there are no samples to train on")
-        self.examples = list(examples)
+        self.examples, self._readers = list(examples), plug.readers
         self.table = plug.table(examples) if personal else None
         self.offsets: Tensor | None = None  # (N, C) scores of the answer head in training
         prompter, answers = plug.prompter, plug.config.answers
@@ -86,6 +87,10 @@ class PlugDataset(Dataset[int]):
     def __getitem__(self, index: int) -> int:
         """Return the index itself; `collate` makes the batch."""
         return index
+
+    def readers(self, indices: Sequence[int]) -> list[WordsReader] | None:
+        """Return what reads the words of samples' users; None where the plug remembers none."""
+        return self._readers([self.examples[i] for i in indices]) if self.table is not None else None
 
     def collate(self, indices: Sequence[int]) -> Batch:
         """Return samples as a batch on the CPU."""

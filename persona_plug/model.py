@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, Self, overload
 
 import torch
 from torch import Tensor, nn
 
 from persona_plug.config import PlugConfig
-from persona_plug.data.history import Example, HistoryItem
+from persona_plug.data.history import Example
 from persona_plug.embedder.architectures import make_embedder
 from persona_plug.embedder.batch import HistoryBatch, VectorTable
 from persona_plug.embedder.contract import Embedded, Embedder
 from persona_plug.errors import ConfigError
+from persona_plug.generation import Generation, details, greedy, with_words
+from persona_plug.heads.recollection import Recollection
+from persona_plug.heads.words import WordsHead, WordsReader
+from persona_plug.models.caching import uncached
 from persona_plug.models.encoder import HistoryEncoder, RequestEncoder
 from persona_plug.models.fingerprint import llm_fingerprint
 from persona_plug.models.llm import embedding_norm, freeze, sample_embeddings
@@ -23,6 +26,7 @@ from persona_plug.splice.base import Splicer
 from persona_plug.splice.causal import CausalSplicer
 from persona_plug.splice.prompts import AnswerTree, Prompter, PromptParts
 from persona_plug.splice.seq2seq import Seq2SeqSplicer
+from persona_plug.splice.soft import Soft
 from persona_plug.splice.states import StateCache
 from persona_plug.store.batches import StoredExample, StoredTable
 
@@ -33,32 +37,11 @@ QUOTE_LEAD = '\nA similar one: "'  # where the task tokens in front of quoted on
 STATE_BUDGET = 4 << 30  # bytes of frozen states cached across epochs
 
 
-@dataclass(frozen=True, slots=True)
-class Generation:
-    """A generated text with what it was made from.
-
-    Attributes:
-        text: The answer.
-        weights: (item, weight) of the history items that were used, largest weight first.
-        input_tokens_cut: Tokens of the request that did not fit `max_input_tokens`.
-        items_dropped: History items beyond `max_history`.
-        prompt_tokens: Positions of the LLM's input, soft tokens included.
-        items_unquoted: Items out of a store without texts, which a plug that quotes could not quote.
-    """
-
-    text: str
-    weights: list[tuple[HistoryItem, float]]
-    input_tokens_cut: int
-    items_dropped: int
-    prompt_tokens: int
-    items_unquoted: int = 0
-
-
 class PlugModel(nn.Module):
     """What a plug does with its parts: embed, score, choose, generate.
 
-    Only `embedder` is a registered submodule: the parameters of this module are what is trained and saved, and nothing
-    that moves, saves or trains it can touch the LLM.
+    Only `embedder` and `words` are registered submodules: the parameters of this module are what is trained and saved,
+    and nothing that moves, saves or trains it can touch the LLM.
     """
 
     def __init__(
@@ -98,7 +81,27 @@ class PlugModel(nn.Module):
             reader = RequestEncoder(self.encoder) if config.train_request and config.user_tokens else None
             embedder = make_embedder(config, embedding_norm(self.llm), start, reader)
             self.embedder = embedder.to(self.llm.device).eval()
+            self.words = WordsHead(self.llm, config.encoder_dim) if config.remembers else None
         self.splicer.begin_with(self.prompter.head)
+        self.recollection = (
+            Recollection(self.words, self.splicer, self.prompter, self.encoder, self._nobodys_tokens)
+            if self.words is not None
+            else None
+        )
+
+    def parts(self) -> dict[str, nn.Module]:
+        """Return what is learned and saved: the embedder, and the words head where there is one."""
+        return {"": self.embedder} if self.words is None else {"": self.embedder, "words.": self.words}
+
+    def _nobodys_tokens(self, requests: Sequence[str]) -> Soft:
+        """Return the soft tokens of requests of a user nobody knows."""
+        examples = [Example("", request, "") for request in requests]
+        with uncached():
+            return self.embed(self.table(examples).batch(examples)).soft
+
+    def readers(self, examples: Sequence[Example]) -> list[WordsReader] | None:
+        """Return what reads each example's words, or None where this plug remembers none."""
+        return None if self.recollection is None else self.recollection.readers(examples)
 
     @classmethod
     def join(
@@ -159,7 +162,11 @@ class PlugModel(nn.Module):
         self.splicer.keep_nothing()
 
     def forward(
-        self, history: HistoryBatch | None, parts: Sequence[PromptParts], trees: Sequence[AnswerTree]
+        self,
+        history: HistoryBatch | None,
+        parts: Sequence[PromptParts],
+        trees: Sequence[AnswerTree],
+        readers: Sequence[WordsReader] | None = None,
     ) -> tuple[Tensor, Tensor, Tensor | None]:
         """Run the LLM on B prompts and score candidate answers.
 
@@ -167,12 +174,13 @@ class PlugModel(nn.Module):
             history: The requests' vectors and histories; None for the plain LLM.
             parts: The prompts.
             trees: The candidates of each.
+            readers: What mixes each user's own words in; None for soft tokens alone.
 
         Returns:
             Log-likelihoods (B, C) of the candidates, (B,) of the gold's end token, and the bias (B, C) or None.
         """
         embedded = self.plain(len(parts)) if history is None else self.embed(history)
-        loglik, end = self.splicer.loglik(parts, embedded.soft, trees)
+        loglik, end = self.splicer.loglik(parts, embedded.soft, trees, readers)
         return loglik, end, embedded.bias
 
     def embed(self, history: HistoryBatch) -> Embedded:
@@ -209,6 +217,7 @@ class PlugModel(nn.Module):
         store: HistoryStore | None = None,
         personal: bool = True,
         head: bool = True,
+        words: bool = True,
         batch_size: int = 16,
     ) -> Tensor:
         """Return log-scores (B, C) of candidate answers, float32 on the CPU.
@@ -226,6 +235,7 @@ class PlugModel(nn.Module):
             store: Where the users' histories are.
             personal: False for the plain LLM, without soft tokens.
             head: Whether the answer head counts beside the LLM.
+            words: Whether the user's own words are mixed in, where the plug remembers them.
             batch_size: Rows at a time.
 
         Raises:
@@ -243,7 +253,8 @@ class PlugModel(nn.Module):
         rows = []
         columns = [known.index(c) for c in candidates] if all(c in known for c in candidates) else []
         for batch, embedded, parts in self._batches(examples, personal, batch_size):
-            scores = self.splicer.loglik(parts, embedded.soft, [tree] * len(batch))[0]
+            readers = self.readers(batch) if personal and words else None
+            scores = self.splicer.loglik(parts, embedded.soft, [tree] * len(batch), readers)[0]
             if head and columns and embedded.bias is not None:
                 scores = self.embedder.combine(scores, embedded.bias[:, columns])
             rows.append(scores.float().cpu())
@@ -351,38 +362,26 @@ class PlugModel(nn.Module):
             DataError: Inputs and histories differ in number, or an item is malformed.
         """
         examples = pair(self.config, inputs, history, user, store)
-        options = {"max_new_tokens": self.config.max_answer_tokens, "do_sample": False, **generation}
-        if not options["do_sample"]:
-            options |= {"temperature": None, "top_p": None, "top_k": None}
+        options = {"max_new_tokens": self.config.max_answer_tokens, **greedy(generation)}
         pad = self.tokenizer.pad_token_id if self.tokenizer.pad_token_id is not None else self.prompter.eos
         results: list[Generation] = []
         for batch, embedded, parts in self._batches(examples, personal, batch_size):
             inputs_for_llm = self.splicer.generation_inputs(parts, embedded.soft)
-            out = self.llm.generate(**inputs_for_llm, pad_token_id=pad, **options)
+            readers = self.readers(batch) if personal else None
+            start = int(self.llm.config.is_encoder_decoder)
+            out = self.llm.generate(**inputs_for_llm, pad_token_id=pad, **with_words(options, readers, start))
             written: list[str] = self.tokenizer.batch_decode(out.reshape(-1, out.shape[-1]), skip_special_tokens=True)
             share = len(written) // len(batch)  # num_return_sequences
             for i, example in enumerate(batch):
                 weights = None if embedded.weights is None else embedded.weights[i]
                 for text in written[i * share : (i + 1) * share]:
-                    results.append(self._details(text.strip(), example, parts[i], len(embedded.soft[i]), weights))
+                    soft = len(embedded.soft[i])
+                    results.append(details(self.config, text.strip(), example, parts[i], soft, weights))
         single = isinstance(inputs, str) and len(results) == 1
         if return_details:
             return results[0] if single else results
         texts = [result.text for result in results]
         return texts[0] if single else texts
-
-    def _details(
-        self, text: str, example: Example, parts: PromptParts, soft: int, weights: Tensor | None
-    ) -> Generation:
-        used: Sequence[HistoryItem] = example.history[-self.config.max_history :]
-        total, unquoted = len(example.history), 0
-        if isinstance(example, StoredExample):
-            used, total = example.stored.items, example.stored.total
-            unquoted = len(used) if self.config.quotes and example.stored.texts is None else 0
-        pairs = [] if weights is None else list(zip(used, weights[: len(used)].tolist(), strict=True))
-        pairs.sort(key=lambda pair: -pair[1])
-        tokens = len(parts.left) + soft + len(parts.right)
-        return Generation(text, pairs, parts.cut, total - len(used), tokens, unquoted)
 
     def _batches(
         self, examples: Sequence[Example], personal: bool, size: int

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -32,21 +33,29 @@ class Report(Protocol):
 
 
 def save(
-    folder: Path, config: PlugConfig, embedder: nn.Module, encoder: HistoryEncoder, report: Report | None = None
+    folder: Path,
+    config: PlugConfig,
+    parts: Mapping[str, nn.Module],
+    encoder: HistoryEncoder,
+    report: Report | None = None,
 ) -> Path:
     """Write a plug's files, each atomically, and return the folder.
 
     Args:
         folder: Where to; it is made if it is not there.
         config: The plug's config.
-        embedder: What was trained.
+        parts: What was learned: the embedder under an empty name, a head under the name that its tensors begin with.
         encoder: The frozen encoder, whose settings are saved.
         report: The report of its training, if there is one.
     """
     from safetensors.torch import save as to_bytes
 
     folder.mkdir(parents=True, exist_ok=True)
-    state = {k: v.detach().cpu().contiguous() for k, v in embedder.state_dict().items()}
+    state = {
+        start + name: tensor.detach().cpu().contiguous()
+        for start, part in parts.items()
+        for name, tensor in part.state_dict().items()
+    }
     metadata = {
         "format": "pt",
         "sha256": _state_digest(state),
@@ -56,7 +65,7 @@ def save(
     write_atomically(folder / CONFIG_NAME, config.to_json().encode())
     if report is not None:
         write_atomically(folder / REPORT_NAME, report.to_json().encode())
-    write_atomically(folder / CARD_NAME, model_card(config, embedder, report).encode())
+    write_atomically(folder / CARD_NAME, model_card(config, parts, report).encode())
     return folder
 
 
@@ -117,14 +126,19 @@ def load_encoder(folder: Path, name: str, device: Any) -> HistoryEncoder:  # noq
     return HistoryEncoder(name, device=device, **settings)
 
 
-def apply_weights(embedder: nn.Module, state: dict[str, Tensor], folder: Path) -> None:
-    """Load checked weights into an embedder.
+def apply_weights(parts: Mapping[str, nn.Module], state: Mapping[str, Tensor], folder: Path) -> None:
+    """Load checked weights into the parts of a plug; see `save` for their names.
 
     Raises:
         MismatchError: Names or shapes are not those the config asks for.
     """
     try:
-        embedder.load_state_dict(state, strict=True)
+        for start, part in parts.items():
+            others = tuple(name for name in parts if name != start and name.startswith(start))
+            own = {
+                k.removeprefix(start): v for k, v in state.items() if k.startswith(start) and not k.startswith(others)
+            }
+            part.load_state_dict(own, strict=True)
     except RuntimeError as exc:
         reason = " ".join(str(exc).split())[:200]
         raise MismatchError(f"{folder}: {WEIGHTS_NAME} and {CONFIG_NAME} do not belong together ({reason})") from exc
@@ -162,9 +176,9 @@ def push(folder: Path, repo_id: str, *, private: bool, token: str | None) -> str
         raise PersonaPlugError(f"{repo_id}: upload failed ({str(exc).splitlines()[0][:160]})") from exc
 
 
-def model_card(config: PlugConfig, embedder: nn.Module, report: Report | None = None) -> str:
+def model_card(config: PlugConfig, parts: Mapping[str, nn.Module], report: Report | None = None) -> str:
     """Return the README of a saved plug."""
-    count = sum(p.numel() for p in embedder.parameters() if p.requires_grad)
+    count = sum(p.numel() for part in parts.values() for p in part.parameters() if p.requires_grad)
     lines = [
         "---",
         "library_name: persona-plug",

@@ -101,12 +101,12 @@ class PersonaPlug(PlugModel):
         model, tokenizer = load_llm(llm or config.llm, dtype=dtype, quantization=quantization, device=device)
         persistence.check_llm(config, model, quantization)
         plug = cls(config, model, tokenizer, reader, state_budget=state_budget)
-        persistence.apply_weights(plug.embedder, weights, path)
+        persistence.apply_weights(plug.parts(), weights, path)
         return plug
 
     def save_pretrained(self, folder: str | os.PathLike[str]) -> Path:
         """Write what was learned (`model.safetensors`, `config.json`, a model card), nothing of the LLM or any user."""
-        return persistence.save(Path(folder), self.config, self.embedder, self.encoder, self.fit_report)
+        return persistence.save(Path(folder), self.config, self.parts(), self.encoder, self.fit_report)
 
     def push_to_hub(self, repo_id: str, *, private: bool = True, token: str | None = None) -> str:
         """Upload the saved plug to the Hub (private by default) and return its address."""

@@ -5,7 +5,7 @@ import threading
 import pytest
 import torch
 
-from persona_plug.caching import caching, uncached
+from persona_plug.models.caching import caching, uncached
 from persona_plug.models.encoder import HistoryEncoder
 
 

@@ -62,7 +62,7 @@ def is_count(value: object) -> bool:
 
 
 def _at(value: date) -> float:
-    moment = value if isinstance(value, datetime) else datetime(value.year, value.month, value.day)  # noqa: DTZ001
+    moment = value if isinstance(value, datetime) else datetime(value.year, value.month, value.day)
     return (moment if moment.tzinfo else moment.replace(tzinfo=UTC)).timestamp()
 
 
@@ -80,7 +80,7 @@ def _compact(value: float) -> date | None:
     if not 19000101 <= value <= 20991231 or value != int(value):
         return None
     try:
-        return datetime.strptime(str(int(value)), "%Y%m%d").date()  # noqa: DTZ007
+        return datetime.strptime(str(int(value)), "%Y%m%d").date()
     except ValueError:
         return None
 
@@ -140,7 +140,7 @@ def _worded(text: str) -> float:
 def _by_formats(text: str, formats: Sequence[str]) -> float:
     for form in formats:
         try:
-            return _at(datetime.strptime(text, form))  # noqa: DTZ007
+            return _at(datetime.strptime(text, form))
         except ValueError:
             continue
     raise ValueError(text)

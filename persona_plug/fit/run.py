@@ -13,6 +13,7 @@ from persona_plug.data.splits import FitData, prepare
 from persona_plug.fit.config import FitConfig
 from persona_plug.fit.loop import _spread, train
 from persona_plug.fit.report import FitReport, make_report
+from persona_plug.fit.words import fit_words, split_users
 from persona_plug.model import PlugModel
 
 
@@ -29,6 +30,16 @@ def _capped(data: FitData, limit: int) -> FitData:
         return data
     note = f"{len(data.held_out) - len(held)} held-out questions left out of the report (report_samples={limit})"
     return dataclasses.replace(data, held_out=held, notes=[*data.notes, note])
+
+
+def _train(plug: PlugModel, data: FitData, config: FitConfig, folder: Path, resume: bool) -> list[dict[str, float]]:
+    """Train the soft tokens, then the words head, on users of its own."""
+    if not plug.config.remembers:
+        return train(plug, data, config, folder, resume)
+    soft, gate = split_users(data, config.seed)
+    log = train(plug, dataclasses.replace(data, train=soft), config, folder, resume)
+    fit_words(plug, gate, data.valid, config.seed)
+    return log
 
 
 def fit(
@@ -95,7 +106,7 @@ def fit(
         folder = Path(output_dir) if output_dir is not None else Path(scratch)
         plug.seed = config.seed
         plug.reset(plug.config.replace(template=made.template, answers=made.answers))
-        log = train(plug, made, config, folder / "plug", resume)
+        log = _train(plug, made, config, folder / "plug", resume)
         twin = task_prompt(plug, config.seed) if report and made.held_out else None
         if twin is not None:
             train(twin, made, config, folder / "task_prompt", resume)

@@ -35,9 +35,11 @@ class WordsHead(nn.Module):
         states: Logits -> states.
         gate: The mixture.
         word_map: (encoder's d, SIZE) directions in which requests' words are compared.
+        fitted: () whether the head may be used.
         common: (COMMON,) hashes of words that stand in many requests, 0 where there is none.
     """
 
+    fitted: Tensor
     word_map: Tensor
     common: Tensor
 
@@ -46,6 +48,7 @@ class WordsHead(nn.Module):
         super().__init__()
         self.states = StateMap.of(llm, SIZE)
         self.gate = WordGate(parts)
+        self.register_buffer("fitted", torch.zeros((), dtype=torch.bool))
         self.register_buffer("word_map", torch.zeros(encoder_dim, SIZE))
         self.register_buffer("common", torch.zeros(COMMON, dtype=torch.long))
 

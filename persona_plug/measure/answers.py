@@ -82,8 +82,9 @@ def score_samples(plug: PlugModel, samples: PlugDataset, batch_size: int = 32) -
     """Return scores (N, C), end token included for free text, and gold indices (N,), on the CPU."""
     rows = []
     for start in range(0, len(samples), batch_size):
-        batch = samples.collate(range(start, min(start + batch_size, len(samples))))
-        loglik, _, bias = plug(batch.history, batch.parts, batch.trees)
+        indices = range(start, min(start + batch_size, len(samples)))
+        batch, readers = samples.collate(indices), samples.readers(indices)
+        loglik, _, bias = plug(batch.history, batch.parts, batch.trees, readers)
         rows.append(plug.embedder.combine(loglik, bias).float().cpu())
     return torch.cat(rows), torch.tensor(samples.gold)
 

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 from filelock import FileLock
 
-from persona_plug.caching import caching
+from persona_plug.models.caching import caching
 
 logger = logging.getLogger(__name__)
 

@@ -9,18 +9,25 @@ more than the soft and answer tokens.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from persona_plug.caching import caching
 from persona_plug.clock import clock
+from persona_plug.models.caching import caching
 from persona_plug.splice.passes import pass_tokens, passes
 from persona_plug.splice.prompts import AnswerTree, PromptParts
 from persona_plug.splice.soft import Soft
 from persona_plug.splice.states import StateBill, StateCache
+
+
+class PathReader(Protocol):
+    """Scores the tokens of an answer from the LLM's logits."""
+
+    def score(self, logits: Tensor, tokens: Sequence[int]) -> Tensor:
+        """Return the log-probability (n,) of each token, whose logits (n, V) are given."""
 
 
 class Splicer:
@@ -92,7 +99,13 @@ class Splicer:
         """Return how many tokens of `left` are the head's (none for an encoder: each of its states sees all tokens)."""
         return 0
 
-    def loglik(self, parts: Sequence[PromptParts], soft: Soft, trees: Sequence[AnswerTree]) -> tuple[Tensor, Tensor]:
+    def loglik(
+        self,
+        parts: Sequence[PromptParts],
+        soft: Soft,
+        trees: Sequence[AnswerTree],
+        readers: Sequence[PathReader] | None = None,
+    ) -> tuple[Tensor, Tensor]:
         """Return log-likelihoods (B, C) of each row's candidates (-inf where a row has fewer) and (B,) of gold ends.
 
         Rows of unlike length run in passes of their own where padding would cost more.
@@ -101,23 +114,40 @@ class Splicer:
             parts: Prompts.
             soft: (B, S, H), or B tensors (S_b, H) of different lengths; differentiable; S may be 0 for the plain LLM.
             trees: Candidates of each row.
+            readers: What each row's tokens are scored by in place of the LLM's own softmax.
         """
         sizes = [len(s) + len(p.right) + len(t.tokens) for p, s, t in zip(parts, soft, trees, strict=True)]
         if not self.reuses:
             sizes = [len(p.left) + size for p, size in zip(parts, sizes, strict=True)]
         groups = passes(sizes, pass_tokens(self.llm.device))
         if len(groups) == 1:
-            return self.in_one_pass(parts, soft, trees)
-        scores = [self.in_one_pass([parts[i] for i in g], [soft[i] for i in g], [trees[i] for i in g]) for g in groups]
+            return self.in_one_pass(parts, soft, trees, readers)
+        scores = [
+            self.in_one_pass(
+                [parts[i] for i in g],
+                [soft[i] for i in g],
+                [trees[i] for i in g],
+                [readers[i] for i in g] if readers is not None else None,
+            )
+            for g in groups
+        ]
         count = max(total.shape[1] for total, _ in scores)
         wide = [F.pad(total, (0, count - total.shape[1]), value=float("-inf")) for total, _ in scores]
         back = torch.tensor([i for g in groups for i in g], device=wide[0].device).argsort()
         return torch.cat(wide)[back], torch.cat([end for _, end in scores])[back]
 
     def in_one_pass(
-        self, parts: Sequence[PromptParts], soft: Soft, trees: Sequence[AnswerTree]
+        self,
+        parts: Sequence[PromptParts],
+        soft: Soft,
+        trees: Sequence[AnswerTree],
+        readers: Sequence[PathReader] | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Return what `loglik` does, of all rows at once."""
+        raise NotImplementedError
+
+    def answer_logits(self, parts: Sequence[PromptParts], soft: Soft, trees: Sequence[AnswerTree]) -> list[Tensor]:
+        """Return logits (n, V) in front of each token of each row's only candidate, its end token included."""
         raise NotImplementedError
 
     def generation_inputs(self, parts: Sequence[PromptParts], soft: Soft) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from persona_plug.splice.base import Splicer
+from persona_plug.splice.base import PathReader, Splicer
 from persona_plug.splice.prompts import AnswerTree, PromptParts
 from persona_plug.splice.soft import Soft
 from persona_plug.splice.states import StateCache
@@ -80,12 +80,22 @@ class CausalSplicer(Splicer):
         return [torch.stack([x[i, :, offset:end] for x in both]).unflatten(0, (-1, 2)) for i, end in enumerate(ends)]
 
     def in_one_pass(
-        self, parts: Sequence[PromptParts], soft: Soft, trees: Sequence[AnswerTree]
+        self,
+        parts: Sequence[PromptParts],
+        soft: Soft,
+        trees: Sequence[AnswerTree],
+        readers: Sequence[PathReader] | None = None,
     ) -> tuple[Tensor, Tensor]:
         """See `Splicer.loglik`; all candidates of a row share one pass."""
-        return gather_paths(self.answer_logits(parts, soft, trees), trees)
+        logits = self._tree_logits(parts, soft, trees)
+        return gather_paths(logits, trees) if readers is None else read_paths(logits, trees, readers)
 
-    def answer_logits(self, parts: Sequence[PromptParts], soft: Soft, trees: Sequence[AnswerTree]) -> Tensor:
+    def answer_logits(self, parts: Sequence[PromptParts], soft: Soft, trees: Sequence[AnswerTree]) -> list[Tensor]:
+        """See `Splicer.answer_logits`."""
+        logits = self._tree_logits(parts, soft, trees)
+        return [row[: len(tree.paths[0])] for row, tree in zip(logits, trees, strict=True)]
+
+    def _tree_logits(self, parts: Sequence[PromptParts], soft: Soft, trees: Sequence[AnswerTree]) -> Tensor:
         """Return logits (B, 1 + nodes, V): column 0 is the end of the prompt, column 1 + i is node i of the tree."""
         states = self.states([p.left for p in parts]) if self.reuses else []
         embeds, mask, positions, cache, keep = self._layout(parts, soft, trees, states)
@@ -223,6 +233,29 @@ def gather_paths(logits: Tensor, trees: Sequence[AnswerTree]) -> tuple[Tensor, T
     picked = picked * used
     total = picked[:, :-1].unflatten(1, (count, length)).sum(-1)
     return total.masked_fill(absent, float("-inf")), picked[:, -1]
+
+
+def read_paths(logits: Tensor, trees: Sequence[AnswerTree], readers: Sequence[PathReader]) -> tuple[Tensor, Tensor]:
+    """Return what `gather_paths` does, of tokens that each row's reader scores."""
+    count = max(len(t.paths) for t in trees)
+    total = torch.full((len(trees), count), float("-inf"), device=logits.device)
+    end = torch.zeros(len(trees), device=logits.device)
+    for b, (tree, reader) in enumerate(zip(trees, readers, strict=True)):
+        for c, path in enumerate(tree.paths):
+            is_gold = tree.gold_end is not None and _continues(tree, path)
+            steps = [*path, tree.gold_end] if is_gold and tree.gold_end is not None else path
+            scores = reader.score(logits[b, [node + 1 for node, _ in steps]], [token for _, token in steps])
+            total[b, c] = scores[: len(path)].sum()
+            if is_gold:
+                end[b] = scores[-1]
+    return total, end
+
+
+def _continues(tree: AnswerTree, path: Sequence[tuple[int, int]]) -> bool:
+    """Whether the gold's end token follows a path."""
+    parent, token = path[-1]
+    node = tree.gold_end[0] if tree.gold_end is not None else -1
+    return node >= 0 and (tree.parents[node], tree.tokens[node]) == (parent, token)
 
 
 def _tree_sight(tree: AnswerTree) -> tuple[Tensor, Tensor]:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from persona_plug.splice.base import Splicer
+from persona_plug.splice.base import PathReader, Splicer
 from persona_plug.splice.prompts import AnswerTree, PromptParts
 from persona_plug.splice.soft import Soft
 
@@ -42,35 +42,60 @@ class Seq2SeqSplicer(Splicer):
         return embeds.to(self.dtype), mask
 
     def in_one_pass(
-        self, parts: Sequence[PromptParts], soft: Soft, trees: Sequence[AnswerTree]
+        self,
+        parts: Sequence[PromptParts],
+        soft: Soft,
+        trees: Sequence[AnswerTree],
+        readers: Sequence[PathReader] | None = None,
     ) -> tuple[Tensor, Tensor]:
         """See `Splicer.loglik`; each candidate is a decoder row, since relative position biases know no tree."""
-        encoded, mask = self._encoded(parts, soft)
         chains = [_chains(tree) for tree in trees]
-        owner = torch.tensor([b for b, c in enumerate(chains) for _ in c], device=encoded.device)
-        start = self.llm.config.decoder_start_token_id
+        owner = [b for b, c in enumerate(chains) for _ in c]
         targets = [c for row in chains for c in row]
-        ids, _ = self._padded_ids([[start, *c[:-1]] for c in targets])
-        out = self.llm(
-            encoder_outputs=(encoded[owner],), attention_mask=mask[owner], decoder_input_ids=ids, use_cache=False
-        )
+        logits = self._chain_logits(parts, soft, owner, targets)
         labels, valid = self._padded_ids(targets)
-        logp = out.logits.float().log_softmax(-1).gather(-1, labels.unsqueeze(-1)).squeeze(-1) * valid
-        total = torch.full((len(trees), max(len(t.paths) for t in trees)), float("-inf"), device=encoded.device)
-        end = torch.zeros(len(trees), device=encoded.device)
+        if readers is None:
+            logp = logits.float().log_softmax(-1).gather(-1, labels.unsqueeze(-1)).squeeze(-1) * valid
+        else:
+            rows = zip(logits, owner, targets, strict=True)
+            scores = [readers[b].score(row[: len(target)], target) for row, b, target in rows]
+            logp = torch.nn.utils.rnn.pad_sequence(scores, batch_first=True)
+        device = logits.device
+        total = torch.full((len(trees), max(len(t.paths) for t in trees)), float("-inf"), device=device)
+        end = torch.zeros(len(trees), device=device)
         at = 0
         for b, tree in enumerate(trees):
             lengths = [len(path) for path in tree.paths]
             sums = [logp[at + i, :n].sum() for i, n in enumerate(lengths)]
             total = total.index_put(
-                (torch.full((len(sums),), b, device=encoded.device), torch.arange(len(sums), device=encoded.device)),
+                (torch.full((len(sums),), b, device=device), torch.arange(len(sums), device=device)),
                 torch.stack(sums),
             )
             for i, n in enumerate(lengths):
                 if len(chains[b][i]) > n:
-                    end = end.index_put((torch.tensor(b, device=encoded.device),), logp[at + i, n])
+                    end = end.index_put((torch.tensor(b, device=device),), logp[at + i, n])
             at += len(sums)
         return total, end
+
+    def answer_logits(self, parts: Sequence[PromptParts], soft: Soft, trees: Sequence[AnswerTree]) -> list[Tensor]:
+        """See `Splicer.answer_logits`."""
+        targets = [_chains(tree)[0] for tree in trees]
+        logits = self._chain_logits(parts, soft, range(len(trees)), targets)
+        return [row[: len(target)] for row, target in zip(logits, targets, strict=True)]
+
+    def _chain_logits(
+        self, parts: Sequence[PromptParts], soft: Soft, owner: Sequence[int], targets: Sequence[Sequence[int]]
+    ) -> Tensor:
+        """Return logits (rows, L, V) in front of each token of decoder rows, each of which belongs to a prompt."""
+        encoded, mask = self._encoded(parts, soft)
+        index = torch.tensor(list(owner), device=encoded.device)
+        start = self.llm.config.decoder_start_token_id
+        ids, _ = self._padded_ids([[start, *target[:-1]] for target in targets])
+        out = self.llm(
+            encoder_outputs=(encoded[index],), attention_mask=mask[index], decoder_input_ids=ids, use_cache=False
+        )
+        logits: Tensor = out.logits
+        return logits
 
     def generation_inputs(self, parts: Sequence[PromptParts], soft: Soft) -> dict[str, Any]:
         """Return `encoder_outputs` and `attention_mask` for the LLM's own generate."""

@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from persona_plug.caching import uncached
 from persona_plug.config import PlugConfig
 from persona_plug.data.history import Example
 from persona_plug.embedder.batch import HistoryBatch, Tokenise, collate, with_request_ids
 from persona_plug.errors import ConfigError, DataError, MismatchError
+from persona_plug.models.caching import uncached
 from persona_plug.models.encoder import HistoryEncoder
 from persona_plug.store.format import StoredHistory
 from persona_plug.store.rows import text_hash

@@ -8,10 +8,10 @@ from eval.clock import LLMClock, reading_seconds
 from eval.methods import METHODS, method
 from eval.report.budgets import budget_note, budget_table
 from eval.session import _reads_request
-from persona_plug.caching import uncached
 from persona_plug.data.history import Example, HistoryItem
 from persona_plug.embedder.task_prompt import NoTokens
 from persona_plug.measure.answers import evaluate
+from persona_plug.models.caching import uncached
 from training.recipes import make
 
 

@@ -1,0 +1,80 @@
+"""What generation is asked for, and what it gives."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from persona_plug.config import PlugConfig
+from persona_plug.data.history import Example, HistoryItem
+from persona_plug.heads.processor import WordsProcessor
+from persona_plug.heads.words import WordsReader
+from persona_plug.splice.prompts import PromptParts
+from persona_plug.store.batches import StoredExample
+
+
+@dataclass(frozen=True, slots=True)
+class Generation:
+    """A generated text with what it was made from.
+
+    Attributes:
+        text: The answer.
+        weights: (item, weight) of the history items that were used, largest weight first.
+        input_tokens_cut: Tokens of the request that did not fit `max_input_tokens`.
+        items_dropped: History items beyond `max_history`.
+        prompt_tokens: Positions of the LLM's input, soft tokens included.
+        items_unquoted: Items out of a store without texts, which a plug that quotes could not quote.
+    """
+
+    text: str
+    weights: list[tuple[HistoryItem, float]]
+    input_tokens_cut: int
+    items_dropped: int
+    prompt_tokens: int
+    items_unquoted: int = 0
+
+
+def greedy(options: Mapping[str, object]) -> dict[str, object]:
+    """Return options of the LLM's `generate` that are greedy unless they sample."""
+    options = {"do_sample": False, **options}
+    return options if options["do_sample"] else {**options, "temperature": None, "top_p": None, "top_k": None}
+
+
+def with_words(options: Mapping[str, object], readers: Sequence[WordsReader] | None, start: int) -> dict[str, object]:
+    """Return options with the users' words mixed in, in front of the caller's own logits processors.
+
+    Args:
+        options: Of the LLM's `generate`.
+        readers: One per row of the batch, or None.
+        start: Tokens that stand in front of every answer in the ids that `generate` hands on.
+    """
+    if readers is None:
+        return dict(options)
+    others = options.get("logits_processor") or []
+    return {**options, "logits_processor": [WordsProcessor(readers, start), *others]}  # type: ignore[misc]
+
+
+def details(
+    config: PlugConfig, text: str, example: Example, parts: PromptParts, soft: int, weights: Tensor | None
+) -> Generation:
+    """Return a generated text with what it was made from.
+
+    Args:
+        config: The plug's.
+        text: The answer.
+        example: The request with its history.
+        parts: Its prompt.
+        soft: Its soft tokens.
+        weights: (n,) of the history's items, or None.
+    """
+    used: Sequence[HistoryItem] = example.history[-config.max_history :]
+    total, unquoted = len(example.history), 0
+    if isinstance(example, StoredExample):
+        used, total = example.stored.items, example.stored.total
+        unquoted = len(used) if config.quotes and example.stored.texts is None else 0
+    pairs = [] if weights is None else list(zip(used, weights[: len(used)].tolist(), strict=True))
+    pairs.sort(key=lambda pair: -pair[1])
+    tokens = len(parts.left) + soft + len(parts.right)
+    return Generation(text, pairs, parts.cut, total - len(used), tokens, unquoted)

@@ -1,0 +1,141 @@
+"""A plug with a words memory: fitted, used, saved."""
+
+import math
+import random
+
+import pytest
+import torch
+
+from persona_plug import PersonaPlug
+from persona_plug.data.history import Example, HistoryItem
+from persona_plug.data.splits import FitData
+from persona_plug.errors import DataError
+from persona_plug.fit.words import fit_words, split_users
+from persona_plug.measure.answers import evaluate
+
+GREETINGS = ["hello", "howdy", "servus", "ahoy", "moin", "salve"]
+THINGS = ["lamp", "chair", "table", "clock", "radio", "piano", "spoon", "towel"]
+
+
+def people(count, seed):
+    """Users who greet in one of six ways; each asks about things."""
+    draw = random.Random(seed)
+    samples = []
+    for u in range(count):
+        greeting = GREETINGS[(u + seed) % 6]
+        items = [HistoryItem(f"the {t} is late", f"{greeting}, the {t}!") for t in draw.sample(THINGS, 5)]
+        for i, item in enumerate(items):
+            others = tuple(items[:i] + items[i + 1 :])
+            samples.append(Example(f"user-{seed}-{u}", item.input, item.output, others))
+    return samples
+
+
+@pytest.fixture(scope="module")
+def data():
+    return FitData(people(18, 0), people(6, 1), people(6, 2), "{input}", None)
+
+
+def fitted(make_plug, data, llm="tiny-llama"):
+    plug = make_plug(llm, recipe="words", task_tokens=2, words=True, template=data.template, max_answer_tokens=40)
+    soft, gate = split_users(data, 0)
+    assert not {e.user_id for e in soft} & {e.user_id for e in gate}
+    fit_words(plug, gate, data.valid)
+    return plug
+
+
+@pytest.fixture(scope="module")
+def plug(make_plug, data):
+    return fitted(make_plug, data)
+
+
+def others(samples):
+    """The samples with the histories of users who greet in another way."""
+    return [
+        Example(e.user_id, e.input, e.output, samples[(i + 5) % len(samples)].history) for i, e in enumerate(samples)
+    ]
+
+
+def nll(plug, samples):
+    return float(evaluate(plug, samples, generated=0).values["nll"].mean())
+
+
+@pytest.mark.parametrize("llm", ["tiny-llama", "tiny-gpt2", "tiny-t5"])
+def test_the_users_own_words_lower_the_loss_and_anothers_do_less(make_plug, data, llm):
+    plug = fitted(make_plug, data, llm)
+    empty = [Example(e.user_id, e.input, e.output) for e in data.held_out]
+    own, other, nobody = (nll(plug, part) for part in (data.held_out, others(data.held_out), empty))
+    assert own < other - 0.05
+    assert own < nobody - 0.5
+
+
+def test_with_no_history_nothing_of_a_memory_is_left(plug, data):
+    gate = plug.words.gate
+    reader = plug.recollection.reader("xyz", [])
+    logits = torch.randn(3, plug.llm.get_output_embeddings().weight.shape[0])
+    _, weights = reader.mix(logits, [5, 6])
+    assert weights[:, [1, 3]].tolist() == [[0.0, 0.0]] * 3
+    assert gate.mask.all()
+
+
+def test_scores_are_what_generation_mixes(plug, data):
+    """Greedy text has the highest score of all first tokens, and beams, samples and batches run."""
+    sample = data.held_out[0]
+    text = plug.generate(sample.input, sample.history, max_new_tokens=6)
+    alone = plug.generate(sample.input, max_new_tokens=6)
+    assert text != alone
+    batch = plug.generate([sample.input, "xyz"], [sample.history, []], max_new_tokens=6)
+    assert batch[0] == text
+    assert plug.generate(sample.input, sample.history, max_new_tokens=6, num_beams=2)
+    assert plug.generate(sample.input, sample.history, max_new_tokens=6, do_sample=True)
+
+
+def test_greedy_tokens_are_the_mixtures_best(plug, data):
+    sample = data.held_out[0]
+    (row,) = plug.readers([sample])
+    parts = plug.prompter.parts(sample.input)
+    soft = plug._nobodys_tokens([sample.input])
+    text = plug.generate(sample.input, sample.history, max_new_tokens=8)
+    tokens = plug.prompter.ids(text)[:8]
+    from persona_plug.splice.prompts import AnswerTree
+
+    (logits,) = plug.splicer.answer_logits(
+        [parts], soft, [AnswerTree.build([tuple(tokens)], plug.prompter.eos, gold=0)]
+    )
+    best = row.mix(logits, [*tokens, plug.prompter.eos])[0].argmax(-1)
+    assert best[: len(tokens)].tolist() == tokens
+
+
+def test_a_saved_plug_remembers_alike(plug, data, tmp_path):
+    plug.save_pretrained(tmp_path)
+    loaded = PersonaPlug.from_pretrained(tmp_path, device="cpu")
+    request = data.held_out[0]
+    before, after = (p.score([request], [request.output]) for p in (plug, loaded))
+    assert torch.equal(before, after)
+    assert not torch.equal(before, plug.score([request], [request.output], words=False))
+
+
+def test_nothing_is_mixed_before_the_head_is_fitted(make_plug, data):
+    plug = make_plug(recipe="words", task_tokens=2)
+    assert plug.readers(data.held_out) is None
+    assert make_plug().recollection is None
+
+
+def test_labels_have_no_words_memory(make_plug):
+    assert make_plug(recipe="words", answers=("yes", "no")).words is None
+
+
+def test_too_few_users_are_named():
+    with pytest.raises(DataError, match="1 training users are too few.*words=False"):
+        split_users(FitData(people(1, 0), [], [], "{input}", None), 0)
+
+
+def test_items_are_read_once(plug, data, monkeypatch):
+    plug.recollection.remember(data.held_out[0].history)
+    monkeypatch.setattr(plug.splicer, "answer_logits", lambda *_: pytest.fail("read again"))
+    plug.recollection.remember(data.held_out[0].history)
+
+
+def test_the_length_habit_is_that_of_the_answers(plug, data):
+    reader = plug.recollection.reader("x", data.held_out[0].history)
+    lengths = [len(plug.prompter.ids(i.output)) + 1 for i in data.held_out[0].history]
+    assert reader.memory.length == pytest.approx(sum(math.log1p(n) for n in lengths) / len(lengths))
