@@ -31,7 +31,7 @@ ROOMS = {
     "serving": "data errors export files models pairing plug splice store",
     "page": "data errors fit measure model persistence plug retrieval store",
     "cli": "data errors export models page persistence plug serving store",
-    "training": "config data dataset embedder errors files fit model models plug splice",
+    "training": "config data dataset embedder errors files fit models plug splice",
     "eval": "caching clock data errors files fit measure models plug retrieval serving splice store training",
 }
 ROOT_MODULES = 12  # modules at the root of persona_plug, at most
