@@ -17,6 +17,7 @@ from eval.clock import LLMClock, reading_seconds
 from eval.methods import METHODS, PRIOR, Method, method
 from eval.prompts.lamp import render
 from eval.prompts.summaries import Summaries, fitting, profile_text, with_profile
+from persona_plug.caching import uncached
 from persona_plug.data.history import Example, HistoryItem
 from persona_plug.data.splits import FitData
 from persona_plug.errors import ConfigError
@@ -25,8 +26,6 @@ from persona_plug.fit.config import FitConfig
 from persona_plug.measure.answers import Answers, evaluate, prior_answers, spread, with_other_history
 from persona_plug.plug import PersonaPlug
 from persona_plug.retrieval import Retriever, neighbours
-from persona_plug.splice.base import Splicer
-from persona_plug.splice.states import StateCache
 from training.lora import for_each_user
 from training.recipes import Fitted, choose_lr, fit
 from training.tasks import Task
@@ -89,10 +88,10 @@ class Session:
         if done.is_file():
             kept = {p.stem: _read(p.with_suffix("")) for p in sorted(folder.glob(f"{PRIOR}=*.npz"))}
             return {name.replace("=", ": "): outcome for name, outcome in kept.items() if outcome is not None}
-        watch = LLMClock(self.base)
-        answers = prior_answers(self.base, self.data, self.settings["generated"])
+        with LLMClock(self.base) as watch:
+            answers = prior_answers(self.base, self.data, self.settings["generated"])
         costs = {"prompt_tokens": 0.0, "generated_tokens": 0.0, "trainable_params": None}
-        costs["fit_seconds"] = watch.stop()[0]  # of the whole family, which is fitted together
+        costs["fit_seconds"] = watch.cost()[0]  # of the whole family, which is fitted together
         found = {f"{PRIOR}: {name}": Outcome(a, {**costs, "seconds": None}) for name, a in answers.items()}
         for name, outcome in found.items():
             _write(folder / name.replace(": ", "="), outcome)
@@ -110,29 +109,25 @@ class Session:
         elif chosen.history == "none":
             held = [replace(e, history=()) for e in held]
         reading = self._reading if _reads_request(chosen, plug) else 0.0
-        watch = LLMClock(plug)
-        held = self._prompted(chosen, held, seed)
-        if chosen.user_adapter:
-            answers = self._by_user(plug, held, config)
-        elif chosen.prompt and chosen.recipe is None:
-            usual, plug.splicer = plug.splicer, _reading_once(plug)
-            answers = self._answers(plug, held, personal=False)
-            plug.splicer = usual
-        else:
-            answers = self._answers(plug, held, personal=chosen.recipe is not None, head=chosen.head)
-        seconds, outside = watch.stop(reading)
+        with LLMClock(plug) as watch:
+            held = self._prompted(chosen, held, seed)
+            if chosen.user_adapter:
+                answers = self._by_user(plug, held, config)
+            elif chosen.prompt and chosen.recipe is None:
+                with uncached():  # each prompt is read once
+                    answers = self._answers(plug, held, personal=False)
+            else:
+                answers = self._answers(plug, held, personal=chosen.recipe is not None, head=chosen.head)
+        seconds, outside = watch.cost(reading)
         if chosen.prompt == "summary" and self._summaries:  # what another method had written before counts, too
             seconds += self._summaries.owed - self._summaries.spent
         parts = [plug.prompter.parts(e.input, e.prompt) for e in held]
-        soft = plug.config.soft_tokens if fitted and hasattr(plug.embedder, "tokens") else 0
-        kept = getattr(plug.splicer, "prefix_length", 0)  # trained keys and values: positions that nothing runs over
-        soft += kept
-        if plug.config.max_history < self.base.config.max_history and soft:
+        soft = float(np.mean([plug.embedder.soft_count(len(e.history)) for e in held])) if fitted else 0.0
+        prefix = plug.splicer.prefix_length  # trained keys and values: positions that nothing runs over
+        if plug.config.max_history < self.base.config.max_history and soft + prefix:
             beyond = sum(max(0, len(e.history) - plug.config.max_history) for e in held)
             self._count(f"history items beyond max_history={plug.config.max_history}", beyond)
-        if plug.config.aggregator == "uem" and soft:
-            soft = plug.config.task_tokens + 1 + np.mean([min(len(e.history), plug.config.max_history) for e in held])
-        prompt = float(np.mean([len(p.left) + len(p.right) for p in parts])) + float(soft)
+        prompt = float(np.mean([len(p.left) + len(p.right) for p in parts])) + soft + prefix
         written = [] if plug.config.answers else [len(plug.prompter.ids(t)) for t in answers.texts or ()]
         generated = float(np.mean(written)) if written else 0.0
         return Outcome(
@@ -148,7 +143,7 @@ class Session:
                 "curve": fitted.curve if fitted else None,
                 "cut": float(sum(p.cut > 0 for p in parts)),
                 # Of one answer: twice the weights for each position that runs, the embedding table aside.
-                "flops": 2.0 * _running_weights(plug) * (prompt - kept + generated),
+                "flops": 2.0 * _running_weights(plug) * (prompt - prefix + generated),
             },
             self.notes,
         )
@@ -178,7 +173,7 @@ class Session:
 
     def _write(self, plug: PersonaPlug, examples: Sequence[Example], personal: bool) -> list[str]:
         """Write answers by the generator of the settings; what is trained inside the LLM only transformers can run."""
-        plain = plug.llm is self.base.llm and getattr(plug.splicer, "prefix", None) is None
+        plain = plug.llm is self.base.llm and not plug.splicer.prefix_length
         if self.settings["generator"] == "vllm" and plain:
             if self._vllm is None:
                 from persona_plug.serving.offline import VllmOffline
@@ -186,8 +181,7 @@ class Session:
                 self._vllm = VllmOffline(self.settings["llm"], **self.settings["vllm"])
             return self._vllm.answer(plug, examples, personal=personal)
         options = {"no_repeat_ngram_size": self.task.no_repeat_ngram} if self.task.no_repeat_ngram else {}
-        texts: list[str] = plug.generate(examples, personal=personal, **options)
-        return texts
+        return plug.generate(examples, personal=personal, **options)
 
     def close(self) -> None:
         """End what the session has started."""
@@ -301,17 +295,8 @@ def _nearest(wanted: np.ndarray, pool: np.ndarray) -> list[list[int]]:
 
 def _reads_request(chosen: Method, plug: PersonaPlug) -> bool:
     """Return whether a method needs the history encoder's vector of the request: a plug, or retrieval by nearness."""
-    soft = chosen.recipe is not None and hasattr(plug.embedder, "tokens") and plug.config.user_tokens > 0
-    own = plug.config.train_request  # it reads requests itself, on the clock
-    blind = hasattr(plug.embedder, "resampler")  # UEM and PERSOMA: their tokens are of the history alone
-    return chosen.prompt in ("dense", "rrf", "graph") or (soft and not own and not blind)
-
-
-def _reading_once(plug: PersonaPlug) -> Splicer:
-    """Return a splicer for prompts that are read once: states that nobody asks for again would be copied in vain."""
-    made = type(plug.splicer)(plug.llm, StateCache(0))
-    made.reuses = False
-    return made
+    retrieves = chosen.prompt in ("dense", "rrf", "graph")
+    return retrieves or (chosen.recipe is not None and plug.embedder.reads_request)
 
 
 def _running_weights(plug: PersonaPlug) -> float:

@@ -181,13 +181,14 @@ def overhead(settings: dict[str, Any], scratch: Path) -> dict[str, Any]:
     import uvicorn
 
     from persona_plug.serving.engine import TransformersEngine
-    from persona_plug.serving.gateway import Backend, Settings, isolate
+    from persona_plug.serving.gateway import Backend, Settings
     from persona_plug.serving.logs import Log
     from persona_plug.serving.routes import create_app
     from persona_plug.serving.schema import CompletionRequest
     from persona_plug.store.history_store import HistoryStore
 
-    plug = isolate(different(PersonaPlug.build(settings["llm"], settings["encoder"], max_input_tokens=64)))
+    plug = different(PersonaPlug.build(settings["llm"], settings["encoder"], max_input_tokens=64))
+    plug.keep_nothing()
     store = HistoryStore(f"sqlite:///{scratch}/users.db", plug.encoder, keep_text=True)
     people = histories(settings)
     for user, items in people.items():

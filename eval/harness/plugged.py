@@ -44,7 +44,7 @@ class Plugged:
     """
 
     def __init__(self, plug: PersonaPlug, history: Sequence[HistoryItem] = (), detached: bool = False) -> None:
-        """Take a plug over: what it keeps of earlier prompts is forgotten.
+        """Take a plug over: its cached states are forgotten.
 
         Args:
             plug: The plug.
@@ -53,7 +53,7 @@ class Plugged:
         """
         self.plug, self.history, self.detached = plug, tuple(history), detached
         # Prompts of a task differ: nothing is kept, and no head is shared.
-        plug.splicer.cache.budget = 0
+        plug.splicer.keep_nothing()
         plug.splicer.begin_with(())
         self.seq2seq = bool(plug.llm.config.is_encoder_decoder)
         self.soft_tokens = 0 if detached else len(plug.soft_prompt("", self.history))

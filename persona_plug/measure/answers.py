@@ -83,18 +83,13 @@ def score_samples(plug: PlugModel, samples: PlugDataset, batch_size: int = 32) -
     rows = []
     for start in range(0, len(samples), batch_size):
         batch = samples.collate(range(start, min(start + batch_size, len(samples))))
-        if batch["history"] is not None:
-            loglik, _, bias = plug(batch["history"], batch["parts"], batch["trees"])
-        else:
-            soft = plug.plain(len(batch["parts"])).soft
-            loglik, bias = plug.splicer.loglik(batch["parts"], soft, batch["trees"])[0], None
+        loglik, _, bias = plug(batch.history, batch.parts, batch.trees)
         rows.append(plug.embedder.combine(loglik, bias).float().cpu())
     return torch.cat(rows), torch.tensor(samples.gold)
 
 
 def _generate(plug: PlugModel, examples: Sequence[Example], personal: bool) -> list[str]:
-    texts: list[str] = plug.generate(examples, personal=personal)
-    return texts
+    return plug.generate(examples, personal=personal)
 
 
 def prompt_length(plug: PlugModel, example: Example) -> int:
