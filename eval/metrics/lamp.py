@@ -1,22 +1,23 @@
 """The official metrics of LaMP (arXiv 2304.11406) and LongLaMP (arXiv 2407.11016), as their own scripts compute them.
 
 `score` takes predictions and references as lists or in LaMP's file shape. The functions below it are the rules
-themselves; `eval.metrics.classes` wraps them as `evaluate.Metric` classes.
+themselves. `QUESTION_RULES` and `SET_RULES` name them; `persona_plug.measure.metrics` says which direction is better;
+`eval.metrics.classes` wraps them as an `evaluate.Metric`.
 """
 
 from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 from persona_plug.errors import DataError
+from persona_plug.measure.metrics import METRICS
 from training.tasks import Task, load_task
 
-CORPUS = ("f1", "bleu")  # metrics of a whole set, no means over its questions
 RESAMPLES = 1000  # of the bootstrap in rouge_score, whose middle value `evaluate` reports
 SENTENCE_END = re.compile(r"(?<=[.!?])\s+")
 
@@ -56,14 +57,14 @@ def question_values(task: str | Task, predictions: object, references: object) -
         references: As in `score`; its order is that of the result.
 
     Returns:
-        Metric name -> (N,) values, see `values`; without those of `CORPUS`.
+        Metric name -> (N,) values, see `values`; without those of `SET_RULES`.
 
     Raises:
         ConfigError: As in `score`.
         DataError: As in `score`.
     """
     task, found, gold = _prepare(task, predictions, references)
-    return {name: values(name, found, gold, task.answers or ()) for name in task.metrics if name not in CORPUS}
+    return {name: values(name, found, gold, task.answers or ()) for name in task.metrics if name in QUESTION_RULES}
 
 
 def compute(
@@ -82,32 +83,24 @@ def compute(
         answers: The answer space, for "f1", "mae" and "rmse".
         seed: If given, ROUGE is a bootstrap's middle instead of the mean.
     """
-    if name == "f1":
-        return macro_f1(predictions, references, answers)
-    if name == "bleu":
-        return bleu(predictions, references)
-    found = values(name, predictions, references, answers)
+    if name in SET_RULES:
+        return SET_RULES[name](predictions, references, answers)
+    each = values(name, predictions, references, answers)
     if name.startswith("rouge") and seed is not None:
-        return bootstrap_median(found, seed)
-    return float(np.sqrt(found.mean()) if name == "rmse" else found.mean())
+        return bootstrap_median(each, seed)
+    return float(METRICS[name].transform(each.mean()))
 
 
 def values(name: str, predictions: Sequence[str], references: Sequence[str], answers: Sequence[str] = ()) -> np.ndarray:
     """Return (N,) values whose mean is a metric; for "rmse" squared errors, whose mean's root it is.
 
     Args:
-        name: One of `training.tasks.METRICS` but not of `CORPUS`.
+        name: One of `QUESTION_RULES`.
         predictions: (N,) texts.
         references: (N,) texts.
         answers: The answer space, for "mae" and "rmse".
     """
-    if name == "accuracy":
-        return hits(predictions, references)
-    if name in ("mae", "rmse"):
-        errors = rating_errors(predictions, references, answers)
-        with np.errstate(over="ignore"):  # 1e300 is an answer too, and its square infinite
-            return np.abs(errors) if name == "mae" else errors**2
-    return meteor(predictions, references) if name == "meteor" else rouge(name, predictions, references)
+    return QUESTION_RULES[name](predictions, references, answers)
 
 
 # The rules. Texts are stripped first, as the official code does.
@@ -232,6 +225,35 @@ def _number(text: str) -> float | None:
     except ValueError:
         return None
     return value if math.isfinite(value) else None
+
+
+# A rule takes predictions (N,), references (N,) and the answer space.
+Texts = Sequence[str]
+
+
+def _absolute_errors(predictions: Texts, references: Texts, answers: Texts) -> np.ndarray:
+    return np.abs(rating_errors(predictions, references, answers))
+
+
+def _squared_errors(predictions: Texts, references: Texts, answers: Texts) -> np.ndarray:
+    with np.errstate(over="ignore"):  # 1e300 is an answer too, and its square infinite
+        return rating_errors(predictions, references, answers) ** 2
+
+
+# Metric -> (N,) values whose mean, transformed, it is.
+QUESTION_RULES: dict[str, Callable[[Texts, Texts, Texts], np.ndarray]] = {
+    "accuracy": lambda predictions, references, _: hits(predictions, references),
+    "mae": _absolute_errors,
+    "rmse": _squared_errors,
+    "rouge-1": lambda predictions, references, _: rouge("rouge-1", predictions, references),
+    "rouge-L": lambda predictions, references, _: rouge("rouge-L", predictions, references),
+    "meteor": lambda predictions, references, _: meteor(predictions, references),
+}
+# Metric -> its value of a whole set, which is no mean over questions.
+SET_RULES: dict[str, Callable[[Texts, Texts, Texts], float]] = {
+    "f1": macro_f1,
+    "bleu": lambda predictions, references, _: bleu(predictions, references),
+}
 
 
 # What is scored against what.

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from persona_plug.data.history import Example
+from persona_plug.data.history import Example, longest_by_user
 from persona_plug.dataset import PlugDataset
 from persona_plug.measure.priors import is_rating, label_priors, rating_priors, text_priors
 from persona_plug.measure.stats import derangement
@@ -169,8 +169,5 @@ def spread(total: int, limit: int) -> list[int]:
 def with_other_history(held: Sequence[Example], seed: int = 0) -> list[Example]:
     """Return the questions with the longest history of another held-out user each, the same one for all of a user's."""
     other = derangement([e.user_id for e in held], seed)
-    longest: dict[str, Example] = {}
-    for example in held:
-        if len(example.history) > len(getattr(longest.get(example.user_id), "history", ())):
-            longest[example.user_id] = example
-    return [replace(e, history=longest[other[e.user_id]].history if other[e.user_id] in longest else ()) for e in held]
+    histories = longest_by_user(held)
+    return [replace(e, history=histories.get(other[e.user_id], ())) for e in held]
