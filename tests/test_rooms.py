@@ -24,13 +24,13 @@ ROOMS = {
     "persistence": "config errors files models",
     "dataset": "data errors model splice",
     "export": "data embedder errors files model",
-    "measure": "config data dataset model models",
+    "measure": "config data dataset errors model models",
     "fit": "clock data dataset errors files measure model persistence",
     "plug": "config fit model models persistence",
     "serving": "data errors export files models pairing plug splice store",
     "page": "data errors fit measure model persistence plug retrieval store",
     "cli": "data errors export models page persistence plug serving store",
-    "training": "config data dataset embedder errors files fit model models plug splice",
+    "training": "config data dataset embedder errors files fit models plug splice",
     "eval": "clock data errors files fit measure models plug retrieval serving splice store training",
 }
 ROOT_MODULES = 12  # modules at the root of persona_plug, at most

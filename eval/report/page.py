@@ -56,20 +56,17 @@ def markdown(results: Results) -> str:
         results: What `results.json` holds.
     """
     facts = _facts(results)
-    command = _command(results)
     settings = json.dumps(results["settings"], ensure_ascii=False, default=str) if "settings" in results else ""
     facts = Table(facts.head, [*facts.rows, ["settings", settings or "not recorded"]])
-    longest = max([len(m) for m in re.findall(r"`+", command)], default=0)
-    quote = "`" * (longest + 1)  # a command with backticks stays code
     blocks = [
-        [f"# {cell(_title(results))}", "", cell(_summary(results))],
+        [f"# {cell(title(results))}", "", cell(summary(results))],
         ["## Lift and gain", "", cell(EXPLAINED), "", *control_table(results).markdown()],
         ["## Methods", "", cell(_values_note(results)), "", *_values(results).markdown()],
         ["## Cost", "", *cost_table(results).markdown()],
         ["## What was cut or left out", "", *_left_out(results).markdown()],
         ["## Training budgets", "", cell(budget_note(results)), "", *budget_table(results).markdown()],
-        ["## Contrasts", "", cell(_test_note(results)), "", *_contrasts(results).markdown()],
-        ["## How to repeat it", "", f"{quote} {' '.join(command.split())} {quote}", "", *facts.markdown()],
+        ["## Contrasts", "", cell(p_note(results)), "", *_contrasts(results).markdown()],
+        ["## How to repeat it", "", code(command_of(results)), "", *facts.markdown()],
     ]
     return "\n\n".join("\n".join(block) for block in blocks) + "\n"
 
@@ -82,29 +79,27 @@ def html(results: Results, details: Mapping[str, Any] | None = None) -> str:
         details: What is drawn beside them, see `eval.report.drawings`.
     """
     details = details or {}
-    metrics = metrics_of(results)
+    metrics, command = metrics_of(results), command_of(results)
     parts = [
-        f"<h1>{escaped(_title(results))}</h1><p>{escaped(_summary(results))}</p>",
+        f"<h1>{escaped(title(results))}</h1><p>{escaped(summary(results))}</p>",
         section("Lift and gain", paragraph(EXPLAINED), control_table(results).html()),
         section("Methods", paragraph(_values_note(results)), _values(results).html()),
         section("Cost", cost_table(results).html()),
         section("What was cut or left out", _left_out(results).html()),
         section("Training budgets", paragraph(budget_note(results)), budget_table(results).html()),
-        section("Contrasts", paragraph(_test_note(results)), _contrasts(results).html()),
+        section("Contrasts", paragraph(p_note(results)), _contrasts(results).html()),
         section("Lifts", *fold([(m, lifts(results, details, m)) for m in metrics])),
         section("Lift by history length", *fold([(m, by_length(details, m)) for m in metrics])),
         section("Quality against cost", *fold([(m, against_cost(results, m)) for m in metrics])),
         section("Examples", examples(results, details)),
-        section(
-            "How to repeat it", f"<pre>{escaped(_command(results))}</pre>", _facts(results).html(), _settings(results)
-        ),
+        section("How to repeat it", f"<pre>{escaped(command)}</pre>", _facts(results).html(), _settings(results)),
     ]
     policy = "default-src 'none'; style-src 'unsafe-inline'"
     return (
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
         f'<meta http-equiv="Content-Security-Policy" content="{policy}">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f"<title>{escaped(_title(results))}</title><style>{STYLE}</style></head>\n<body>"
+        f"<title>{escaped(title(results))}</title><style>{STYLE}</style></head>\n<body>"
         + "\n".join(parts)
         + "</body></html>\n"
     )
@@ -169,7 +164,8 @@ def _facts(results: Results) -> Table:
     return Table(("what", "value"), [*facts, ["versions", versions or "not recorded"]])
 
 
-def _test_note(results: Results) -> str:
+def p_note(results: Results) -> str:
+    """Say what p is, and the least p that so few users can give."""
     count, users = len(results.get("contrasts", [])), results.get("n_users")
     note = (
         "p is two-sided, from swapping the two methods for whole users "
@@ -183,7 +179,14 @@ def _test_note(results: Results) -> str:
     return note + (": too few users to show any difference at 0.05." if after > 0.05 else ".")
 
 
-def _command(results: Results) -> str:
+def code(text: str) -> str:
+    """Return a text as a Markdown span of code that no backtick in it can end."""
+    quote = "`" * (max([len(run) for run in re.findall(r"`+", text)], default=0) + 1)
+    return f"{quote} {' '.join(text.split())} {quote}"
+
+
+def command_of(results: Results) -> str:
+    """Return the command that made the results."""
     return str(results.get("command", "not recorded"))
 
 
@@ -194,11 +197,13 @@ def _settings(results: Results) -> str:
     return f"<h3>Settings</h3><pre>{escaped(text)}</pre>"
 
 
-def _title(results: Results) -> str:
+def title(results: Results) -> str:
+    """Return the task and the split."""
     return f"{results.get('task', 'unnamed task')}, {results.get('split', 'unnamed split')}"
 
 
-def _summary(results: Results) -> str:
+def summary(results: Results) -> str:
+    """Return in one line what was asked, of what, when and where."""
     get = results.get
     return (
         f"{get('n', '?')} questions of {get('n_users', '?')} users; seeds {get('seeds', '?')}; LLM {get('llm', '?')}; "

@@ -96,7 +96,7 @@ def rendered(results: Results, source: str, plot: str | None) -> str:
 
 
 def page_methods(results: Results) -> list[str]:
-    """Return at most `ROWS` methods in the run's order: those of the two controls, then the best by the first metric."""
+    """Return at most `ROWS` methods in the run's order: those of lift and gain, then the best by the first metric."""
     values, metrics = intervals(results), metrics_of(results)
     first = [name for name in FIRST if name in values]
     others = [name for name in values if name not in first]

@@ -54,13 +54,8 @@ class FitReport:
 
     def to_json(self) -> str:
         """Return everything as JSON text."""
-        rows = {
-            "metrics": {
-                method: {m: (i.value, i.low, i.high) for m, i in row.items()} for method, row in self.metrics.items()
-            },
-            "contrasts": [{name: getattr(row, name) for name in CONTRAST_FIELDS} for row in self.contrasts],
-        }
-        return json.dumps({**asdict(self), **rows}, indent=2, ensure_ascii=False) + "\n"
+        rows = [{name: getattr(row, name) for name in CONTRAST_FIELDS} for row in self.contrasts]
+        return json.dumps({**asdict(self), "contrasts": rows}, indent=2, ensure_ascii=False) + "\n"
 
     @classmethod
     def from_json(cls, text: str) -> FitReport:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 
@@ -11,8 +11,7 @@ RESAMPLES = 2000  # of a mean, where a draw costs one product
 SET_RESAMPLES = 200  # of a value that is computed anew from all questions of each draw
 
 
-@dataclass(frozen=True, slots=True)
-class Interval:
+class Interval(NamedTuple):
     """A value with its 95% interval."""
 
     value: float
