@@ -28,8 +28,8 @@ def main(arguments: Sequence[str]) -> None:
     parser = argparse.ArgumentParser(prog="python -m eval.compare", description="Two finished runs side by side.")
     parser.add_argument("a", metavar="A", help="folder of a run, or its results.json")
     parser.add_argument("b", metavar="B", help="folder of the other run")
-    chosen = parser.parse_args(arguments)
-    sys.stdout.write(compare(read_results(Path(chosen.a)), read_results(Path(chosen.b)), chosen.a, chosen.b))
+    paths = parser.parse_args(arguments)
+    sys.stdout.write(compare(read_results(Path(paths.a)), read_results(Path(paths.b)), paths.a, paths.b))
 
 
 def compare(a: Mapping[str, Any], b: Mapping[str, Any], name_a: str = "A", name_b: str = "B") -> str:

@@ -43,9 +43,9 @@ def score(
         DataError: Ids differ (the first odd one is named), nothing is to be scored, or a reference is no answer of the
             task.
     """
-    task, found, gold = _prepare(task, predictions, references)
+    task, outputs, gold = _prepare(task, predictions, references)
     resample = seed if official_rouge else None
-    return {name: compute(name, found, gold, task.answers or (), resample) for name in task.metrics}
+    return {name: compute(name, outputs, gold, task.answers or (), resample) for name in task.metrics}
 
 
 def question_values(task: str | Task, predictions: object, references: object) -> dict[str, np.ndarray]:
@@ -63,8 +63,8 @@ def question_values(task: str | Task, predictions: object, references: object) -
         ConfigError: As in `score`.
         DataError: As in `score`.
     """
-    task, found, gold = _prepare(task, predictions, references)
-    return {name: values(name, found, gold, task.answers or ()) for name in task.metrics if name in QUESTION_RULES}
+    task, outputs, gold = _prepare(task, predictions, references)
+    return {name: values(name, outputs, gold, task.answers or ()) for name in task.metrics if name in QUESTION_RULES}
 
 
 def compute(
@@ -118,11 +118,11 @@ def macro_f1(predictions: Sequence[str], references: Sequence[str], answers: Seq
     """
     place = {answer: i for i, answer in enumerate(answers)}
     other = len(answers)
-    found, gold = (
+    guess, gold = (
         np.array([place.get(t.strip(), other) for t in texts], dtype=int) for texts in (predictions, references)
     )
-    right = np.bincount(gold[found == gold], minlength=other + 1)[:other]
-    either = np.bincount(found, minlength=other + 1)[:other] + np.bincount(gold, minlength=other + 1)[:other]
+    right = np.bincount(gold[guess == gold], minlength=other + 1)[:other]
+    either = np.bincount(guess, minlength=other + 1)[:other] + np.bincount(gold, minlength=other + 1)[:other]
     return float((2 * right / np.maximum(either, 1)).mean())
 
 
@@ -272,32 +272,32 @@ def align(predictions: object, references: object) -> tuple[list[str], list[str]
     Raises:
         DataError: The two do not belong together, or one is of another shape or empty.
     """
-    found, gold = _texts(predictions, "predictions"), _texts(references, "references")
-    if isinstance(found, dict) and isinstance(gold, dict):
-        if odd := sorted(set(found) ^ set(gold)):
-            side = "predictions" if odd[0] in found else "references"
+    outputs, gold = _texts(predictions, "predictions"), _texts(references, "references")
+    if isinstance(outputs, dict) and isinstance(gold, dict):
+        if odd := sorted(set(outputs) ^ set(gold)):
+            side = "predictions" if odd[0] in outputs else "references"
             raise DataError(
                 f"ids of predictions and references differ in {len(odd)} place(s), first {odd[0]!r}, only in {side}"
             )
-        return list(gold), [found[i] for i in gold], list(gold.values())
-    if isinstance(found, list) and isinstance(gold, list):
-        if len(found) != len(gold):
-            raise DataError(f"{len(found)} predictions for {len(gold)} references; give one for each, in order")
-        return [f"place {i}" for i in range(len(gold))], found, gold
+        return list(gold), [outputs[i] for i in gold], list(gold.values())
+    if isinstance(outputs, list) and isinstance(gold, list):
+        if len(outputs) != len(gold):
+            raise DataError(f"{len(outputs)} predictions for {len(gold)} references; give one for each, in order")
+        return [f"place {i}" for i in range(len(gold))], outputs, gold
     raise DataError("only one of predictions and references has ids; give both as lists, or both with ids")
 
 
 def _prepare(task: str | Task, predictions: object, references: object) -> tuple[Task, list[str], list[str]]:
     """Return the task, predictions and references, which are all answers of the task."""
     task = task if isinstance(task, Task) else load_task(task)
-    ids, found, gold = align(predictions, references)
+    ids, outputs, gold = align(predictions, references)
     for ident, text in zip(ids, gold, strict=True):
         if task.kind == "label" and text.strip() not in (task.answers or ()):
             known = ", ".join(task.answers or ())
             raise DataError(f"references: {ident}: {text!r:.60} is no answer of {task.name}; its answers are {known}")
         if task.kind == "rating" and _number(text) is None:
             raise DataError(f"references: {ident}: {text!r:.60} is no number; {task.name} rates with numbers")
-    return task, found, gold
+    return task, outputs, gold
 
 
 def _texts(given: object, what: str) -> dict[str, str] | list[str]:
@@ -309,14 +309,14 @@ def _texts(given: object, what: str) -> dict[str, str] | list[str]:
             if str(ident) in named:
                 raise DataError(f"{what}: id {str(ident)!r} stands there twice; keep one")
             named[str(ident)] = _text(value, f"{what}: {ident}")
-        found: dict[str, str] | list[str] = named
+        texts: dict[str, str] | list[str] = named
     elif isinstance(given, Sequence) and not isinstance(given, str | bytes):
-        found = [_text(value, f"{what}: place {i}") for i, value in enumerate(given)]
+        texts = [_text(value, f"{what}: place {i}") for i, value in enumerate(given)]
     else:
         raise DataError(f"{what}: give a list of texts, a mapping of id to text, or LaMP's file shape")
-    if not found:
+    if not texts:
         raise DataError(f"{what}: there are none; give at least one")
-    return found
+    return texts
 
 
 def _golds(entries: list[Any], what: str) -> list[tuple[object, object]]:

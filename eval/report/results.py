@@ -95,10 +95,12 @@ def intervals(results: Results) -> dict[str, dict[str, Interval]]:
 
 def contrasts_of(results: Results) -> list[Contrast]:
     """Return the contrasts that a run recorded."""
-    return [
-        Contrast(c["a"], c["b"], c["metric"], c["delta"], *c["ci95"], c.get("p"), c.get("p_holm"))
-        for c in results.get("contrasts", [])
-    ]
+    rows = []
+    for row in results.get("contrasts", []):
+        low, high = row["ci95"]
+        p, p_holm = row.get("p"), row.get("p_holm")
+        rows.append(Contrast(row["a"], row["b"], row["metric"], row["delta"], low, high, p, p_holm))
+    return rows
 
 
 def metrics_of(results: Results) -> list[str]:

@@ -186,37 +186,37 @@ def run_methods(
         seed: Of the draw of other users' histories.
         generated: See `make_report`.
     """
-    held = data.held_out
-    result = {"none": evaluate(plug, held, generated, personal=False)}
+    questions = data.held_out
+    result = {"none": evaluate(plug, questions, generated, personal=False)}
     if task_prompt is not None:
-        result["task_prompt"] = evaluate(task_prompt, held, generated)
-    result["plug_empty"] = evaluate(plug, [replace(e, history=()) for e in held], generated)
-    result["plug_shuffled"] = evaluate(plug, with_other_history(held, seed), generated)
-    result["plug"] = evaluate(plug, held, generated)
+        result["task_prompt"] = evaluate(task_prompt, questions, generated)
+    result["plug_empty"] = evaluate(plug, [replace(e, history=()) for e in questions], generated)
+    result["plug_shuffled"] = evaluate(plug, with_other_history(questions, seed), generated)
+    result["plug"] = evaluate(plug, questions, generated)
     if plug.embedder.has_answer_head:
-        result["plug: LLM alone"] = evaluate(plug, held, generated, head=False)
+        result["plug: LLM alone"] = evaluate(plug, questions, generated, head=False)
     for name, answer in prior_answers(plug, data, generated).items():
         result[f"user_prior: {name}"] = answer
     return result
 
 
 def side_by_side(
-    plug: PlugModel, held: Sequence[Example], answers: dict[str, Answers], count: int
+    plug: PlugModel, questions: Sequence[Example], answers: dict[str, Answers], count: int
 ) -> list[dict[str, Any]]:
     """Return `count` held-out answers of the controls and the plug beside what the person wrote, with item weights."""
     texts = {name: a.texts for name, a in answers.items()}
     columns = {"no user": "plug_empty", "another user": "plug_shuffled", "this user": "plug"}
     if any(texts.get(m) is None for m in columns.values()):
         return []
-    some = range(len(held)) if plug.config.answers else spread(len(held), len(texts["plug"] or ()))
-    seen: set[str] = set()
+    some = range(len(questions)) if plug.config.answers else spread(len(questions), len(texts["plug"] or ()))
+    users: set[str] = set()
     rows: list[dict[str, Any]] = []
     for at, i in enumerate(some):
-        example = held[i]
+        example = questions[i]
         written = {label: (texts[m] or [])[at] for label, m in columns.items()}
-        if len(rows) == count or example.user_id in seen or len(example.history) < 3:
+        if len(rows) == count or example.user_id in users or len(example.history) < 3:
             continue
-        seen.add(example.user_id)
+        users.add(example.user_id)
         detail = plug.generate(example.input, example.history, return_details=True, max_new_tokens=1)
         weights = [{"input": i.input, "output": i.output, "weight": round(w, 4)} for i, w in detail.weights[:3]]
         rows.append({"input": example.input, **written, "really wrote": example.output, "weights": weights})

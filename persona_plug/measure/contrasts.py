@@ -140,8 +140,8 @@ def _contrast(
     delta = difference(first, second, users, metric, seed)
     p = None
     if test:
-        arrays, owners = _measured([first, second], users, metric)
-        p = sign_flip(*arrays, owners, find_metric(metric).transform, seed)
+        (array_a, array_b), owners = _measured([first, second], users, metric)
+        p = sign_flip(array_a, array_b, owners, find_metric(metric).transform, seed)
     return Contrast(a, b, metric, delta.value, delta.low, delta.high, p)
 
 
