@@ -121,14 +121,15 @@ SetRule = Callable[[np.ndarray], list[float]]
 
 def _set_rules(outcomes: Sequence[Outcome], questions: Questions) -> dict[str, SetRule]:
     """Return the metrics that are no means over questions."""
-    texts, tables = ([getattr(o.answers, name) for o in outcomes] for name in ("texts", "probabilities"))
+    texts = [o.answers.texts for o in outcomes if o.answers.texts]
+    tables = [o.answers.probabilities for o in outcomes if o.answers.probabilities is not None]
     answers = questions.data.answers or ()
     rules: dict[str, SetRule] = {}
-    if all(texts):
+    if len(texts) == len(outcomes):
         for name in questions.task.metrics:
             if name in SET_RULES:
                 rules[name] = _text_rule(name, texts, questions.references, answers)
-    if answers and all(table is not None for table in tables):
+    if answers and len(tables) == len(outcomes):
         gold = np.array([answers.index(text) for text in questions.references])
         rules["ece"] = lambda rows: [expected_calibration_error(table[rows], gold[rows]) for table in tables]
     return rules

@@ -6,8 +6,10 @@ rest of the page as it is.
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
+from eval.methods import PRIOR
 from eval.report.figures import Bar, forest, standalone
 from eval.report.page import code, command_of, control_table, cost_table, p_note, summary, title
 from eval.report.results import Results, contrasts_of, intervals, metrics_of, read_results
@@ -15,7 +17,7 @@ from persona_plug.errors import DataError
 from persona_plug.files import write_atomically
 from persona_plug.measure.contrasts import GAIN, LIFT
 from persona_plug.measure.metrics import METRICS, describe, heading
-from persona_plug.measure.tables import Table, cell, metric_table
+from persona_plug.measure.tables import Methods, Table, cell, metric_table
 
 BEGIN = "<!-- Rendered by `python -m eval.report`: write above or below. -->"
 END = "<!-- End of what is rendered. -->"
@@ -96,16 +98,23 @@ def rendered(results: Results, source: str, plot: str | None) -> str:
 
 
 def page_methods(results: Results) -> list[str]:
-    """Return at most `ROWS` methods in the run's order: those of lift and gain, then the best by the first metric."""
-    values, metrics = intervals(results), metrics_of(results)
-    first = [name for name in FIRST if name in values]
-    others = [name for name in values if name not in first]
-    if metrics and metrics[0] in METRICS:
-        rule = METRICS[metrics[0]]
-        measured = [name for name in others if metrics[0] in values[name]]
-        others = sorted(measured, key=lambda name: rule.gain(values[name][metrics[0]].value, 0.0), reverse=True)
-    best = set([*first, *others][:ROWS])
+    """Return at most `ROWS` methods in the run's order.
+
+    They are those of lift and gain, the best LLM-free prior in each metric, then the best others by the first metric.
+    """
+    values, metrics = intervals(results), [m for m in metrics_of(results) if m in METRICS]
+    ranks = {metric: _ranking(values, metric) for metric in metrics}
+    priors = [next((n for n in ranks[m] if n.startswith(PRIOR)), None) for m in metrics]
+    others = ranks[metrics[0]] if metrics else []
+    order = [name for name in (*FIRST, *priors, *others, *values) if name in values]
+    best = list(dict.fromkeys(order))[:ROWS]
     return [name for name in values if name in best]
+
+
+def _ranking(values: Methods, metric: str) -> list[str]:
+    """Return the methods that a metric was measured of, the best first."""
+    measured = [name for name, row in values.items() if metric in row and math.isfinite(row[metric].value)]
+    return sorted(measured, key=lambda name: METRICS[metric].gain(values[name][metric].value, 0.0), reverse=True)
 
 
 def plot_of(results: Results) -> str:

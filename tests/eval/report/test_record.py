@@ -91,6 +91,16 @@ def test_a_large_comparison_shows_its_controls_and_the_best(file):
     assert names[: ROWS - len(CONTROLS)] == MANY[-(ROWS - len(CONTROLS)) :]  # lower is better, and the last are lowest
 
 
+def test_the_best_prior_of_each_metric_is_never_left_out():
+    results = results_of([*MANY, *CONTROLS, "user_prior: copy", "user_prior: first_words"])
+    for name, value in (("user_prior: copy", 0.5), ("user_prior: first_words", 0.25)):
+        results["methods"][name]["metrics"] = {"rouge-1": {"value": value, "ci95": [0.0, 1.0]}}
+    names = page_methods(results)
+    assert len(names) == ROWS
+    assert "user_prior: copy" in names
+    assert "user_prior: first_words" not in names
+
+
 def test_what_a_person_wrote_stays(file):
     record(file)
     page = file.with_suffix(".md")
