@@ -1,4 +1,4 @@
-"""Writes docs/cli.md, the reference of the command line, from the commands themselves: `python docs/generators/cli.py`."""
+"""Writes docs/cli.md, the reference of the command line, from the commands: `python docs/generators/cli.py`."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def cell(text: str) -> str:
 
 
 def default(param: Any) -> str:  # noqa: ANN401
-    """Return a parameter's value where the call leaves it out; nothing where that is no value, or a flag that is off."""
+    """Return a parameter's value where a call leaves it out, or nothing for no value and for a flag that is off."""
     if param.required:
         return "required"
     value = param.default
