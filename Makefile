@@ -49,9 +49,10 @@ format: env ## rewrite the sources in the project's format
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
+# Not quiet: MkDocs counts only those warnings that it shows.
 docs: ## build the site in build/site, in an environment of its own; a warning is an error
 	$(PYTHON) .ci/env-docs .venv-docs
-	NO_MKDOCS_2_WARNING=1 .venv-docs/bin/python -m mkdocs build --quiet
+	NO_MKDOCS_2_WARNING=1 .venv-docs/bin/python -m mkdocs build --strict
 
 demo: env ## fit a small plug on real data (DEMO=folder)
 	mkdir -p $(DEMO)
