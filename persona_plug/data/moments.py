@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections.abc import Sequence
 from datetime import UTC, date, datetime
@@ -62,8 +63,11 @@ def is_count(value: object) -> bool:
 
 
 def _at(value: date) -> float:
-    moment = value if isinstance(value, datetime) else datetime(value.year, value.month, value.day)  # noqa: DTZ001
-    return (moment if moment.tzinfo else moment.replace(tzinfo=UTC)).timestamp()
+    moment = value if isinstance(value, datetime) else datetime(value.year, value.month, value.day)
+    at = (moment if moment.tzinfo else moment.replace(tzinfo=UTC)).timestamp()
+    if at != at:
+        raise ValueError(value)
+    return at
 
 
 def _number(value: float) -> float:
@@ -80,7 +84,7 @@ def _compact(value: float) -> date | None:
     if not 19000101 <= value <= 20991231 or value != int(value):
         return None
     try:
-        return datetime.strptime(str(int(value)), "%Y%m%d").date()  # noqa: DTZ007
+        return datetime.strptime(str(int(value)), "%Y%m%d").date()
     except ValueError:
         return None
 
@@ -140,7 +144,7 @@ def _worded(text: str) -> float:
 def _by_formats(text: str, formats: Sequence[str]) -> float:
     for form in formats:
         try:
-            return _at(datetime.strptime(text, form))  # noqa: DTZ007
+            return _at(datetime.strptime(text, form))
         except ValueError:
             continue
     raise ValueError(text)
@@ -164,8 +168,8 @@ def in_time(items: Sequence[Item]) -> tuple[Item, ...]:
     time stays behind the one before it. A list without any time is taken as oldest first.
     """
     times = [item.timestamp for item in items if item.timestamp is not None]
-    falls = [a > b for a, b in zip(times, times[1:], strict=False)]
-    rises = any(a < b for a, b in zip(times, times[1:], strict=False))
+    falls = [a > b for a, b in itertools.pairwise(times)]
+    rises = any(a < b for a, b in itertools.pairwise(times))
     if not any(falls):
         return tuple(items)
     order = tuple(items) if rises else tuple(reversed(items))
