@@ -82,8 +82,8 @@ def fit(
     )  # fmt: skip
     result = plug.fit(
         data, output_dir=out, resume=resume, samples=samples, held_out=held_out, targets_per_user=targets_per_user,
-        template=template, answers=answer or "auto", columns=columns_of(columns), skip_bad=skip_bad, report=report, steps=steps,
-        batch_size=batch_size, lr=lr, eval_every=eval_every, seed=seed, report_to=report_to,
+        template=template, answers=answer or "auto", columns=columns_of(columns), skip_bad=skip_bad, report=report,
+        steps=steps, batch_size=batch_size, lr=lr, eval_every=eval_every, seed=seed, report_to=report_to,
         report_samples=report_samples, generated=generated,
         examples=examples,
     )  # fmt: skip

@@ -12,7 +12,7 @@ from typing import Any
 
 from persona_plug.data.labels import detect_answers
 from persona_plug.data.messages import is_chat, split_chat
-from persona_plug.data.moments import in_time, is_count, seconds
+from persona_plug.data.moments import in_time, is_count, seconds, time_order
 from persona_plug.data.rows import FIELDS, Row, local_path, read_rows
 from persona_plug.errors import DataError
 
@@ -257,12 +257,13 @@ def is_twin(item: HistoryItem, input: str, output: str) -> bool:
 
 def leave_one_out(user_id: str, items: Sequence[HistoryItem]) -> list[Example]:
     """Make every item the target once, with the user's other items (twins of the target excluded) as history."""
+    order = time_order(items)  # of all items: without the target a list may no longer show that it is newest first
     return [
         Example(
             user_id,
             target.input,
             target.output,
-            tuple(o for j, o in enumerate(items) if j != i and not is_twin(o, target.input, target.output)),
+            tuple(items[j] for j in order if j != i and not is_twin(items[j], target.input, target.output)),
             target.id or f"{user_id}-{i}",
         )
         for i, target in enumerate(items)

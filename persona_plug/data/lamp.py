@@ -137,7 +137,7 @@ def _profile(raws: Sequence[Any], where: str, fields: tuple[str, str] | None, un
         item = _lamp_item(raw, place, fields)
         value = raw.get("date")
         try:
-            at = None if value is None else seconds(_day(value), place)
+            at = None if value in (None, "") else seconds(_day(value), place)
         except DataError as exc:
             at, problems[number] = None, str(exc)
         items.append(dataclasses.replace(item, timestamp=at))

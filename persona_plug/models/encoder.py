@@ -118,7 +118,7 @@ class HistoryEncoder:
             progress: Show a progress bar; default only on a terminal and for more than one batch.
 
         Raises:
-            DataError: `texts` is one text, no list; or the encoder gave a vector that is not finite (its text is named).
+            DataError: `texts` is no list but one text; or a vector is not finite, and its text is named.
         """
         if isinstance(texts, str):
             raise DataError(f"texts must be a list of texts, not the text {texts!r:.60}; put it into a list")

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, Self
 import numpy as np
 
 from persona_plug.data.history import HistoryItem
+from persona_plug.data.moments import in_time
 from persona_plug.errors import ConfigError, DataError, MismatchError
 from persona_plug.models import zoo
 from persona_plug.models.vector_cache import VectorCache
@@ -78,9 +79,10 @@ _INSERT = (
 class HistoryStore:
     """Users' histories in a database: per item two vectors, its id and time, and its texts if `keep_text`.
 
-    Items have the order of their times, or without times the order they were added; adding one whose id the user has already changes nothing. Fields of
-    records other than input, output, timestamp and id are not stored. Vectors depend on the encoder: another encoder
-    than the store was made with is refused whenever it is opened. Threads and processes may share a store.
+    Items have the order of their times, or without times the order they were added; adding one whose id the user has
+    already changes nothing. Fields of records other than input, output, timestamp and id are not stored. Vectors depend
+    on the encoder: another encoder than the store was made with is refused whenever it is opened. Threads and processes
+    may share a store.
 
     Attributes:
         fingerprint: Identity of the encoder whose vectors are stored.
@@ -210,6 +212,8 @@ class HistoryStore:
             check_id("user id", user)
             check_id("item id", item.id)
             users.setdefault(user, {}).setdefault(str(item.id), item)
+        # Numbers go by time: of one date, a list that runs from new to old is turned round, as it is in memory.
+        users = {user: {str(item.id): item for item in in_time(list(items.values()))} for user, items in users.items()}
         with transaction(self._engine) as connection:
             known = {user: self._known(connection, user, list(items)) for user, items in users.items()}
         wanted = [(user, i) for user, items in users.items() for name, i in items.items() if name not in known[user]]
