@@ -26,9 +26,9 @@ from persona_plug.store.database import StoreUnavailable
 from persona_plug.store.rows import LONGEST_ID
 
 ANN = [
-    {"input": "tea or coffee", "output": "tea", "id": "1", "timestamp": 5},
+    {"input": "tea or coffee", "output": "tea", "id": "1", "timestamp": 1.5},
     {"input": "", "output": "I like mornings", "id": "2"},
-    {"input": "Grüße aus Köln", "output": "schöne Grüße 🙂", "id": "3", "timestamp": 1.5},
+    {"input": "Grüße aus Köln", "output": "schöne Grüße 🙂", "id": "3", "timestamp": 5},
 ]
 ODD = ["../../etc/passwd", "'; DROP TABLE persona_users; --", "100%_", "Zoë 🙂", "a\nb", "  spaces  ", "%s :user ?"]
 
@@ -41,12 +41,12 @@ def test_what_goes_in_comes_out_oldest_first(make_store, encoder):
     store = make_store(keep_text=True)
     assert store.append("ann", ANN) == 3
     history = store.read("ann")
-    assert (history.user, history.ids, history.total) == ("ann", ["3", "2", "1"], 3)
+    assert (history.user, history.ids, history.total) == ("ann", ["1", "2", "3"], 3)
     assert history.timestamps == [1.5, None, 5]
-    assert texts(history) == [(i["input"], i["output"], i.get("timestamp"), i["id"]) for i in ANN[::-1]]
+    assert texts(history) == [(i["input"], i["output"], i.get("timestamp"), i["id"]) for i in ANN]
     for got, name in ((history.inputs, "input"), (history.outputs, "output")):
         assert got.dtype == np.float32
-        assert np.array_equal(got, encoder.encode([i[name] for i in ANN[::-1]]).numpy())
+        assert np.array_equal(got, encoder.encode([i[name] for i in ANN]).numpy())
     assert not history.inputs[1].any()
 
 
@@ -56,7 +56,7 @@ def test_the_newest_items_are_read_and_all_are_counted(make_store):
     store.append("bob", ANN)
     store.append("ann", ANN[2:])
     history = store.read("ann", limit=2)
-    assert (history.ids, history.total) == (["1", "2"], 3)  # the third is the oldest, whenever it came
+    assert (history.ids, history.total) == (["2", "3"], 3)
     assert store.read("ann", 0).ids == []
 
 
@@ -101,7 +101,7 @@ def test_texts_are_kept_only_if_asked(make_store, url):
     store.append("ann", ANN)
     history = store.read("ann")
     assert history.texts is None
-    assert [(i.output, i.id, i.timestamp) for i in history.items] == [("", "1", 5), ("", "2", None), ("", "3", 1.5)]
+    assert [(i.output, i.id, i.timestamp) for i in history.items] == [("", "1", 1.5), ("", "2", None), ("", "3", 5)]
     assert all("output" not in record for record in store.export("ann"))
     store.close()
     if url.startswith("sqlite"):
@@ -378,12 +378,12 @@ def event(user, number, **more):
     return {"user_id": user, "input": f"question {number % 7}", "output": f"answer {number % 5}", **more}
 
 
-def test_a_file_is_loaded_in_its_order(make_store, tmp_path):
+def test_a_file_is_loaded_in_the_order_of_its_times(make_store, tmp_path):
     store = make_store(keep_text=True)
     path = write(tmp_path / "e.jsonl", [event(f"u{i % 3}", i, id=i, timestamp=100 - i) for i in range(30)])
     result = store.load_file(path)
     assert (result.new, result.known, result.skipped) == (30, 0, [])
-    assert store.read("u1").ids == [str(i) for i in range(1, 30, 3)]
+    assert store.read("u1").ids == [str(i) for i in range(28, 0, -3)]
     again = store.load_file(path)
     assert (again.new, again.known) == (0, 30)
 
