@@ -8,7 +8,8 @@ from typing import Annotated, Any
 
 import typer
 
-from persona_plug.cli.common import Json, one_line_errors, say
+from persona_plug.cli.common import Columns, Json, columns_of, one_line_errors, say
+from persona_plug.errors import ConfigError
 
 data_app: typer.Typer = typer.Typer(
     help="Data: check your own, read LaMP's, make sets to try with.", no_args_is_help=True
@@ -18,22 +19,17 @@ data_app: typer.Typer = typer.Typer(
 @data_app.command("check")
 @one_line_errors
 def data_check(
-    file: Annotated[Path, typer.Argument(help="JSONL or Parquet events.")],
+    file: Annotated[Path, typer.Argument(help="JSONL, JSON, CSV, TSV or Parquet events.")],
+    columns: Columns = None,
     skip_bad: Annotated[bool, typer.Option(help="Go on after a bad record and list them all.")] = False,
     as_json: Json = False,
 ) -> None:
-    """Check records and show what is in them; exit code 1 if any is bad."""
-    from persona_plug.data.history import by_user, detect_answers, read_events
+    """Check records and show what is in them and how fit will split them; exit code 1 if any is bad."""
+    from persona_plug.data.summary import summarise
 
-    result = read_events(file, skip_bad)
-    users = by_user(result.events)
-    lengths = sorted(len(items) for items in users.values())
-    answers = detect_answers([e.item.output for e in result.events])
-    row = {"events": len(result.events), "users": len(users), "median_items": lengths[len(lengths) // 2],
-           "most_items": lengths[-1], "with_timestamp": sum(e.item.timestamp is not None for e in result.events),
-           "answers": list(answers) if answers else "free text", "bad": result.skipped}  # fmt: skip
-    say(json.dumps(row) if as_json else "\n".join(f"{k}: {v}" for k, v in row.items()))
-    if result.skipped:
+    row = summarise(file, columns_of(columns), skip_bad)
+    say(json.dumps(row, ensure_ascii=False) if as_json else "\n".join(f"{k}: {v}" for k, v in row.items()))
+    if row["bad"]:
         raise typer.Exit(1)
 
 
@@ -91,16 +87,29 @@ def data_debian(
 @one_line_errors
 def data_synthetic(
     out: Annotated[Path, typer.Option(help="JSONL to write.")],
-    kind: Annotated[str, typer.Option(help="label, or style (free text).")] = "label",
+    kind: Annotated[str, typer.Option(help="label, style (free text), or replies (support and mail).")] = "label",
     users: Annotated[int, typer.Option(help="Users.")] = 100,
     items: Annotated[int, typer.Option(help="Items a user.")] = 20,
-    personal: Annotated[bool, typer.Option(help="--no-personal: labels do not depend on the user (control).")] = True,
+    personal: Annotated[bool, typer.Option(help="--no-personal: outputs do not depend on the user (control).")] = True,
+    held_out: Annotated[
+        float | None, typer.Option(help="replies: share of users with forms of their own [0.2].")
+    ] = None,
+    facts: Annotated[Path | None, typer.Option(help="replies: JSON of habits and of each request's facts.")] = None,
     seed: Annotated[int, typer.Option(help="Seed.")] = 0,
 ) -> None:
-    """Generate users with known habits, whose best possible score is known."""
-    from persona_plug.data import synthetic
+    """Generate users with known habits: labels, rewritten sentences, or replies to customers."""
+    from persona_plug.data import replies, synthetic
 
-    chosen: Any = kind  # build checks it
-    made = synthetic.build(chosen, users=users, items_per_user=items, seed=seed, personal=personal)
-    made.write(out)
-    say(f"{len(made.records)} records of {users} users in {out}")
+    if kind == "replies":
+        share = 0.2 if held_out is None else held_out
+        made = replies.build(users, items, seed, held_out=share, personal=personal)
+        if facts is not None:
+            made.write_facts(facts)
+        made.write(out)
+    else:
+        for name, value in (("--held-out", held_out), ("--facts", facts)):
+            if value is not None:
+                raise ConfigError(f"{name} belongs to --kind replies; leave it out for --kind {kind}")
+        chosen: Any = kind  # build checks it
+        synthetic.build(chosen, users=users, items_per_user=items, seed=seed, personal=personal).write(out)
+    say(f"{users * items} records of {users} users in {out}")

@@ -116,7 +116,7 @@ def build(
         return _label(parameters, answers, types)
     if kind == "style":
         return _style(parameters, brief_words)
-    raise ConfigError(f"unknown kind {kind!r}; use 'label' or 'style'")
+    raise ConfigError(f"unknown kind {kind!r}; use 'label' or 'style', or the command's third kind 'replies'")
 
 
 def _label(parameters: dict[str, Any], n_answers: int, n_types: int) -> LabelSet:
