@@ -19,7 +19,7 @@ SOURCES := $(wildcard persona_plug training eval tests)
 export OMP_WAIT_POLICY ?= PASSIVE
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: help env test test-serve lint format demo serve-demo bench bench-tiny clean
+.PHONY: help env test test-serve lint format docs demo serve-demo bench bench-tiny clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -49,6 +49,11 @@ lint: env ## check style, format and types
 format: env ## rewrite the sources in the project's format
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+# Not quiet: MkDocs counts only those warnings that it shows.
+docs: ## build the site in build/site, in an environment of its own; a warning is an error
+	$(PYTHON) .ci/env-docs .venv-docs
+	NO_MKDOCS_2_WARNING=1 .venv-docs/bin/python -m mkdocs build --strict
 
 demo: env ## fit a small plug on real data (DEMO=folder)
 	mkdir -p $(DEMO)

@@ -23,3 +23,9 @@ class MismatchError(PersonaPlugError):
 
 class CorruptFileError(PersonaPlugError):
     """A saved file is truncated, altered or not what its name says."""
+
+
+def first_line(message: object) -> str:
+    """Return the first line of an exception's or a server's message that is not empty, for a one-line error."""
+    nothing = type(message).__name__ if isinstance(message, BaseException) else "no reason given"
+    return next((line.strip() for line in str(message).splitlines() if line.strip()), nothing)

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from persona_plug.config import PlugConfig
 from persona_plug.data.history import Example, HistoryItem
+from persona_plug.data.rows import unfold
 from persona_plug.errors import ConfigError, DataError
 from persona_plug.store.batches import stored_examples
 
@@ -52,6 +53,8 @@ def pair(
         return stored_examples(config, requests, user, store)
     if isinstance(history, str | Mapping):
         raise DataError("history must be a list of items; put a single item into a list")
+    if history is not None and not isinstance(history, Sequence):  # a table or an iterator
+        history = list(unfold(history))
     histories = _histories(history, not isinstance(inputs, str), len(requests))
     if len(histories) != len(requests):
         raise DataError(f"{len(requests)} inputs but {len(histories)} histories; give one history for each input")

@@ -165,7 +165,7 @@ EXTRA_OF = {"serving": "serve", "app": "app"}
 def undeclared(tree, extra=None):
     extras = PROJECT["optional-dependencies"]
     core = distributions([*PROJECT["dependencies"], *(extras[extra] if extra else ())])
-    optional = distributions(r for extra in extras if extra not in ("dev", "services") for r in extras[extra])
+    optional = distributions(r for extra in extras if extra not in ("dev", "docs", "services") for r in extras[extra])
     known = core | set(sys.stdlib_module_names) | {"persona_plug"}
     return [name for name, eager in imports_of(tree) if name not in (known if eager else known | optional)]
 
@@ -307,13 +307,14 @@ def test_version_is_stated_once():
 
 
 def test_readme_is_the_package_description():
-    readme = PROJECT.get("readme")
-    assert (ROOT / "README.md").exists() == (readme == "README.md"), 'pyproject.toml: readme = "README.md"'
+    hooks = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["hatch"]["metadata"]["hooks"]
+    assert PROJECT["dynamic"] == ["readme"]
+    assert hooks["fancy-pypi-readme"]["fragments"] == [{"path": "README.md"}]
 
 
 def test_make_lists_its_targets():
     text = subprocess.run([shutil.which("make")], cwd=ROOT, check=True, capture_output=True, text=True).stdout
-    for target in ("env", "test", "lint", "demo", "bench", "clean"):
+    for target in ("env", "test", "lint", "docs", "demo", "bench", "clean"):
         assert f"make {target} " in text
 
 
@@ -341,6 +342,7 @@ def test_wheel_holds_the_package_alone(tmp_path):
     assert shipped == {relative(path) for path in present}
     assert {"persona_plug/py.typed", "persona_plug/__init__.py"} <= shipped
     assert "License-Expression: Apache-2.0" in metadata
+    assert "\n# persona_plug\n" in metadata
     assert any(name.endswith("licenses/LICENSE") for name in names)
 
 

@@ -1,4 +1,4 @@
-"""The README's commands and its Python example, run one after the other on tiny models."""
+"""The commands and Python examples of the README and the quickstart, run one after the other on tiny models."""
 
 import os
 import re
@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
+PAGES = ("README.md", "docs/quickstart.md")
 BLOCK = re.compile(r"^<!-- test: tiny -->\n+```(\w+)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 TINY = {"smollm2-135m": "tiny-llama", "minilm-l6": "tiny-encoder"}
 
@@ -27,15 +28,24 @@ def test_blocks_are_found():
     assert blocks(text) == [("bash", "a tiny-llama\n"), ("python", "c\nd\n")]
 
 
-def test_every_mark_stands_before_a_block():
-    text = (ROOT / "README.md").read_text(encoding="utf-8")
+@pytest.mark.parametrize("page", PAGES)
+def test_every_mark_stands_before_a_block(page):
+    text = (ROOT / page).read_text(encoding="utf-8")
     assert text.count("<!-- test: tiny -->") == len(blocks(text))
     assert all(language in ("bash", "python") for language, _ in blocks(text))
 
 
+def test_every_page_with_marks_is_run():
+    marked = [
+        path for path in [*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")] if "<!-- test: tiny -->" in path.read_text()
+    ]
+    assert {path.relative_to(ROOT).as_posix() for path in marked} == set(PAGES)
+
+
 @pytest.mark.slow
-def test_the_readme_runs(tmp_path):
-    found = blocks((ROOT / "README.md").read_text(encoding="utf-8"))
+@pytest.mark.parametrize("page", PAGES)
+def test_the_page_runs(page, tmp_path):
+    found = blocks((ROOT / page).read_text(encoding="utf-8"))
     assert len(found) >= 2
     assert {language for language, _ in found} == {"bash", "python"}
     programs = Path(sys.executable).parent
@@ -50,5 +60,5 @@ def test_the_readme_runs(tmp_path):
             command, cwd=tmp_path / "work", env=env, capture_output=True, text=True, timeout=600, check=False
         )
         said = f"{done.stdout[-1500:]}\n{done.stderr[-1500:]}"
-        assert done.returncode == 0, f"block {number} of the README:\n{code}\n{said}"
+        assert done.returncode == 0, f"block {number} of {page}:\n{code}\n{said}"
         assert "Traceback" not in done.stderr

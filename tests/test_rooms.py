@@ -26,7 +26,7 @@ ROOMS = {
     "persistence": "config errors files models",
     "dataset": "data embedder errors heads model splice",
     "export": "data embedder errors files model",
-    "measure": "config data dataset model models",
+    "measure": "config data dataset errors model models",
     "fit": "clock data dataset embedder errors files heads measure model persistence",
     "plug": "config fit model models persistence",
     "serving": "data errors export files models pairing plug splice store",

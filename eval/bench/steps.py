@@ -10,8 +10,8 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from eval.bench.timing import paired
-from persona_plug.models.caching import uncached
 from persona_plug.data.history import Example, HistoryItem
+from persona_plug.models.caching import uncached
 from persona_plug.plug import PersonaPlug
 from persona_plug.splice.prompts import AnswerTree, PromptParts
 

@@ -10,15 +10,32 @@ from typing import Annotated, Any
 
 import typer
 
-from persona_plug.errors import PersonaPlugError
+from persona_plug.errors import ConfigError, PersonaPlugError
 
 Json = Annotated[bool, typer.Option("--json", help="Print JSON for programs.")]
+Columns = Annotated[
+    str | None, typer.Option(help="The file's own column names, as user_id=agent,input=question,output=reply.")
+]
 Device = Annotated[str | None, typer.Option(help="Torch device; default CUDA if there is one, else CPU.")]
 
 
 def say(text: str) -> None:
     """Write a line to standard output."""
     sys.stdout.write(text + "\n")
+
+
+def columns_of(text: str | None) -> dict[str, str] | None:
+    """Return what --columns says: field -> the file's name of it.
+
+    Raises:
+        ConfigError: A part has no "=".
+    """
+    if text is None:
+        return None
+    pairs = [part.partition("=") for part in text.split(",")]
+    if wrong := next((field for field, mark, name in pairs if not mark or not name.strip()), None):
+        raise ConfigError(f"--columns: {wrong!r:.60} names no column; write user_id=agent,input=question,output=reply")
+    return {field.strip(): name.strip() for field, _, name in pairs}
 
 
 def one_line_errors(command: Callable[..., None]) -> Callable[..., None]:

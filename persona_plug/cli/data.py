@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from persona_plug.cli.common import Json, one_line_errors, say
+from persona_plug.cli.common import Columns, Json, columns_of, one_line_errors, say
 from persona_plug.errors import ConfigError
 
 data_app: typer.Typer = typer.Typer(
@@ -19,22 +19,17 @@ data_app: typer.Typer = typer.Typer(
 @data_app.command("check")
 @one_line_errors
 def data_check(
-    file: Annotated[Path, typer.Argument(help="JSONL or Parquet events.")],
+    file: Annotated[Path, typer.Argument(help="JSONL, JSON, CSV, TSV or Parquet events.")],
+    columns: Columns = None,
     skip_bad: Annotated[bool, typer.Option(help="Go on after a bad record and list them all.")] = False,
     as_json: Json = False,
 ) -> None:
-    """Check records and show what is in them; exit code 1 if any is bad."""
-    from persona_plug.data.history import by_user, detect_answers, read_events
+    """Check records and show what is in them and how fit will split them; exit code 1 if any is bad."""
+    from persona_plug.data.summary import summarise
 
-    result = read_events(file, skip_bad)
-    users = by_user(result.events)
-    lengths = sorted(len(items) for items in users.values())
-    answers = detect_answers([e.item.output for e in result.events])
-    row = {"events": len(result.events), "users": len(users), "median_items": lengths[len(lengths) // 2],
-           "most_items": lengths[-1], "with_timestamp": sum(e.item.timestamp is not None for e in result.events),
-           "answers": list(answers) if answers else "free text", "bad": result.skipped}  # fmt: skip
-    say(json.dumps(row) if as_json else "\n".join(f"{k}: {v}" for k, v in row.items()))
-    if result.skipped:
+    row = summarise(file, columns_of(columns), skip_bad)
+    say(json.dumps(row, ensure_ascii=False) if as_json else "\n".join(f"{k}: {v}" for k, v in row.items()))
+    if row["bad"]:
         raise typer.Exit(1)
 
 

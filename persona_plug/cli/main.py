@@ -10,7 +10,7 @@ from typing import Annotated, Any
 
 import typer
 
-from persona_plug.cli.common import Device, Json, one_line_errors, quiet, say
+from persona_plug.cli.common import Columns, Device, Json, columns_of, one_line_errors, quiet, say
 from persona_plug.cli.data import data_app
 from persona_plug.cli.demo import demo
 from persona_plug.cli.export import export
@@ -39,7 +39,7 @@ def main(verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Log what
 @app.command()
 @one_line_errors
 def fit(
-    data: Annotated[Path, typer.Argument(help="JSONL or Parquet events, or a LaMP-shaped folder.")],
+    data: Annotated[Path, typer.Argument(help="JSONL, JSON, CSV, TSV or Parquet events, or a LaMP-shaped folder.")],
     out: Annotated[Path, typer.Option(help="Folder for the plug, its report, plots and checkpoints.")],
     llm: Annotated[str, typer.Option(help="Frozen LLM: short name, folder or Hub id.")] = "smollm2-135m",
     encoder: Annotated[str, typer.Option(help="Frozen sentence encoder: short name, folder or Hub id.")] = "minilm-l6",
@@ -62,6 +62,7 @@ def fit(
     seed: Annotated[int, typer.Option(help="Seed of split, weights, order and dropout.")] = 0,
     report_to: Annotated[str, typer.Option(help="none, tensorboard, trackio, ...")] = "none",
     resume: Annotated[bool, typer.Option(help="Go on with an interrupted run in --out.")] = False,
+    columns: Columns = None,
     skip_bad: Annotated[bool, typer.Option(help="Skip bad records and count them.")] = False,
     report: Annotated[bool, typer.Option(help="Hold users out and compare with the controls.")] = True,
     report_samples: Annotated[int, typer.Option(help="Held-out questions in the report at most.")] = 400,
@@ -81,8 +82,8 @@ def fit(
     )  # fmt: skip
     result = plug.fit(
         data, output_dir=out, resume=resume, samples=samples, held_out=held_out, targets_per_user=targets_per_user,
-        template=template, answers=answer or "auto", skip_bad=skip_bad, report=report, steps=steps,
-        batch_size=batch_size, lr=lr, eval_every=eval_every, seed=seed, report_to=report_to,
+        template=template, answers=answer or "auto", columns=columns_of(columns), skip_bad=skip_bad, report=report,
+        steps=steps, batch_size=batch_size, lr=lr, eval_every=eval_every, seed=seed, report_to=report_to,
         report_samples=report_samples, generated=generated,
         examples=examples,
     )  # fmt: skip
@@ -170,8 +171,9 @@ def score(
 @app.command()
 @one_line_errors
 def encode(
-    data: Annotated[Path, typer.Argument(help="JSONL or Parquet events.")],
+    data: Annotated[Path, typer.Argument(help="JSONL, JSON, CSV, TSV or Parquet events.")],
     encoder: Annotated[str, typer.Option(help="Sentence encoder: short name, folder or Hub id.")] = "minilm-l6",
+    columns: Columns = None,
     skip_bad: Annotated[bool, typer.Option(help="Skip bad records and count them.")] = False,
     device: Device = None,
     as_json: Json = False,
@@ -181,7 +183,7 @@ def encode(
     from persona_plug.models.encoder import HistoryEncoder
 
     quiet()
-    events = read_events(data, skip_bad)
+    events = read_events(data, skip_bad, columns=columns_of(columns))
     made = HistoryEncoder(encoder, device=device)
     made.encode([t for e in events.events for t in (e.item.input, e.item.output)])
     row = {"events": len(events.events), "skipped": len(events.skipped), "encoded": made.stats.encoded,

@@ -12,7 +12,7 @@ from typing import Annotated, Any
 
 import typer
 
-from persona_plug.cli.common import Device, Json, one_line_errors, quiet, say
+from persona_plug.cli.common import Columns, Device, Json, columns_of, one_line_errors, quiet, say
 
 users_app: typer.Typer = typer.Typer(
     help="Users' histories in a store: add, look at, export, delete.", no_args_is_help=True
@@ -28,8 +28,9 @@ Tenant = Annotated[
 @users_app.command("add")
 @one_line_errors
 def add(
-    file: Annotated[Path, typer.Argument(help="JSONL or Parquet events.")],
+    file: Annotated[Path, typer.Argument(help="JSONL, JSON, CSV, TSV or Parquet events.")],
     store: Url,
+    columns: Columns = None,
     encoder: Annotated[str, typer.Option(help="Sentence encoder: short name, folder or Hub id.")] = "minilm-l6",
     keep_text: Annotated[
         bool | None, typer.Option(help="Keep texts beside vectors; default as the store was made, at first not.")
@@ -45,10 +46,11 @@ def add(
     from persona_plug.store.history_store import HistoryStore
 
     quiet()
+    names = columns_of(columns)
     made = HistoryEncoder(encoder, device=device)
     kind: Any = vectors  # the store checks it
     with HistoryStore(store, encoder=made, keep_text=keep_text, vectors=kind) as opened:
-        result = opened.load_file(file, skip_bad, rename=lambda user: _name(user, tenant))
+        result = opened.load_file(file, skip_bad, rename=lambda user: _name(user, tenant), columns=names)
     row = {"new": result.new, "known": result.known, "skipped": len(result.skipped), "truncated": made.stats.truncated}
     say(json.dumps(row) if as_json else ", ".join(f"{k}: {v}" for k, v in row.items()))
     for line in result.skipped[:5]:

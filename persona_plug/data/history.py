@@ -2,32 +2,45 @@
 
 from __future__ import annotations
 
-import glob
-import json
 import logging
+import math
 import os
-from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from datetime import UTC, datetime
-from pathlib import Path
+from decimal import Decimal
 from typing import Any
 
+from persona_plug.data.labels import detect_answers
+from persona_plug.data.messages import is_chat, split_chat
+from persona_plug.data.moments import in_time, is_count, seconds, time_order
+from persona_plug.data.rows import FIELDS, Row, local_path, read_rows
 from persona_plug.errors import DataError
 
-logger = logging.getLogger(__name__)
+__all__ = [
+    "Event", "Example", "HistoryItem", "ReadResult", "by_user", "collect_events", "detect_answers", "events_of",
+    "is_twin", "leave_one_out", "parse_event", "read_events", "time_ordered",
+]  # fmt: skip
 
-LATEST = 1e300  # a timestamp beyond this is no time; NaN and infinity fail the comparison too
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
 class HistoryItem:
-    """One thing a user reacted to (`input`) and what they wrote or chose (`output`)."""
+    """One thing a user reacted to (`input`) and what they wrote or chose (`output`).
+
+    `timestamp` is in seconds since 1970; whatever `moments.seconds` reads may be given.
+    """
 
     input: str
     output: str
     timestamp: float | None = None
     id: str | None = None
+
+    def __post_init__(self) -> None:
+        """Turn a time in another form into seconds, and refuse what is none."""
+        if self.timestamp is not None:
+            where = "history item" if self.id is None else f"history item {self.id!r:.60}"
+            object.__setattr__(self, "timestamp", seconds(self.timestamp, where))
 
     @classmethod
     def of(cls, item: HistoryItem | Mapping[str, Any] | str) -> HistoryItem:
@@ -56,7 +69,7 @@ class Example:
     """A request of a user with what they answered and the history that may be used for it.
 
     `prompt` is what the LLM reads where that is not the template filled with the input (retrieval puts items into it);
-    the request's vector is the input's all the same.
+    the request's vector is the input's all the same. `history` is put in order of time, oldest first.
     """
 
     user_id: str
@@ -65,6 +78,10 @@ class Example:
     history: tuple[HistoryItem, ...] = ()
     id: str = ""
     prompt: str | None = None
+
+    def __post_init__(self) -> None:
+        """Order the history by time, so that its end is what is latest."""
+        object.__setattr__(self, "history", in_time(self.history))
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,141 +93,151 @@ class ReadResult:
 
 
 def parse_event(record: Mapping[str, Any], where: str) -> Event:
-    """Check one record `{user_id, input, output, timestamp?, id?}`.
+    """Check one record `{user_id, input, output, timestamp?, id?}`; a number as output becomes its digits.
 
     Raises:
         DataError: A field is missing or has the wrong type; the message names `where` and the field.
     """
-    user = record.get("user_id")
-    if isinstance(user, int) and not isinstance(user, bool):
-        user = str(user)
-    if not isinstance(user, str) or not user.strip():
-        raise DataError(f"{where}: field 'user_id' must be a non-empty text, got {_shown(record, 'user_id')}")
-    for name in ("input", "output"):
-        if not isinstance(record.get(name), str):
-            raise DataError(f"{where}: field {name!r} must be a text, got {_shown(record, name)}")
-        try:
-            record[name].encode()
-        except UnicodeEncodeError as exc:
-            raise DataError(
-                f"{where}: field {name!r} holds half a character (a lone surrogate); repair the text"
-            ) from exc
-    if not record["output"].strip():
+    values = {name: _scalar(record.get(name)) for name in FIELDS}
+
+    def refusal(name: str, reason: str) -> DataError:
+        return DataError(f"{where}: field {name!r} {reason}, got {_value_shown(record, name)}")
+
+    user, ident, source, output = (_name(values["user_id"]), _name(values["id"]), values["input"], values["output"])
+    if user is None or not user.strip():
+        raise refusal("user_id", "must be a non-empty text")
+    if not isinstance(source, str):
+        raise refusal("input", "must be a text")
+    answer = _name(output) or (str(output) if isinstance(output, float) and math.isfinite(output) else output)
+    if not isinstance(answer, str):
+        raise refusal("output", "must be a text")
+    if not answer.strip():
         raise DataError(f"{where}: field 'output' is empty; remove the record or fill it")
-    ident = record.get("id")
-    if ident is not None and not isinstance(ident, str | int):
-        raise DataError(f"{where}: field 'id' must be a text or a whole number, got {_shown(record, 'id')}")
-    item = HistoryItem(
-        record["input"],
-        record["output"],
-        _timestamp(record.get("timestamp"), where),
-        None if ident is None else str(ident),
-    )
-    extra = {k: v for k, v in record.items() if k not in {"user_id", "input", "output", "timestamp", "id"}}
-    return Event(user, item, extra)
+    if ident is None and values["id"] is not None:
+        raise refusal("id", "must be a text or a whole number")
+    for name, text in (("user_id", user), ("input", source), ("output", answer), ("id", ident or "")):
+        if any("\ud800" <= c <= "\udfff" for c in text):
+            raise DataError(f"{where}: field {name!r} holds half a character (a lone surrogate); repair the text")
+    at = None if values["timestamp"] in (None, "") else seconds(values["timestamp"], where)
+    extra = {name: value for name, value in record.items() if name not in FIELDS}
+    return Event(user, HistoryItem(source, answer, at, ident or None), extra)
 
 
-def _timestamp(value: object, where: str) -> float | None:
-    if value is None:
-        return None
-    if isinstance(value, datetime):
-        return (value if value.tzinfo else value.replace(tzinfo=UTC)).timestamp()
-    if isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < LATEST:
+def events_of(record: Mapping[str, Any], where: str) -> Iterator[Event]:
+    """Yield the events of a record: one, or of a chat one for each answer in it.
+
+    Raises:
+        DataError: As `parse_event`, and where a chat cannot be read.
+    """
+    if not is_chat(record):
+        yield parse_event(record, where)
+        return
+    for answer in split_chat(record, where):
+        yield parse_event(answer, where)
+
+
+def _scalar(value: object) -> object:
+    """Return a numpy scalar (known by its method) or a decimal as Python's own number, pandas' NaT and NA as None."""
+    if hasattr(value, "item") and getattr(value, "ndim", 1) == 0:
+        number: object = value.item()
+        return number
+    if isinstance(value, Decimal):
         return float(value)
+    return None if type(value).__name__ in ("NaTType", "NAType") else value
+
+
+def _name(value: object) -> str | None:
+    """Return a text as it is, and a whole number as its digits: 5.0 is 5. Anything else is None."""
     if isinstance(value, str):
-        try:
-            moment = datetime.fromisoformat(value)
-        except ValueError:
-            pass
-        else:
-            return (moment if moment.tzinfo else moment.replace(tzinfo=UTC)).timestamp()
-    raise DataError(f"{where}: field 'timestamp' must be ISO-8601 or a finite number, got {value!r:.60}")
+        return value
+    if isinstance(value, bool) or not isinstance(value, int | float) or (isinstance(value, float) and value % 1 != 0):
+        return None  # the remainder of infinity and of NaN is NaN
+    return str(int(value))
 
 
-def _shown(record: Mapping[str, Any], name: str) -> str:
-    return f"{record[name]!r:.60}" if name in record else "nothing (field missing)"
+def _value_shown(record: Mapping[str, Any], name: str) -> str:
+    if name in record:
+        return f"{record[name]!r:.60}"
+    names = ", ".join(map(str, record))
+    return f"nothing (field missing; of {names:.90} columns= or --columns may name it)"
 
 
-def read_events(path: str | os.PathLike[str], skip_bad: bool = False, owner: str | None = None) -> ReadResult:
-    """Read events from a JSONL (`.jsonl`, `.json`, `.ndjson`) or Parquet file.
-
-    The file is streamed through `datasets`, so no second copy of personal data is left in a cache.
+def read_events(
+    path: str | os.PathLike[str],
+    skip_bad: bool = False,
+    owner: str | None = None,
+    columns: Mapping[str, str] | None = None,
+) -> ReadResult:
+    """Read events from a JSONL, JSON, CSV, TSV or Parquet file, packed or not; nothing of it is left in a cache.
 
     Args:
-        path: The file.
+        path: The file; see `rows.read_rows`.
         skip_bad: Leave bad records out and list them in `skipped` instead of raising at the first.
         owner: Whose the records without a `user_id` are; by default these are bad.
+        columns: Field -> the file's own name of it, as `{"user_id": "agent"}`.
 
     Raises:
         DataError: The file is missing or empty, or a record is bad; file, line and field are named.
     """
-    file = Path(path)
-    if not file.is_file():
-        raise DataError(f"{file}: no such file")
+    return collect_events(read_rows(path, columns), str(local_path(path)), skip_bad, owner)
+
+
+def collect_events(rows: Iterable[Row], name: str, skip_bad: bool = False, owner: str | None = None) -> ReadResult:
+    """Check rows and what holds between them: ids are unique for each user, times are all dates or all counts.
+
+    Args:
+        rows: Places and records, from `rows.read_rows` or `rows.table_rows`.
+        name: What the rows are of, for messages.
+        skip_bad: As in `read_events`.
+        owner: As in `read_events`.
+
+    Raises:
+        DataError: A record is bad, or none is left.
+    """
     events: list[Event] = []
     skipped: list[str] = []
-    seen: dict[tuple[str, str], str] = {}
-    for where, record in _records(file):
+    ids: dict[tuple[str, str], str] = {}
+    clocks: dict[bool, str] = {}  # whether times are counts -> the first place where they are
+    for where, record in rows:
         try:
             if isinstance(record, DataError):
                 raise record
-            event = parse_event(record if owner is None else {"user_id": owner, **record}, where)
-            if event.item.id is not None:
-                key = (event.user_id, event.item.id)
-                if key in seen:
-                    raise DataError(f"{where}: field 'id' {key[1]!r:.60} of this user was already used at {seen[key]}")
-                seen[key] = where
+            fresh = list(events_of(record if owner is None else {"user_id": owner, **record}, where))
+            _check_ids(fresh, ids, where)
+            _check_clock(fresh[0].item, record.get("timestamp"), clocks, where)
         except DataError as exc:
             if not skip_bad:
                 raise
             skipped.append(str(exc))
         else:
-            events.append(event)
+            ids.update({(e.user_id, e.item.id): where for e in fresh if e.item.id is not None})
+            events += fresh
     if skipped:
-        logger.warning("%s: %d bad records skipped, first: %s", file, len(skipped), skipped[0])
+        logger.warning("%s: %d bad records skipped, first: %s", name, len(skipped), skipped[0])
     if not events:
-        raise DataError(f"{file}: holds no usable record" + (f" ({len(skipped)} skipped)" if skipped else ""))
+        raise DataError(f"{name}: holds no usable record" + (f" ({len(skipped)} skipped)" if skipped else ""))
     return ReadResult(events, skipped)
 
 
-def _records(file: Path) -> Iterator[tuple[str, Mapping[str, Any] | DataError]]:
-    from datasets import config, load_dataset
+def _check_ids(fresh: Sequence[Event], ids: Mapping[tuple[str, str], str], where: str) -> None:
+    for event in fresh:
+        ident = event.item.id
+        if ident is not None and (event.user_id, ident) in ids:
+            place = ids[event.user_id, ident]
+            raise DataError(f"{where}: field 'id' {ident!r:.60} of this user was already used at {place}")
 
-    config.HF_UPDATE_DOWNLOAD_COUNTS = False  # else a server is told of each file that is read
-    pattern = glob.escape(str(file))  # datasets expands * and [ in names
-    if file.suffix == ".parquet":
-        try:
-            rows = load_dataset("parquet", data_files=pattern, split="train", streaming=True)
-            for number, row in enumerate(rows, 1):
-                yield f"{file}:row {number}", {k: v for k, v in row.items() if v is not None}
-        except DataError:
-            raise
-        except Exception as exc:  # pyarrow's and datasets' own errors have no common base
-            if "BatchSize must be greater than 0" in str(exc):  # how pyarrow meets a file without rows
-                return
-            raise DataError(f"{file}: not a readable Parquet file ({str(exc).splitlines()[0]:.120})") from exc
+
+def _check_clock(item: HistoryItem, value: object, clocks: dict[bool, str], where: str) -> None:
+    if item.timestamp is None:
         return
-    if file.suffix not in {".jsonl", ".json", ".ndjson"}:
-        raise DataError(f"{file}: unknown ending {file.suffix!r}; use .jsonl or .parquet")
-    try:
-        lines = load_dataset("text", data_files=pattern, split="train", streaming=True)
-        for number, row in enumerate(lines, 1):
-            if row["text"].strip():
-                yield f"{file}:{number}", _json_object(row["text"], f"{file}:{number}")
-    except UnicodeDecodeError as exc:
-        raise DataError(f"{file}: not UTF-8 text ({exc.reason} at byte {exc.start}); convert it first") from exc
-
-
-def _json_object(line: str, where: str) -> Mapping[str, Any] | DataError:
-    try:
-        record = json.loads(line)
-    except json.JSONDecodeError as exc:
-        return DataError(f"{where}: not JSON ({exc.msg} at column {exc.colno}); one JSON object a line is expected")
-    except (ValueError, RecursionError) as exc:
-        return DataError(f"{where}: not JSON that can be read ({exc!s:.60}); one JSON object a line is expected")
-    if not isinstance(record, dict):
-        return DataError(f"{where}: holds a JSON {type(record).__name__}, not an object with user_id, input, output")
-    return record
+    count = is_count(_scalar(value))
+    if (not count) in clocks:
+        kind, other = ("a count", "a date") if count else ("a date", "a count")
+        raise DataError(
+            f"{where}: field 'timestamp' {value!r:.40} is {kind}, but {other} stands at {clocks[not count]}; "
+            "write dates everywhere, or counts"
+        )
+    clocks.setdefault(count, where)
 
 
 def by_user(events: Iterable[Event]) -> dict[str, list[HistoryItem]]:
@@ -219,6 +246,15 @@ def by_user(events: Iterable[Event]) -> dict[str, list[HistoryItem]]:
     for event in events:
         users.setdefault(event.user_id, []).append(event.item)
     return users
+
+
+def longest_by_user(examples: Iterable[Example]) -> dict[str, tuple[HistoryItem, ...]]:
+    """Return each user's longest history, the first of equally long ones; users without any are left out."""
+    longest: dict[str, tuple[HistoryItem, ...]] = {}
+    for example in examples:
+        if len(example.history) > len(longest.get(example.user_id, ())):
+            longest[example.user_id] = example.history
+    return longest
 
 
 def is_twin(item: HistoryItem, input: str, output: str) -> bool:
@@ -230,12 +266,13 @@ def is_twin(item: HistoryItem, input: str, output: str) -> bool:
 
 def leave_one_out(user_id: str, items: Sequence[HistoryItem]) -> list[Example]:
     """Make every item the target once, with the user's other items (twins of the target excluded) as history."""
+    order = time_order(items)  # of all items: without the target a list may no longer show that it is newest first
     return [
         Example(
             user_id,
             target.input,
             target.output,
-            tuple(o for j, o in enumerate(items) if j != i and not is_twin(o, target.input, target.output)),
+            tuple(items[j] for j in order if j != i and not is_twin(items[j], target.input, target.output)),
             target.id or f"{user_id}-{i}",
         )
         for i, target in enumerate(items)
@@ -243,7 +280,9 @@ def leave_one_out(user_id: str, items: Sequence[HistoryItem]) -> list[Example]:
 
 
 def time_ordered(user_id: str, items: Sequence[HistoryItem]) -> list[Example]:
-    """Make every item the target once, with only strictly earlier items (twins excluded) as history.
+    """Make every item the target once, with only the items before it (twins excluded) as history.
+
+    Items of one time, such as a day, count in their order in the list.
 
     Raises:
         DataError: An item has no timestamp.
@@ -253,26 +292,14 @@ def time_ordered(user_id: str, items: Sequence[HistoryItem]) -> list[Example]:
             raise DataError(
                 f"user {user_id!r}: item {item.id or i} has no timestamp; add it or use leave-one-out samples"
             )
-    order = sorted(items, key=lambda item: item.timestamp or 0.0)
+    order = in_time(items)
     return [
         Example(
             user_id,
             target.input,
             target.output,
-            tuple(
-                o
-                for o in order
-                if (o.timestamp or 0.0) < (target.timestamp or 0.0) and not is_twin(o, target.input, target.output)
-            ),
+            tuple(o for o in order[:i] if not is_twin(o, target.input, target.output)),
             target.id or f"{user_id}-{i}",
         )
         for i, target in enumerate(order)
     ]
-
-
-def detect_answers(outputs: Sequence[str], limit: int = 32) -> tuple[str, ...] | None:
-    """Return the sorted answer space if the outputs look like labels (few, short, repeated), else None."""
-    counts = Counter(o.strip() for o in outputs)
-    if 2 <= len(counts) <= min(limit, len(outputs) // 5) and max(len(c) for c in counts) <= 48:
-        return tuple(sorted(counts))
-    return None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import logging
 import os
@@ -12,7 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from persona_plug.data import write_records
-from persona_plug.data.history import Example, HistoryItem, leave_one_out
+from persona_plug.data.history import Example, HistoryItem, leave_one_out, longest_by_user
+from persona_plug.data.moments import seconds
 from persona_plug.errors import DataError
 
 logger = logging.getLogger(__name__)
@@ -57,7 +59,8 @@ class LampData:
         examples: One a question.
         template: The instruction that all inputs begin with, and `{input}`.
         task: What the gold file says, or nothing without one.
-        repairs: What was done about each of `DEFECTS` that the file has, one line each.
+        repairs: What was done about each of `DEFECTS` that the file has, and about items whose date cannot be read, one
+            line each.
     """
 
     examples: list[Example]
@@ -77,7 +80,8 @@ def read_lamp(
     The instruction that all inputs share becomes the template (or the given `template`, which all must begin with),
     what differs becomes `Example.input`. Profile items are mapped by `LAMP_FIELDS`, or by the given `fields`: the names
     of an item's input and output, several joined by "+" being joined by a space, an empty name giving an empty input.
-    Without gold, outputs are empty. In the time-based split `date` orders the profile. Known `DEFECTS` of the official
+    Without gold, outputs are empty. Where a profile's items have dates, these order it; an item
+    whose date is missing or cannot be read is left out there, and counted in `repairs`. Known `DEFECTS` of the official
     files are repaired, or left out with their gold, and logged.
 
     Raises:
@@ -92,10 +96,11 @@ def read_lamp(
                 raise DataError(f"{questions}: question {number}: field {name!r} is missing or of the wrong type")
     task, gold = _read_gold(Path(outputs)) if outputs is not None else ("", {})
     repairs = _repair(rows, gold)
-    for done in repairs:
-        logger.warning("%s: %s", questions, done)
     if outputs is not None:
         ids = {str(row["id"]) for row in rows}
+        if len(ids) < len(rows):
+            double = next(i for i, n in Counter(str(row["id"]) for row in rows).items() if n > 1)
+            raise DataError(f"{questions}: question id {double!r:.60} was used twice; remove one")
         if ids != set(gold):
             odd = sorted(ids ^ set(gold))
             raise DataError(f"{outputs}: ids differ from {questions} in {len(odd)} place(s), first {odd[0]!r}")
@@ -105,21 +110,48 @@ def read_lamp(
     else:
         prefix = template.removesuffix("{input}")
     examples = []
+    undated: list[str] = []
     for row in rows:
         if not row["input"].startswith(prefix):
             raise DataError(
                 f"{questions}: question {row['id']}: input does not begin with the instruction {prefix!r:.80}"
             )
-        items = [
-            _lamp_item(raw, f"{questions}: question {row['id']}: profile item {i}", fields)
-            for i, raw in enumerate(row["profile"])
-        ]
-        if all(i.timestamp is not None for i in items):
-            items.sort(key=lambda i: i.timestamp or 0.0)
+        items = _profile(row["profile"], f"{questions}: question {row['id']}", fields, undated)
         ident = str(row["id"])
         user = str(row.get("user_id", ident))
         examples.append(Example(user, row["input"][len(prefix) :], gold.get(ident, ""), tuple(items), ident))
+    if undated:
+        repairs.append(
+            f"{len(undated)} profile items left out: others of their profile have a date; first {undated[0]}"
+        )
+    for line in repairs:
+        logger.warning("%s: %s", questions, line)
     return LampData(examples, template, task, tuple(repairs))
+
+
+def _profile(raws: Sequence[Any], where: str, fields: tuple[str, str] | None, undated: list[str]) -> list[HistoryItem]:
+    """Return a profile's items; where some have a date, those without one are left out and added to `undated`."""
+    items, problems = [], {}
+    for number, raw in enumerate(raws):
+        place = f"{where}: profile item {number}"
+        item = _lamp_item(raw, place, fields)
+        value = raw.get("date")
+        try:
+            at = None if value in (None, "") else seconds(_day(value), place)
+        except DataError as exc:
+            at, problems[number] = None, str(exc)
+        items.append(dataclasses.replace(item, timestamp=at))
+    if not problems and all(item.timestamp is None for item in items):
+        return items
+    missing = [n for n, item in enumerate(items) if item.timestamp is None]
+    undated += [problems.get(n, f"{where}: profile item {n}: has no date") for n in missing]
+    return [item for item in items if item.timestamp is not None]
+
+
+def _day(value: object) -> object:
+    """Return LaMP's date: a year alone is its first day."""
+    text = str(value).strip()
+    return f"{text}-01-01" if len(text) == 4 and text.isdigit() else value
 
 
 def _repair(rows: list[dict[str, Any]], gold: dict[str, str]) -> list[str]:
@@ -150,10 +182,18 @@ def _read_gold(path: Path) -> tuple[str, dict[str, str]]:
     raw = _load_json(path)
     if not isinstance(raw, dict) or not isinstance(raw.get("golds"), list):
         raise DataError(f"{path}: a LaMP gold file is an object with 'task' and 'golds'")
-    try:
-        return str(raw.get("task", "")), {str(g["id"]): str(g["output"]) for g in raw["golds"]}
-    except (KeyError, TypeError) as exc:
-        raise DataError(f"{path}: a gold entry lacks 'id' or 'output'") from exc
+    gold: dict[str, str] = {}
+    for number, entry in enumerate(raw["golds"]):
+        where = f"{path}: gold entry {number}"
+        if not isinstance(entry, dict) or not {"id", "output"} <= entry.keys():
+            raise DataError(f"{where}: lacks 'id' or 'output'")
+        ident, output = str(entry["id"]), entry["output"]
+        if not isinstance(output, str | int | float) or isinstance(output, bool):
+            raise DataError(f"{where}: field 'output' must be a text, got {output!r:.60}")
+        if ident in gold:
+            raise DataError(f"{where}: field 'id' {ident!r:.60} was already used; remove one")
+        gold[ident] = str(output)
+    return str(raw.get("task", "")), gold
 
 
 def _load_json(path: Path) -> Any:  # noqa: ANN401
@@ -170,26 +210,14 @@ def _lamp_item(raw: object, where: str, fields: tuple[str, str] | None) -> Histo
         for pair in LAMP_FIELDS if fields is None else (fields,):
             names = [[n for n in side.split("+") if n] for side in pair]
             if all(n in raw for side in names for n in side):
-                # One field stays as it is; of several, those without a value leave no gap.
-                source, target = (
-                    " ".join(str(raw[n]) for n in side if len(side) == 1 or raw[n] not in (None, "")) for side in names
+                source, target = (  # fields without a value leave no gap
+                    " ".join(str(raw[n]) for n in side if raw[n] not in (None, "")) for side in names
                 )
                 ident = raw.get("id")
-                return HistoryItem(source, target, _lamp_date(raw.get("date")), None if ident is None else str(ident))
+                return HistoryItem(source, target, None, None if ident is None else str(ident))
     if fields is None:
         raise DataError(f"{where}: has none of LaMP's field pairs")
     raise DataError(f"{where}: lacks one of the fields {fields[0]!r} and {fields[1]!r}")
-
-
-def _lamp_date(value: object) -> float | None:
-    """LaMP dates are dash-separated numbers (or a bare year), ordered as integer tuples."""
-    if value is None:
-        return None
-    try:
-        numbers = [int(part) for part in str(value).split(" ")[0].split("-")]
-    except ValueError:
-        return None
-    return sum(n * 100.0**-i for i, n in enumerate(numbers))
 
 
 def shared_instruction(inputs: Sequence[str]) -> str:
@@ -207,20 +235,15 @@ def leave_one_out_profiles(examples: Sequence[Example]) -> list[Example]:
 
     The questions' own targets are no part of any history, so they stay what they are: targets.
     """
-    longest: dict[str, tuple[HistoryItem, ...]] = {}
-    for example in examples:
-        if len(example.history) > len(longest.get(example.user_id, ())):
-            longest[example.user_id] = example.history
-    return [sample for user, items in longest.items() for sample in leave_one_out(user, items) if sample.output.strip()]
+    histories = longest_by_user(examples)
+    return [
+        sample for user, items in histories.items() for sample in leave_one_out(user, items) if sample.output.strip()
+    ]
 
 
 def write_events(data: LampData, path: Path) -> int:
     """Write profiles and answered questions as JSONL events with their template beside them; returns how many."""
-    longest: dict[str, Example] = {}
-    for example in data.examples:
-        if len(example.history) >= len(getattr(longest.get(example.user_id), "history", ())):
-            longest[example.user_id] = example
-    items = [(user, item) for user, example in longest.items() for item in example.history]
+    items = [(user, item) for user, history in longest_by_user(data.examples).items() for item in history]
     items += [(e.user_id, HistoryItem(e.input, e.output, None, e.id)) for e in data.examples if e.output]
     records = [
         {"user_id": user, "input": i.input, "output": i.output, "timestamp": i.timestamp, "id": i.id}

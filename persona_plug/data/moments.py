@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections.abc import Sequence
 from datetime import UTC, date, datetime
@@ -63,7 +64,10 @@ def is_count(value: object) -> bool:
 
 def _at(value: date) -> float:
     moment = value if isinstance(value, datetime) else datetime(value.year, value.month, value.day)
-    return (moment if moment.tzinfo else moment.replace(tzinfo=UTC)).timestamp()
+    at = (moment if moment.tzinfo else moment.replace(tzinfo=UTC)).timestamp()
+    if at != at:
+        raise ValueError(value)
+    return at
 
 
 def _number(value: float) -> float:
@@ -158,20 +162,25 @@ Item = TypeVar("Item", bound=Timed)
 
 
 def in_time(items: Sequence[Item]) -> tuple[Item, ...]:
-    """Return items oldest first.
+    """Return items oldest first; see `time_order`."""
+    return tuple(items[place] for place in time_order(items))
+
+
+def time_order(items: Sequence[Timed]) -> Sequence[int]:
+    """Return the places of items, oldest first.
 
     Items of one time stay in their order, which is turned round where the list runs from new to old. An item without a
     time stays behind the one before it. A list without any time is taken as oldest first.
     """
     times = [item.timestamp for item in items if item.timestamp is not None]
-    falls = [a > b for a, b in zip(times, times[1:], strict=False)]
-    rises = any(a < b for a, b in zip(times, times[1:], strict=False))
-    if not any(falls):
-        return tuple(items)
-    order = tuple(items) if rises else tuple(reversed(items))
-    keys, latest = [], float("-inf")
-    for item in order:
-        if item.timestamp is not None:
-            latest = max(latest, item.timestamp)
-        keys.append(latest if item.timestamp is None else item.timestamp)
-    return tuple(order[i] for i in sorted(range(len(order)), key=keys.__getitem__))
+    places = range(len(items))
+    if all(a <= b for a, b in itertools.pairwise(times)):
+        return places
+    if all(a >= b for a, b in itertools.pairwise(times)):
+        places = places[::-1]
+    keys, latest = {}, float("-inf")
+    for place in places:
+        at = items[place].timestamp
+        latest = latest if at is None else max(latest, at)
+        keys[place] = latest if at is None else at
+    return sorted(places, key=keys.__getitem__)

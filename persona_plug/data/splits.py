@@ -16,13 +16,15 @@ from persona_plug.data.history import (
     Example,
     HistoryItem,
     by_user,
-    detect_answers,
+    collect_events,
     leave_one_out,
-    parse_event,
     read_events,
     time_ordered,
 )
+from persona_plug.data.labels import detect_answers, label_of, plain
 from persona_plug.data.lamp import leave_one_out_profiles, read_lamp
+from persona_plug.data.messages import SYSTEM
+from persona_plug.data.rows import local_path, table_rows
 from persona_plug.errors import ConfigError, DataError
 
 SAMPLES = ("auto", "leave_one_out", "time")
@@ -50,7 +52,7 @@ class FitData:
 
 
 def prepare(
-    data: str | os.PathLike[str] | Sequence[Any],
+    data: Any,  # noqa: ANN401 - a table of any library
     *,
     samples: str = "auto",
     valid: float = 0.1,
@@ -59,13 +61,15 @@ def prepare(
     template: str | None = None,
     answers: Sequence[str] | str | None = "auto",
     skip_bad: bool = False,
+    columns: Mapping[str, str] | None = None,
     seed: int = 0,
 ) -> FitData:
     """Read data and split it by users.
 
     Args:
-        data: A JSONL or Parquet file of events; a LaMP-shaped folder (`train_questions.json`, `train_outputs.json`); a
-            list of `Example`; or a list of `Event` or records.
+        data: A file of events (`rows.read_rows` says which kinds); a LaMP-shaped folder (`train_questions.json`,
+            `train_outputs.json`); a list of `Example`; a list of `Event` or records; or a table of pandas, `datasets`,
+            polars or pyarrow.
         samples: `leave_one_out` (every item is a target once, the user's others are its history), `time` (only earlier
             items are), or `auto`: by time if every item has a timestamp.
         valid: Share of users for early stopping and calibration.
@@ -75,15 +79,16 @@ def prepare(
         template: The LLM's instruction; default what the data brings, else the bare input.
         answers: Answer space, `auto` to infer it, None for free text.
         skip_bad: Skip bad records and count them instead of stopping at the first.
+        columns: Field -> the data's own name of it, as `{"user_id": "agent"}`.
         seed: Seed of the split and of the draws.
 
     Raises:
-        DataError: The data cannot be read, or there are too few users to split.
+        DataError: The data cannot be read, there are too few users to split, or no output is among the answers.
     """
     if samples not in SAMPLES:
         raise ConfigError(f"samples={samples!r} is not one of {', '.join(SAMPLES)}")
     notes: list[str] = []
-    per_user, sidecar = _samples(data, samples, skip_bad, notes)
+    per_user, sidecar = _samples(data, samples, skip_bad, columns, notes)
     rng = np.random.default_rng(seed)
     capped = 0
     for user, targets in per_user.items():
@@ -110,8 +115,8 @@ def prepare(
     known = tuple(answers) if answers else None
     if known:
         train, validation, rest = (
-            _keep_known(p, known, n, notes)
-            for p, n in ((train, "training"), (validation, "validation"), (rest, "held-out"))
+            _known(part, known, name, notes)
+            for part, name in ((train, "training"), (validation, "validation"), (rest, "held-out"))
         )
     return FitData(train, validation, rest, template or sidecar.template or "{input}", known, notes)
 
@@ -160,11 +165,34 @@ def augment(examples: Sequence[Example], times: int, seed: int = 0) -> list[Exam
     return made
 
 
-def _keep_known(part: list[Example], answers: tuple[str, ...], name: str, notes: list[str]) -> list[Example]:
-    kept = [e for e in part if e.output.strip() in answers]
-    if len(kept) < len(part):
-        notes.append(f"{len(part) - len(kept)} {name} samples left out: their output is not among the answers")
-    return kept
+def _known(part: list[Example], answers: tuple[str, ...], name: str, notes: list[str]) -> list[Example]:
+    """Return the samples whose output is an answer; outputs and histories get the answers' spelling (5.0 is 5)."""
+    spelling = {label_of(answer): answer for answer in answers}
+    items: dict[HistoryItem, HistoryItem] = {}
+
+    def spelled(item: HistoryItem) -> HistoryItem:
+        if item not in items:
+            output = spelling.get(label_of(item.output), item.output)
+            items[item] = item if output == item.output else dataclasses.replace(item, output=output)
+        return items[item]
+
+    outside = [e.output for e in part if label_of(e.output) not in spelling]
+    if outside:
+        alike = {plain(answer) for answer in answers}
+        case = [o for o in outside if plain(o) in alike]
+        text = f"{len(outside)} {name} samples left out: their output is not among the answers"
+        if case:
+            text += f" ({len(case)} differ from one in letter case or white space only, first {case[0]!r:.48})"
+        if len(outside) == len(part):
+            raise DataError(
+                f"{text}; none is left, the first output is {outside[0]!r:.48}: name the answers as written"
+            )
+        notes.append(text)
+    return [
+        dataclasses.replace(e, output=spelling[label_of(e.output)], history=tuple(map(spelled, e.history)))
+        for e in part
+        if label_of(e.output) in spelling
+    ]
 
 
 @dataclass(frozen=True, slots=True)
@@ -176,45 +204,82 @@ class _Sidecar:
     held_out: tuple[str, ...] = ()
 
 
-def _samples(data: Any, samples: str, skip_bad: bool, notes: list[str]) -> tuple[dict[str, list[Example]], _Sidecar]:  # noqa: ANN401
+def _samples(
+    data: Any,  # noqa: ANN401
+    samples: str,
+    skip_bad: bool,
+    columns: Mapping[str, str] | None,
+    notes: list[str],
+) -> tuple[dict[str, list[Example]], _Sidecar]:
     """Return each user's samples and what the data brings beside them."""
+    sidecar = _Sidecar()
     if isinstance(data, str | os.PathLike):
-        path = Path(data)
+        path = local_path(data)
         if path.is_dir():
             lamp = read_lamp(path / "train_questions.json", path / "train_outputs.json")
             notes.extend(lamp.repairs)
-            return _group([*lamp.examples, *leave_one_out_profiles(lamp.examples)]), _Sidecar(path.name, lamp.template)
-        result = read_events(path, skip_bad)
-        if result.skipped:
-            notes.append(f"{len(result.skipped)} bad records skipped, first: {result.skipped[0]}")
-        return _from_events(result.events, samples, notes), _sidecar(path)
-    rows = list(data)
-    if not rows:
-        raise DataError("no data given")
-    if all(isinstance(r, Example) for r in rows):
-        return _group(rows), _Sidecar()
-    events = [
-        r if isinstance(r, Event) else parse_event(r, f"record {i}")
-        for i, r in enumerate(rows)
-        if isinstance(r, Event | Mapping)
-    ]
-    if len(events) < len(rows):
-        raise DataError("data must be all Examples, or all Events and records with user_id, input, output")
-    return _from_events(events, samples, notes), _Sidecar()
+            examples = [*lamp.examples, *leave_one_out_profiles(lamp.examples)]
+            return _group(examples), _Sidecar(path.name, lamp.template)
+        result, sidecar = read_events(path, skip_bad, columns=columns), _sidecar(path)
+    else:
+        rows = data if hasattr(data, "__len__") else list(data)
+        if not len(rows):
+            raise DataError("no data given")
+        if isinstance(rows, list | tuple):
+            if all(isinstance(r, Example) for r in rows):
+                return _group(rows), sidecar
+            rows = [_record(r) if isinstance(r, Event) else r for r in rows]
+        result = collect_events(table_rows(rows, columns), "data", skip_bad)
+    if result.skipped:
+        notes.append(f"{len(result.skipped)} bad records skipped, first: {result.skipped[0]}")
+    events, template = _without_system(result.events, notes)
+    if template and sidecar.template is None:
+        sidecar = dataclasses.replace(sidecar, template=template)
+    return _from_events(events, samples, notes), sidecar
+
+
+def _record(event: Event) -> dict[str, Any]:
+    item = event.item
+    fields = {"user_id": event.user_id, "input": item.input, "output": item.output}
+    return {**event.metadata, **fields, "timestamp": item.timestamp, "id": item.id}
+
+
+def _without_system(events: list[Event], notes: list[str]) -> tuple[list[Event], str | None]:
+    """Return events, and as template the system prompt that all chats share; others stand in front of their inputs."""
+    prompts = [event.metadata.get(SYSTEM) for event in events]
+    if not any(prompts):
+        return events, None
+    if len(set(prompts)) == 1:
+        notes.append("the system prompt that all chats share is the template's beginning")
+        return events, str(prompts[0]).replace("{", "(").replace("}", ")") + "\n\n{input}"
+    notes.append(f"chats have {len(set(prompts))} system prompts; each stands in front of its requests")
+    return [
+        dataclasses.replace(e, item=dataclasses.replace(e.item, input=f"{p}\n\n{e.item.input}")) if p else e
+        for e, p in zip(events, prompts, strict=True)
+    ], None
 
 
 def _from_events(events: list[Event], samples: str, notes: list[str]) -> dict[str, list[Example]]:
     users: dict[str, list[HistoryItem]] = by_user(events)
+    timed = sum(event.item.timestamp is not None for event in events)
     if samples == "auto":
-        timed = all(item.timestamp is not None for items in users.values() for item in items)
-        samples = "time" if timed else "leave_one_out"
-        notes.append(f"samples: {samples} ({'every item has' if timed else 'not every item has'} a timestamp)")
+        samples = "time" if timed == len(events) else "leave_one_out"
+        notes.append(f"samples: {samples} ({'every' if timed == len(events) else 'not every'} item has a timestamp)")
+        if 0 < timed < len(events):
+            notes.append(f"{len(events) - timed} items have no timestamp; each counts as just after the one before it")
     make = time_ordered if samples == "time" else leave_one_out
-    made = {user: make(user, items) for user, items in users.items()}
-    lonely = [user for user, targets in made.items() if all(not t.history for t in targets)]
-    if lonely:
-        notes.append(f"{len(lonely)} of {len(made)} users have no second item; they train the no-history case only")
-    return made
+    targets = {user: make(user, items) for user, items in users.items()}
+    without = [user for user, of_user in targets.items() if all(not t.history for t in of_user)]
+    single = sum(len(users[user]) == 1 for user in without)
+    alike = len(without) - single
+    if single:
+        notes.append(f"{single} of {len(users)} users have no second item; they train the no-history case only")
+    if alike:
+        notes.append(
+            f"{alike} of {len(users)} users answer the same request in all their items, which may not be each other's "
+            "history; they train the no-history case only"
+        )
+    return targets
 
 
 def _group(examples: Sequence[Example]) -> dict[str, list[Example]]:

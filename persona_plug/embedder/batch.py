@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from persona_plug.config import PlugConfig
 from persona_plug.data.history import Example
+from persona_plug.data.labels import label_of
 from persona_plug.errors import ConfigError, DataError
 from persona_plug.models.encoder import HistoryEncoder
 
@@ -78,7 +79,7 @@ class VectorTable:
         self.rows = texts
         self.vectors = encoder.encode(list(texts))
         self.quoted = self._quoted(examples, ids) if config.quotes else None
-        self.answer_ids = {a: i for i, a in enumerate(config.answers or ())}
+        self.answer_ids = {label_of(a): i for i, a in enumerate(config.answers or ())}
 
     def _quoted(self, examples: Sequence[Example], ids: Tokenise | None) -> Tensor:
         """Return the first T token ids of every output, (texts, T), -1 beyond its end."""
@@ -104,7 +105,7 @@ class VectorTable:
             for i, item in enumerate(history):
                 inputs[b, i] = self.rows[item.input]
                 outputs[b, i] = self.rows[item.output]
-                answers[b, i] = self.answer_ids.get(item.output.strip(), -1)
+                answers[b, i] = self.answer_ids.get(label_of(item.output), -1)
                 mask[b, i] = True
         request = self.vectors[torch.tensor([self.rows[e.input] for e in examples], dtype=torch.long)]
         quotes = None if self.quoted is None else self.quoted[outputs]

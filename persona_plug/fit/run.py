@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -55,6 +55,7 @@ def fit(
     template: str | None = None,
     answers: Sequence[str] | str | None = "auto",
     skip_bad: bool = False,
+    columns: Mapping[str, str] | None = None,
     report: bool = True,
     report_samples: int = 400,
     generated: int = 48,
@@ -65,7 +66,7 @@ def fit(
 
     Args:
         plug: The plug; it is trained from its untrained state.
-        data: See `persona_plug.data.splits.prepare`, also for the next seven arguments.
+        data: See `persona_plug.data.splits.prepare`, also for the next eight arguments.
         samples: `auto`, `leave_one_out` or `time`.
         valid: Share of users for early stopping and calibration.
         held_out: Share of users for the report; default the users that the data's sidecar names, else 0.2.
@@ -73,6 +74,7 @@ def fit(
         template: The LLM's instruction with `{input}`.
         answers: Answer space, `auto`, or None for free text.
         skip_bad: Skip and count bad records.
+        columns: Field -> the data's own name of it.
         output_dir: Checkpoints, log, plots and report; default a temporary folder that is removed.
         resume: Go on with an interrupted run in `output_dir`.
         report: Also train the task prompt and compare on held-out users.
@@ -98,6 +100,7 @@ def fit(
             template=template,
             answers=answers,
             skip_bad=skip_bad,
+            columns=columns,
             seed=config.seed,
         )
     )

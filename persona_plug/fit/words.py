@@ -23,7 +23,8 @@ GATE_SHARE = (
 )  # of the training users, on whom the soft tokens are not trained: they would be too sure of themselves
 SAMPLES, VALID_SAMPLES = 240, 96  # answers that the gate learns from, and is chosen by
 MAP_ANSWERS, MAP_REQUESTS = 48, 96  # answers and requests whose states the maps are fitted to
-COMMON_SHARE = 0.3  # a word that stands in more of the requests is no slot
+COMMON_SHARE = 0.1  # a word that stands in more of the requests is no slot
+SHORTENED = 0.5  # of the samples lose some or all of their history: short ones are learned, too
 
 
 def split_users(data: FitData, seed: int) -> tuple[list[Example], list[Example]]:
@@ -68,21 +69,25 @@ def fit_words(plug: PlugModel, train: Sequence[Example], valid: Sequence[Example
     logits = [row[2] for _, rows in recollection.passes(answers) for row in rows]
     head.states.fit(plug.llm, torch.cat(logits), seed)
     recollection.forget()
+    samples = [list(_samples(plug, recollection, part, draw)) for part in (train, valid)]
     with torch.enable_grad():
-        nll = fit_gate(
-            head.gate, list(_samples(plug, recollection, train)), list(_samples(plug, recollection, valid)), seed
-        )
+        nll = fit_gate(head.gate, *samples, seed)
     head.fitted.fill_(True)
     logger.info("words head: %.3f nats per token on %d validation answers", nll, len(valid))
     return nll
 
 
-def _samples(plug: PlugModel, recollection: Recollection, examples: Sequence[Example]) -> Iterator[GateSample]:
+def _samples(
+    plug: PlugModel, recollection: Recollection, examples: Sequence[Example], draw: np.random.Generator
+) -> Iterator[GateSample]:
     recollection.remember([item for e in examples for item in _items(plug, e)])
     by_pair = {(e.input, e.output): e for e in examples}
     for pairs, rows in recollection.passes(list(by_pair)):
         for pair, (tokens, _, logits) in zip(pairs, rows, strict=True):
-            reader = recollection.reader(pair[0], _items(plug, by_pair[pair]))
+            items = _items(plug, by_pair[pair])
+            if draw.random() < SHORTENED:
+                items = items[: draw.integers(0, len(items) + 1)]
+            reader = recollection.reader(pair[0], items)
             yield gate_sample(reader, logits, tokens)
 
 

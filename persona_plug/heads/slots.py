@@ -17,7 +17,7 @@ from torch import Tensor
 
 WORD = re.compile(r"\w+(?:['’-]\w+)*")
 SPAN_WORDS = 6  # a slot has at most so many words
-NEAREST = 0.45  # mean cosine below which a slot has no place in a request
+NEAREST = 0.5  # mean cosine below which a slot has no place in a request
 
 
 @dataclass(frozen=True, slots=True)

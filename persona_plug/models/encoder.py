@@ -119,8 +119,10 @@ class HistoryEncoder:
             progress: Show a progress bar; default only on a terminal and for more than one batch.
 
         Raises:
-            DataError: The encoder gave a vector that is not finite; the text is named.
+            DataError: `texts` is no list but one text; or a vector is not finite, and its text is named.
         """
+        if isinstance(texts, str):
+            raise DataError(f"texts must be a list of texts, not the text {texts!r:.60}; put it into a list")
         self.stats.requested += len(texts)
         wanted = {t: _key(t) for t in dict.fromkeys(texts) if t.strip()}
         known = self.cache.get(list(wanted.values())) if self.cache is not None else {}

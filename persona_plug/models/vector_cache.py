@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 from filelock import FileLock
 
+from persona_plug.errors import ConfigError
 from persona_plug.models.caching import caching
 
 logger = logging.getLogger(__name__)
@@ -43,14 +44,27 @@ class VectorCache:
     """
 
     def __init__(self, path: Path, dim: int) -> None:
-        """Open or create the cache file for vectors of width `dim`."""
+        """Open or create the cache file for vectors of width `dim`.
+
+        Raises:
+            ConfigError: The file cannot be made or written.
+        """
         self.path, self.dim = path, dim
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with self._alone():
-            try:
-                self._create()
-            except sqlite3.DatabaseError as exc:
-                self._rebuild(exc)
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with self._alone():
+                try:
+                    self._create()
+                except sqlite3.OperationalError:  # no right to write, or in use: not damaged
+                    raise
+                except sqlite3.DatabaseError as exc:
+                    self._rebuild(exc)
+        except (OSError, sqlite3.OperationalError) as exc:
+            cause = getattr(exc, "strerror", None) or exc
+            raise ConfigError(
+                f"{path.parent}: vectors cannot be kept here ({cause}); set PERSONA_PLUG_CACHE to a folder that can be "
+                "written, or pass use_cache=False"
+            ) from exc
 
     def get(self, keys: Sequence[bytes]) -> dict[bytes, np.ndarray]:
         """Return the fp16 vectors (d,) of those keys that are stored and whole."""

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from persona_plug.config import PlugConfig
 from persona_plug.data.history import Example
+from persona_plug.data.labels import label_of
 from persona_plug.embedder.batch import HistoryBatch, Tokenise, collate, with_request_ids
 from persona_plug.errors import ConfigError, DataError, MismatchError
 from persona_plug.models.caching import uncached
@@ -78,7 +79,9 @@ class StoredTable:
         with uncached():
             self.vectors = encoder.encode(list(self.rows))
         # Without texts an answer is known by its hash: vectors of short labels may lie too close together.
-        self.answers = {text_hash(a): i for i, a in enumerate(config.answers or ())}
+        # Earlier stores hashed a label as it was written.
+        names = list(enumerate(config.answers or ()))
+        self.answers = {text_hash(label_of(a)): i for i, a in names} | {text_hash(a): i for i, a in names}
 
     def batch(self, examples: Sequence[Example]) -> HistoryBatch:
         """Collate examples whose requests are in the table; all are `StoredExample`."""

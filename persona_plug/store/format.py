@@ -18,7 +18,7 @@ HASH = 8  # bytes kept of a text's hash
 
 @dataclass(frozen=True, slots=True)
 class StoredHistory:
-    """What a store holds of a user, oldest first.
+    """What a store holds of a user, oldest first; see `HistoryStore.read` for items without a time.
 
     Attributes:
         user: The user's id.
@@ -27,7 +27,7 @@ class StoredHistory:
         outputs: (n, d) float32, the same for the outputs.
         raw_texts: (input, output) of each item as stored bytes, or None where the store keeps no text.
         timestamps: Seconds since 1970, None where an item has no time.
-        output_hashes: The first 8 bytes of each output's SHA-256, white space around it removed.
+        output_hashes: The first 8 bytes of the SHA-256 of each output, spelled as `labels.label_of` says.
         total: Items held of the user, those beyond the limit of the reading included.
     """
 

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, Self
 import numpy as np
 
 from persona_plug.data.history import HistoryItem
+from persona_plug.data.moments import in_time
 from persona_plug.errors import ConfigError, DataError, MismatchError
 from persona_plug.models import zoo
 from persona_plug.models.vector_cache import VectorCache
@@ -57,9 +58,13 @@ _MINE = (
     "id BETWEEN (SELECT key * 4294967296 FROM persona_users WHERE name = :user)"
     " AND (SELECT key * 4294967296 + 4294967295 FROM persona_users WHERE name = :user)"
 )
+# An item without a time stays behind the one that came before it; of one time, what came later is later. Only ids and
+# times are sorted, not the vectors.
 _READ = f"""
 SELECT (SELECT items FROM persona_users WHERE name = :user), item_id, at, hashes, vectors, input, output
-FROM persona_items WHERE {_MINE} ORDER BY id DESC LIMIT :limit
+FROM persona_items JOIN (
+    SELECT id AS latest, COALESCE(at, MAX(at) OVER (ORDER BY id)) AS since FROM persona_items WHERE {_MINE}
+) AS times ON id = latest ORDER BY since IS NULL, since DESC, id DESC LIMIT :limit
 """  # noqa: S608
 _KNOWN = f"SELECT item_id FROM persona_items WHERE {_MINE} AND item_id IN :ids"  # noqa: S608
 _HASHES = f"SELECT hashes FROM persona_items WHERE {_MINE}"  # noqa: S608
@@ -77,9 +82,10 @@ _INSERT = (
 class HistoryStore:
     """Users' histories in a database: per item two vectors, its id and time, and its texts if `keep_text`.
 
-    Items are kept in the order they were added; adding one whose id the user has already changes nothing. Fields of
-    records other than input, output, timestamp and id are not stored. Vectors depend on the encoder: another encoder
-    than the store was made with is refused whenever it is opened. Threads and processes may share a store.
+    Items have the order of their times, or without times the order they were added; adding one whose id the user has
+    already changes nothing. Fields of records other than input, output, timestamp and id are not stored. Vectors depend
+    on the encoder: another encoder than the store was made with is refused whenever it is opened. Threads and processes
+    may share a store.
 
     Attributes:
         fingerprint: Identity of the encoder whose vectors are stored.
@@ -170,8 +176,9 @@ class HistoryStore:
         skip_bad: bool = False,
         progress: bool | None = None,
         rename: Callable[[str], str] = str,
+        columns: Mapping[str, str] | None = None,
     ) -> ImportResult:
-        """Add the events of a JSONL or Parquet file, a few hundred in a transaction.
+        """Add the events of a JSONL, JSON, CSV, TSV or Parquet file, a few hundred in a transaction.
 
         Running it again goes on where it broke off: what is stored is neither encoded nor stored again. Records
         without an id get one from their content and from how often the same content came before in the file.
@@ -181,6 +188,7 @@ class HistoryStore:
             skip_bad: Leave bad records out and list them in the result.
             progress: Show a progress bar; default only on a terminal.
             rename: What a record's user is called in the store; a gateway has names of its own for a tenant's users.
+            columns: Field -> the file's own name of it, as `{"user_id": "agent"}`.
 
         Raises:
             DataError: The file or a record cannot be used; the records before it are stored.
@@ -190,7 +198,7 @@ class HistoryStore:
         shows = progress if progress is not None else sys.stderr.isatty()
         skipped: list[str] = []
         read = new = 0
-        found = events(Path(path), skipped if skip_bad else None)
+        found = events(Path(path), skipped if skip_bad else None, columns)
         with tqdm(desc="store", unit="event", disable=not shows) as bar:
             while chunk := list(islice(found, CHUNK)):
                 read += len(chunk)
@@ -207,6 +215,8 @@ class HistoryStore:
             check_id("user id", user)
             check_id("item id", item.id)
             users.setdefault(user, {}).setdefault(str(item.id), item)
+        # Numbers go by time: of one date, a list that runs from new to old is turned round, as it is in memory.
+        users = {user: {str(item.id): item for item in in_time(list(items.values()))} for user, items in users.items()}
         with transaction(self._engine) as connection:
             known = {user: self._known(connection, user, list(items)) for user, items in users.items()}
         wanted = [(user, i) for user, items in users.items() for name, i in items.items() if name not in known[user]]
@@ -241,7 +251,10 @@ class HistoryStore:
     # -- reading ---------------------------------------------------------------------------------------------------
 
     def read(self, user: str, limit: int | None = None) -> StoredHistory:
-        """Return a user's newest items in the order they were added, by one SELECT; an unknown user has none.
+        """Return a user's newest items, oldest first, by one SELECT; an unknown user has none.
+
+        Items are in the order of their times, and of one time in the order they were added. An item without a time
+        stays behind the one that was added before it.
 
         Args:
             user: The user's id.

@@ -5,11 +5,13 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from persona_plug.data.history import HistoryItem, _records, parse_event
+from persona_plug.data.history import HistoryItem, events_of
+from persona_plug.data.labels import label_of
+from persona_plug.data.rows import read_rows
 from persona_plug.errors import DataError
 from persona_plug.store.format import HASH, VectorFormat, pack, to_bytes
 
@@ -19,37 +21,42 @@ if TYPE_CHECKING:
 LONGEST_ID = 1000  # bytes; an entry of PostgreSQL's indexes is limited to 2.7 kB
 
 
-def events(path: Path, skipped: list[str] | None) -> Iterator[tuple[str, HistoryItem]]:
+def events(
+    path: Path, skipped: list[str] | None, columns: Mapping[str, str] | None = None
+) -> Iterator[tuple[str, HistoryItem]]:
     """Yield (user, item with id) of a file; bad records raise, or go to `skipped`.
 
     A record without an id gets one from its content and from how often the same content came before: the same again
-    when the file is read again, also when it has grown at its end.
+    when the file is read again, also when it has grown at its end. `columns` are those of `rows.read_rows`.
 
     Raises:
         DataError: The file cannot be read or a record is bad.
     """
-    if not path.is_file():
-        raise DataError(f"{path}: no such file")
     seen: Counter[bytes] = Counter()
-    for where, record in _records(path):
+    for where, record in read_rows(path, columns):
         try:
             if isinstance(record, DataError):
                 raise record
-            event = parse_event(record, where)
-            item = event.item
-            if item.id is None:
-                content = repr((event.user_id, item.input, item.output, item.timestamp))
-                digest = hashlib.sha256(content.encode()).digest()[:12]
-                seen[digest] += 1
-                item = dataclasses.replace(item, id=f"{digest.hex()}-{seen[digest]}")
-            check_id(f"{where}: user id", event.user_id)
-            check_id(f"{where}: id", item.id)
+            fresh = [(event.user_id, _with_id(event.user_id, event.item, seen)) for event in events_of(record, where)]
+            for user, item in fresh:
+                check_id(f"{where}: user id", user)
+                check_id(f"{where}: id", item.id)
         except DataError as exc:
             if skipped is None:
                 raise
             skipped.append(str(exc))
         else:
-            yield event.user_id, item
+            yield from fresh
+
+
+def _with_id(user: str, item: HistoryItem, seen: Counter[bytes]) -> HistoryItem:
+    """Return the item with an id, made of its content where it has none."""
+    if item.id is not None:
+        return item
+    content = repr((user, item.input, item.output, item.timestamp))
+    digest = hashlib.sha256(content.encode()).digest()[:12]
+    seen[digest] += 1
+    return dataclasses.replace(item, id=f"{digest.hex()}-{seen[digest]}")
 
 
 def check_id(what: str, value: object) -> None:
@@ -78,7 +85,7 @@ def rows(
         {
             "item_id": item.id,
             "at": item.timestamp,
-            "hashes": b"".join(text_hash(t) for t in (item.input, item.output, item.output.strip())),
+            "hashes": b"".join(text_hash(t) for t in (item.input, item.output, label_of(item.output))),
             "vectors": blob,
             "input": to_bytes(item.input) if keep_text else None,
             "output": to_bytes(item.output) if keep_text else None,

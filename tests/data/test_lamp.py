@@ -185,10 +185,48 @@ def test_dates_with_a_time_of_day_and_bare_years(tmp_path):
     assert [i.input for i in example.history] == ["2014", "2015-01-01 23:00:00", "2015-01-02 10:00:00"]
 
 
-def test_a_profile_with_an_undated_item_keeps_its_order(tmp_path):
-    profile = [{"text": "b", "score": "1", "date": "2015-01-01"}, {"text": "a", "score": "1"}]
-    (example,) = read_lamp(write(tmp_path, [{"id": "1", "input": "x", "profile": profile}])[0]).examples
-    assert [i.input for i in example.history] == ["b", "a"]
+UNDATED = [{}, {"date": None}, {"date": ""}, {"date": "soon"}, {"date": "01-03-2020"}, {"date": "2015-13-01"}]
+
+
+@pytest.mark.parametrize("field", UNDATED, ids=str)
+def test_an_item_without_a_usable_date_is_left_out_of_a_dated_profile_and_counted(tmp_path, field):
+    dates = ("2016-01-01", "2015-03-01T10:00:00", "2015/03/02", "2015-03-01 09:00:00")
+    profile = [{"text": d, "score": "1", "date": d} for d in dates]
+    profile.insert(2, {"text": "undated", "score": "1", **field})
+    data = read_lamp(write(tmp_path, [{"id": "1", "input": "x", "profile": profile}])[0])
+    assert [i.input for i in data.examples[0].history] == [dates[3], dates[1], dates[2], dates[0]]
+    (line,) = data.repairs
+    assert line.startswith("1 profile items left out")
+    assert "question 1: profile item 2" in line
+
+
+def test_a_profile_without_dates_keeps_its_order_and_items(tmp_path):
+    profile = [{"text": t, "score": "1", "date": None} for t in "ba"]
+    data = read_lamp(write(tmp_path, [{"id": "1", "input": "x", "profile": profile}])[0])
+    assert [i.input for i in data.examples[0].history] == ["b", "a"]
+    assert data.repairs == ()
+
+
+@pytest.mark.parametrize("output", [None, True, ["a"], {"b": 1}])
+def test_a_gold_output_that_is_no_text_is_named(tmp_path, output):
+    questions = [{"id": str(n), "input": f"x {n}", "profile": []} for n in range(2)]
+    golds = [{"id": "0", "output": "5"}, {"id": "1", "output": output}]
+    with pytest.raises(DataError, match="gold entry 1: field 'output' must be a text"):
+        read_lamp(*write(tmp_path, questions, golds))
+
+
+def test_ids_that_stand_twice_are_named(tmp_path):
+    question = {"id": "0", "input": "x", "profile": []}
+    with pytest.raises(DataError, match="gold entry 1: field 'id' '0' was already used"):
+        read_lamp(*write(tmp_path, [question], [{"id": "0", "output": "5"}] * 2))
+    with pytest.raises(DataError, match="question id '0' was used twice"):
+        read_lamp(*write(tmp_path, [question] * 2, [{"id": "0", "output": "5"}]))
+
+
+def test_a_field_without_a_value_is_empty_and_not_the_word_none(tmp_path):
+    profile = [{"abstract": None, "title": "t"}]
+    data = read_lamp(write(tmp_path, [{"id": "1", "input": "x", "profile": profile}])[0])
+    assert data.examples[0].history == (HistoryItem("", "t"),)
 
 
 # --- template

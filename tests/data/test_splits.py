@@ -147,6 +147,38 @@ def test_users_without_a_second_item_are_noted():
     assert any(n.startswith("1 of 6 users have no second item") for n in prepare(rows).notes)
 
 
+def test_users_who_answer_one_request_are_noted_as_such():
+    rows = [*records(5), *({"user_id": "same", "input": "a", "output": o} for o in ("yes", "no"))]
+    notes = prepare(rows).notes
+    assert any(n.startswith("1 of 6 users answer the same request in all their items") for n in notes)
+    assert not any("no second item" in n for n in notes)
+
+
+@pytest.mark.parametrize("day", ["2024-05-02", "2024-05-02T10:00:00"])
+def test_items_of_one_date_have_histories(day):
+    rows = [row | {"timestamp": day} for row in records()]
+    data = prepare(rows)
+    assert {len(e.history) for e in data.train} == {0, 1, 2, 3}
+    assert not any("no-history" in note for note in data.notes)
+
+
+def test_some_items_without_a_time_are_noted():
+    mixed = records(timestamps=True)
+    del mixed[5]["timestamp"], mixed[9]["timestamp"]
+    assert any(n.startswith("2 items have no timestamp") for n in prepare(mixed).notes)
+
+
+@pytest.mark.parametrize("samples", ["time", "leave_one_out"])
+def test_the_end_of_a_history_is_what_is_latest_whatever_the_files_order(samples):
+    rows = [{"user_id": f"u{u}", "input": f"q {u} {day}", "output": f"a {u} {day}", "timestamp": f"2024-05-{day:02}"}
+            for u in range(4) for day in range(1, 21)]  # fmt: skip
+    for order in (rows, rows[::-1], sorted(rows, key=lambda r: r["input"][::-1])):
+        last = max(prepare(order, samples=samples).train, key=lambda e: (e.user_id, len(e.history), e.input == "x"))
+        days = [int(i.input.split()[-1]) for i in last.history]
+        assert days == sorted(days)
+        assert days[-1] >= 19
+
+
 # --- answers and template
 
 

@@ -155,7 +155,7 @@ def test_free_text_is_learned_and_reported(make_plug, tmp_path, llm, placement):
     assert priors <= set(report.metrics)
     assert set(report.metrics["user_prior: first_words"]) == {"rouge-1", "rouge-L"}
     assert report.examples == [] or set(report.examples[0]["weights"][0]) == {"input", "output", "weight"}
-    assert report.metrics["plug"]["nll"][0] < report.metrics["none"]["nll"][0]
+    assert report.metrics["plug"]["nll"].value < report.metrics["none"]["nll"].value
 
 
 @pytest.mark.parametrize("recipe", ["default", "mean", "paper"])

@@ -12,6 +12,7 @@ from persona_plug.data.splits import FitData
 from persona_plug.errors import DataError
 from persona_plug.fit.words import fit_words, split_users
 from persona_plug.measure.answers import evaluate
+from persona_plug.splice.prompts import AnswerTree
 
 GREETINGS = ["hello", "howdy", "servus", "ahoy", "moin", "salve"]
 THINGS = ["lamp", "chair", "table", "clock", "radio", "piano", "spoon", "towel"]
@@ -19,7 +20,7 @@ THINGS = ["lamp", "chair", "table", "clock", "radio", "piano", "spoon", "towel"]
 
 def people(count, seed):
     """Users who greet in one of six ways; each asks about things."""
-    draw = random.Random(seed)
+    draw = random.Random(seed)  # noqa: S311
     samples = []
     for u in range(count):
         greeting = GREETINGS[(u + seed) % 6]
@@ -28,6 +29,13 @@ def people(count, seed):
             others = tuple(items[:i] + items[i + 1 :])
             samples.append(Example(f"user-{seed}-{u}", item.input, item.output, others))
     return samples
+
+
+@pytest.fixture(scope="module", autouse=True)
+def few_steps():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("persona_plug.heads.fitting.STEPS", 75)
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -50,9 +58,9 @@ def plug(make_plug, data):
 
 def others(samples):
     """The samples with the histories of users who greet in another way."""
-    return [
-        Example(e.user_id, e.input, e.output, samples[(i + 5) % len(samples)].history) for i, e in enumerate(samples)
-    ]
+    histories = [e.history for e in samples]
+    turned = histories[5:] + histories[:5]
+    return [Example(e.user_id, e.input, e.output, h) for e, h in zip(samples, turned, strict=True)]
 
 
 def nll(plug, samples):
@@ -96,11 +104,8 @@ def test_greedy_tokens_are_the_mixtures_best(plug, data):
     soft = plug._nobodys_tokens([sample.input])
     text = plug.generate(sample.input, sample.history, max_new_tokens=8)
     tokens = plug.prompter.ids(text)[:8]
-    from persona_plug.splice.prompts import AnswerTree
-
-    (logits,) = plug.splicer.answer_logits(
-        [parts], soft, [AnswerTree.build([tuple(tokens)], plug.prompter.eos, gold=0)]
-    )
+    tree = AnswerTree.build([tuple(tokens)], plug.prompter.eos, gold=0)
+    (logits,) = plug.splicer.answer_logits([parts], soft, [tree])
     best = row.mix(logits, [*tokens, plug.prompter.eos])[0].argmax(-1)
     assert best[: len(tokens)].tolist() == tokens
 
@@ -125,7 +130,7 @@ def test_labels_have_no_words_memory(make_plug):
 
 
 def test_too_few_users_are_named():
-    with pytest.raises(DataError, match="1 training users are too few.*words=False"):
+    with pytest.raises(DataError, match=r"1 training users are too few.*words=False"):
         split_users(FitData(people(1, 0), [], [], "{input}", None), 0)
 
 

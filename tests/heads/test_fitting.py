@@ -36,8 +36,9 @@ def samples(gate, count, own):
     return rows
 
 
-def test_a_memory_that_helps_is_trusted_and_one_that_does_not_is_not():
+def test_a_memory_that_helps_is_trusted_and_one_that_does_not_is_not(monkeypatch):
     torch.manual_seed(0)
+    monkeypatch.setattr("persona_plug.heads.fitting.STEPS", 100)
     for own in (True, False):
         gate = WordGate(["memory"])
         train, valid = samples(gate, 24, own), samples(gate, 8, own)

@@ -258,6 +258,22 @@ def test_a_file_that_goes_bad_while_in_use_is_rebuilt(make, tmp_path, caplog):
     assert encoder.stats.encoded == 600
 
 
+def test_one_text_is_no_list_of_texts(make):
+    with pytest.raises(DataError, match=r"a list of texts, not the text 'abc'; put it into a list"):
+        make().encode("abc")
+
+
+@pytest.mark.parametrize("obstacle", ["a file in the way", "a folder in the way"])
+def test_a_cache_that_cannot_be_made_is_refused_with_the_cure(tmp_path, obstacle):
+    path = tmp_path / "vectors" / "x.sqlite"
+    if obstacle == "a file in the way":
+        path.parent.write_text("")
+    else:
+        path.mkdir(parents=True)
+    with pytest.raises(ConfigError, match=r"vectors cannot be kept here .*set PERSONA_PLUG_CACHE to a folder"):
+        VectorCache(path, 4)
+
+
 def test_a_flipped_bit_is_encoded_again(make, tmp_path, caplog):
     encoder = make()
     first = encoder.encode(TEXTS)

@@ -117,7 +117,7 @@ def test_encoder_states_are_reused_too(load_parts):
         with torch.no_grad():
             expected = llm.get_encoder()(input_ids=torch.tensor([left])).last_hidden_state[0]
         torch.testing.assert_close(state, expected, atol=1e-4, rtol=1e-4)
-    assert len(splicer.cache._kept) == 3
+    assert len(splicer.cache._states) == 3
     assert splicer.cache.hits == 0
     assert [s.numel() for s in splicer.states([(), ()])] == [0, 0]
 

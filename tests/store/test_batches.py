@@ -105,6 +105,34 @@ def test_white_space_around_a_label_is_no_other_label(make_plug, make_store):
     assert plug.table(examples).batch(examples).values[0, :, -2:].tolist() == [[0, 1], [1, 0], [0, 0]]
 
 
+@pytest.mark.parametrize("answers", [("4", "5"), ("4.0", "5.0")])
+def test_a_number_in_another_spelling_is_no_other_label(make_plug, make_store, answers):
+    plug = make_plug(differ=True, answers=answers)
+    store = make_store()
+    items = [{"input": "a", "output": "5.0"}, {"input": "b", "output": 4}, {"input": "c", "output": "5,0"}]
+    store.append("ann", items)
+    assert torch.equal(plug.soft_prompt("x", user="ann", store=store), plug.soft_prompt("x", items))
+    examples = plug._examples("x", None, "ann", store)
+    assert plug.table(examples).batch(examples).values[0, :, -2:].tolist() == [[0, 1], [1, 0], [0, 1]]
+
+
+@pytest.mark.parametrize("kind", ["file order", "newest first", "mixed"])
+def test_the_latest_items_are_used_whatever_their_order(make_plug, make_store, kind):
+    """20 items, three of which count: the last three days, in memory and through a store."""
+    plug = make_plug(differ=True, max_history=3)
+    items = [
+        {"input": f"q {n}", "output": f"a {n}", "id": str(n), "timestamp": f"2024-05-{n:02}"} for n in range(1, 21)
+    ]
+    latest = items[-3:]
+    if kind != "file order":
+        items = items[::-1] if kind == "newest first" else items[1::2] + items[::2]
+    store = make_store(keep_text=True)
+    store.append("ann", items)
+    expected = plug.soft_prompt("x", latest)
+    assert torch.equal(plug.soft_prompt("x", items), expected)
+    assert torch.equal(plug.soft_prompt("x", user="ann", store=store), expected)
+
+
 def test_what_cannot_be_quoted_is_told(make_plug, people, filled, caplog):
     plug = make_plug(differ=True)
     silent = filled()

@@ -17,6 +17,7 @@ import pytest
 
 from persona_plug import HistoryStore
 from persona_plug.data.history import HistoryItem
+from persona_plug.data.moments import in_time
 from persona_plug.errors import ConfigError, CorruptFileError, DataError, MismatchError
 from persona_plug.models.encoder import HistoryEncoder
 from persona_plug.store import database as store_engine
@@ -25,9 +26,9 @@ from persona_plug.store.database import StoreUnavailable
 from persona_plug.store.rows import LONGEST_ID
 
 ANN = [
-    {"input": "tea or coffee", "output": "tea", "id": "1", "timestamp": 5},
+    {"input": "tea or coffee", "output": "tea", "id": "1", "timestamp": 1.5},
     {"input": "", "output": "I like mornings", "id": "2"},
-    {"input": "Grüße aus Köln", "output": "schöne Grüße 🙂", "id": "3", "timestamp": 1.5},
+    {"input": "Grüße aus Köln", "output": "schöne Grüße 🙂", "id": "3", "timestamp": 5},
 ]
 ODD = ["../../etc/passwd", "'; DROP TABLE persona_users; --", "100%_", "Zoë 🙂", "a\nb", "  spaces  ", "%s :user ?"]
 
@@ -36,12 +37,12 @@ def texts(history):
     return [(i.input, i.output, i.timestamp, i.id) for i in history.texts]
 
 
-def test_what_goes_in_comes_out_in_order(make_store, encoder):
+def test_what_goes_in_comes_out_oldest_first(make_store, encoder):
     store = make_store(keep_text=True)
     assert store.append("ann", ANN) == 3
     history = store.read("ann")
     assert (history.user, history.ids, history.total) == ("ann", ["1", "2", "3"], 3)
-    assert history.timestamps == [5, None, 1.5]
+    assert history.timestamps == [1.5, None, 5]
     assert texts(history) == [(i["input"], i["output"], i.get("timestamp"), i["id"]) for i in ANN]
     for got, name in ((history.inputs, "input"), (history.outputs, "output")):
         assert got.dtype == np.float32
@@ -59,12 +60,48 @@ def test_the_newest_items_are_read_and_all_are_counted(make_store):
     assert store.read("ann", 0).ids == []
 
 
+@pytest.mark.parametrize("reverse", [False, True])
+@pytest.mark.parametrize("days", [(1, 2, 3, 4), (1, 1, 2, 2), (None,) * 4, (1, None, 2, None), (2, 2, 2, 2)])
+def test_the_order_is_that_of_a_list_in_memory(make_store, tmp_path, days, reverse):
+    items = [{"output": "x", "id": str(n)} | ({} if day is None else {"timestamp": f"2024-05-{day:02}"})
+             for n, day in enumerate(days)][:: -1 if reverse else 1]  # fmt: skip
+    expected = [item.id for item in in_time([HistoryItem.of(item) for item in items])]
+    store = make_store()
+    store.append("list", items)
+    path = tmp_path / "e.csv"
+    rows = [f"file,,x,{item.get('timestamp', '')},{item['id']}" for item in items]
+    path.write_text("\n".join(["user_id,input,output,timestamp,id", *rows]))
+    store.load_file(path)
+    for user in ("list", "file"):
+        assert store.read(user).ids == expected
+        assert store.read(user, 2).ids == expected[-2:]
+
+
+def test_what_comes_late_is_put_where_its_time_is(make_store):
+    store = make_store()
+    for name, day in (("b", 2), ("d", 4), ("a", 1), ("e", None), ("c", 3)):
+        store.append("ann", [{"output": "x", "id": name, "timestamp": day}])
+    assert store.read("ann").ids == ["a", "b", "c", "d", "e"]  # e came behind d, the latest at that time
+
+
+def test_a_file_of_chats_under_other_names_is_loaded(make_store, tmp_path):
+    talk = [
+        {"role": r, "content": c} for r, c in (("user", "q"), ("assistant", "a"), ("user", "r"), ("assistant", "b"))
+    ]
+    path = tmp_path / "e.json"
+    path.write_text(json.dumps([{"agent": "ann", "messages": talk}]))
+    store = make_store(keep_text=True)
+    assert store.load_file(path, columns={"user_id": "agent"}).new == 2
+    assert store.load_file(path, columns={"user_id": "agent"}).known == 2
+    assert [i.output for i in store.read("ann").items] == ["a", "b"]
+
+
 def test_texts_are_kept_only_if_asked(make_store, url):
     store = make_store()
     store.append("ann", ANN)
     history = store.read("ann")
     assert history.texts is None
-    assert [(i.output, i.id, i.timestamp) for i in history.items] == [("", "1", 5), ("", "2", None), ("", "3", 1.5)]
+    assert [(i.output, i.id, i.timestamp) for i in history.items] == [("", "1", 1.5), ("", "2", None), ("", "3", 5)]
     assert all("output" not in record for record in store.export("ann"))
     store.close()
     if url.startswith("sqlite"):
@@ -341,12 +378,12 @@ def event(user, number, **more):
     return {"user_id": user, "input": f"question {number % 7}", "output": f"answer {number % 5}", **more}
 
 
-def test_a_file_is_loaded_in_its_order(make_store, tmp_path):
+def test_a_file_is_loaded_in_the_order_of_its_times(make_store, tmp_path):
     store = make_store(keep_text=True)
     path = write(tmp_path / "e.jsonl", [event(f"u{i % 3}", i, id=i, timestamp=100 - i) for i in range(30)])
     result = store.load_file(path)
     assert (result.new, result.known, result.skipped) == (30, 0, [])
-    assert store.read("u1").ids == [str(i) for i in range(1, 30, 3)]
+    assert store.read("u1").ids == [str(i) for i in range(28, 0, -3)]
     again = store.load_file(path)
     assert (again.new, again.known) == (0, 30)
 

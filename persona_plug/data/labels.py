@@ -1,0 +1,53 @@
+"""Answers of labelling tasks: their canonical spelling, and whether outputs are labels at all."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Iterable, Sequence
+
+from persona_plug.errors import DataError
+
+_NUMBER = re.compile(r"(-?(?:0|[1-9]\d*))(?:[.,](\d{1,2}))?")
+
+
+def label_of(output: str) -> str:
+    """Return a label's canonical spelling: without white space around it, and 5.0 or 5,0 as 5, 4,5 as 4.5.
+
+    Numbers with leading zeros are codes, and those with three digits behind a mark may be thousands: they stay.
+    """
+    text = output.strip()
+    match = _NUMBER.fullmatch(text)
+    if match is None or match[2] is None:
+        return text
+    return match[1] if not match[2].strip("0") else f"{match[1]}.{match[2]}"
+
+
+def detect_answers(outputs: Sequence[str], limit: int = 32) -> tuple[str, ...] | None:
+    """Return the sorted answer space if the outputs look like labels (few, short, repeated), else None.
+
+    Raises:
+        DataError: Two labels differ in letter case or white space only.
+    """
+    counts = Counter(label_of(o) for o in outputs)
+    if 2 <= len(counts) <= min(limit, len(outputs) // 5) and max(len(c) for c in counts) <= 48:
+        if alike := look_alikes(counts):
+            shown = " and ".join(f"{a!r} ({counts[a]})" for a in alike)
+            raise DataError(
+                f"labels {shown} differ in letter case or white space only; make them one, or name the answers"
+            )
+        return tuple(sorted(counts))
+    return None
+
+
+def look_alikes(labels: Iterable[str]) -> tuple[str, ...]:
+    """Return the first labels that differ in letter case or white space only, or none."""
+    spellings: dict[str, list[str]] = {}
+    for label in sorted(labels):
+        spellings.setdefault(plain(label), []).append(label)
+    return tuple(next((same for same in spellings.values() if len(same) > 1), ()))
+
+
+def plain(label: str) -> str:
+    """Return a label without letter case and with single spaces."""
+    return " ".join(label.casefold().split())
