@@ -20,6 +20,7 @@ from persona_plug.embedder.batch import HistoryBatch, value_dim
 from persona_plug.embedder.pooled import PooledEmbedder
 from persona_plug.errors import ConfigError, DataError, MismatchError
 from persona_plug.files import write_atomically
+from persona_plug.generation import check_wordless
 
 if TYPE_CHECKING:
     from persona_plug.model import PlugModel
@@ -69,7 +70,9 @@ def export_soft_prompts(plug: PlugModel, requests: Sequence[Example], out: Path,
 
     Raises:
         DataError: There is nothing to export, or two requests of a user have one id.
+        ConfigError: The plug has a words memory, which soft prompts do not hold.
     """
+    check_wordless(plug.config, "an engine of soft prompts")
     from safetensors.torch import save as to_bytes
 
     if not requests:

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from persona_plug.config import PlugConfig
 from persona_plug.data.history import Example, HistoryItem
+from persona_plug.errors import ConfigError
 from persona_plug.heads.processor import WordsProcessor
 from persona_plug.heads.words import WordsReader
 from persona_plug.splice.prompts import PromptParts
@@ -54,6 +55,16 @@ def with_words(options: Mapping[str, object], readers: Sequence[WordsReader] | N
         return dict(options)
     others = options.get("logits_processor") or []
     return {**options, "logits_processor": [WordsProcessor(readers, start), *others]}  # type: ignore[misc]
+
+
+def check_wordless(config: PlugConfig, what: str) -> None:
+    """Refuse what would leave a plug's words memory out.
+
+    Raises:
+        ConfigError: The plug has one; the message names `what`, which cannot read it.
+    """
+    if config.remembers:
+        raise ConfigError(f"{what} cannot read this plug's words memory; use generate, or a plug with words=False")
 
 
 def details(

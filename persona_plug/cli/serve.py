@@ -135,7 +135,14 @@ def _load(
         )
     else:
         raise ConfigError(f"engine={engine!r:.80} is neither `transformers` nor the URL of a vLLM server")
-    return Backend(loaded, HistoryStore(url, encoder=loaded.encoder, keep_text=keep_text), made)
+    users = HistoryStore(url, encoder=loaded.encoder, keep_text=keep_text)
+    if loaded.config.remembers and not users.keep_text:
+        users.close()
+        raise ConfigError(
+            f"{users.name} keeps no texts, and this plug reads users' own words: make the store with --keep-text, "
+            "or fit a plug with words=False"
+        )
+    return Backend(loaded, users, made)
 
 
 def _log_as_json(log: Log) -> None:

@@ -18,7 +18,7 @@ from persona_plug.store.batches import StoredExample
 ROWS = 8  # items per pass of the LLM
 CACHED = 20_000  # items whose words stay in memory
 
-Key = tuple[str, str]
+Pair = tuple[str, str]
 SoftTokens = Callable[[Sequence[str]], Soft]
 AnswerRow = tuple[list[int], list[tuple[int, int]], torch.Tensor]
 
@@ -45,28 +45,34 @@ class Recollection:
         """
         self.head, self.splicer, self.prompter, self.encoder = head, splicer, prompter, encoder
         self.soft_tokens = soft_tokens
-        self._cache: OrderedDict[Key, ItemWords] = OrderedDict()
+        self._cache: OrderedDict[tuple[str, Pair], ItemWords] = OrderedDict()
 
-    def forget(self) -> None:
-        """Drop all words: they belong to the head and the soft tokens with which they were read."""
-        self._cache.clear()
+    def forget(self, owner: str | None = None) -> None:
+        """Drop the words of one owner; by default all, since a head or soft tokens that change make them stale."""
+        for key in [key for key in self._cache if owner is None or key[0] == owner]:
+            del self._cache[key]
 
     @torch.no_grad()
-    def remember(self, items: Sequence[HistoryItem]) -> list[ItemWords]:
-        """Return the words of items, from the cache or by passes of the LLM over items of like length."""
-        words = {key: self._cache[key] for item in items if (key := (item.input, item.output)) in self._cache}
-        missing = [key for key in dict.fromkeys((i.input, i.output) for i in items) if key not in words]
-        for keys, rows in self.passes(missing):
-            for key, (tokens, offsets, logits) in zip(keys, rows, strict=True):
-                words[key] = self.head.item_words(self.encoder, *key, tokens, offsets, logits)
-        for key, value in words.items():
-            self._cache[key] = value
-            self._cache.move_to_end(key)
+    def remember(self, items: Sequence[HistoryItem], owner: str = "") -> list[ItemWords]:
+        """Return the words of items, from the cache or by passes of the LLM over items of like length.
+
+        Args:
+            items: The items.
+            owner: Whose they are: users of a store share no cached words, or times would tell who wrote the same.
+        """
+        pairs = list(dict.fromkeys((item.input, item.output) for item in items))
+        words = {pair: self._cache[owner, pair] for pair in pairs if (owner, pair) in self._cache}
+        for part, rows in self.passes([pair for pair in pairs if pair not in words]):
+            for pair, (tokens, offsets, logits) in zip(part, rows, strict=True):
+                words[pair] = self.head.item_words(self.encoder, *pair, tokens, offsets, logits)
+        for pair, value in words.items():
+            self._cache[owner, pair] = value
+            self._cache.move_to_end((owner, pair))
         while len(self._cache) > CACHED:
             self._cache.popitem(last=False)
         return [words[item.input, item.output] for item in items]
 
-    def passes(self, pairs: Sequence[Key]) -> Iterator[tuple[list[Key], list[AnswerRow]]]:
+    def passes(self, pairs: Sequence[Pair]) -> Iterator[tuple[list[Pair], list[AnswerRow]]]:
         """Yield (pairs, rows) of passes over requests and answers; a row is (tokens, offsets, logits) of an answer.
 
         Tokens (n,) end with the end token, offsets (n - 1,) are characters, logits (n, V).
@@ -93,12 +99,16 @@ class Recollection:
             return None
         limit = self.prompter.config.max_words
         histories = [texts_of(e)[-limit:] for e in examples]
-        self.remember([item for history in histories for item in history])  # of all rows in few passes
-        return [self.reader(e.input, history) for e, history in zip(examples, histories, strict=True)]
+        owners = [e.user_id if isinstance(e, StoredExample) else "" for e in examples]
+        for owner in dict.fromkeys(owners):  # all of an owner's rows in few passes
+            rows = zip(histories, owners, strict=True)
+            self.remember([item for history, whose in rows if whose == owner for item in history], owner)
+        rows = zip(examples, histories, owners, strict=True)
+        return [self.reader(e.input, history, owner) for e, history, owner in rows]
 
-    def reader(self, request: str, items: Sequence[HistoryItem]) -> WordsReader:
-        """Return the reader of one request of a user with these items."""
-        words = self.remember(items)
+    def reader(self, request: str, items: Sequence[HistoryItem], owner: str = "") -> WordsReader:
+        """Return the reader of one request of a user with these items; for `owner` see `remember`."""
+        words = self.remember(items, owner)
         placed = self.head.request_words(self.encoder, request) if any(w.slots for w in words) else None
         memory = self.head.recall(words, placed, self.prompter.ids)
         limit = self.prompter.config.max_input_tokens

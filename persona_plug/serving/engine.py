@@ -16,6 +16,8 @@ import torch
 from torch import Tensor
 
 from persona_plug.errors import PersonaPlugError
+from persona_plug.heads.processor import WordsProcessor
+from persona_plug.heads.words import WordsReader
 from persona_plug.serving.writing import Sampler, Writer
 from persona_plug.splice.prompts import PromptParts
 
@@ -40,6 +42,7 @@ class Call:
         top_p: Probability mass that is sampled from.
         seed: Of the sampling; None draws one.
         stop: Texts that end the answer and do not belong to it.
+        reader: What mixes the user's own words in, or None.
         salt: Keyed hash of whose request it is; an engine shares no cache between calls of different salts.
     """
 
@@ -51,6 +54,7 @@ class Call:
     seed: int | None = None
     stop: tuple[str, ...] = ()
     salt: str = ""
+    reader: WordsReader | None = None
 
     @property
     def prompt_tokens(self) -> int:
@@ -236,6 +240,12 @@ class TransformersEngine:
             return torch.tensor(done, device=ids.device)
 
         samplers = [Sampler.of(call.temperature, call.top_p, call.seed) for call in calls]
+        readers = [call.reader for call in calls]
+        processors: list[Any] = []
+        if any(reader is not None for reader in readers):
+            processors.append(WordsProcessor(readers, start=int(plug.llm.config.is_encoder_decoder)))
+        if any(samplers):
+            processors.append(_choose(samplers))
         plug.llm.generate(
             **plug.splicer.generation_inputs([call.parts for call in calls], soft),
             pad_token_id=plug.prompter.eos if pad is None else pad,
@@ -245,7 +255,7 @@ class TransformersEngine:
             temperature=None,
             top_p=None,
             top_k=None,
-            logits_processor=LogitsProcessorList([_choose(samplers)] if any(samplers) else []),
+            logits_processor=LogitsProcessorList(processors),
             stopping_criteria=StoppingCriteriaList([step]),
         )
         for job, writer in zip(jobs, writers, strict=True):

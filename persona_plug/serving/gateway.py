@@ -13,6 +13,7 @@ from typing import Any, ParamSpec, TypeVar
 
 import torch
 
+from persona_plug.heads.words import WordsReader
 from persona_plug.pairing import pair
 from persona_plug.serving.auth import Keyring, store_key
 from persona_plug.serving.engine import Call, Delta, Engine
@@ -179,10 +180,10 @@ class Gateway:
         else:
             parts, request = plug.prompter.parts(body.text), body.text
         user = None if body.user is None else store_key(tenant, body.user)
-        soft = torch.zeros(0, plug.config.llm_width)
+        soft, reader = torch.zeros(0, plug.config.llm_width), None
         info: dict[str, Any] = {"personal": body.personal}
         if body.personal:
-            soft, known = _soft(backend, request, user)
+            soft, reader, known = _soft(backend, request, user)
             info |= known
         info["input_tokens_cut"] = parts.cut
         call = Call(
@@ -193,6 +194,7 @@ class Gateway:
             top_p=1.0 if body.top_p is None else body.top_p,
             seed=body.seed,
             stop=body.stops,
+            reader=reader,
             # Without a user nobody knows whose the next one is: it shares no cache with anything.
             salt="" if user is None else self.hash("salt", user),
         )
@@ -252,6 +254,7 @@ class Gateway:
         """Delete one event of a user, and return whether it was there."""
         async with self._writing:
             gone = await self.on_store(self.backend.store.delete, key, event)
+        await self._forget_words(key)
         self.metrics.events.labels("deleted").inc(int(gone))
         return bool(gone)
 
@@ -260,8 +263,15 @@ class Gateway:
         self.memory.forget(key)
         async with self._writing:
             gone = await self.on_store(self.backend.store.forget, key)
+        await self._forget_words(key)
         self.metrics.events.labels("deleted").inc(gone.items)
         return int(gone.items)
+
+    async def _forget_words(self, key: str) -> None:
+        """Drop what the plug keeps in memory of a user's texts."""
+        recollection = self.backend.plug.recollection
+        if recollection is not None:
+            await self.on_plug(recollection.forget, key)
 
     async def count(self, key: str) -> int:
         """Return how many events the store holds of a user."""
@@ -269,8 +279,8 @@ class Gateway:
 
 
 @torch.no_grad()
-def _soft(backend: Backend, request: str, user: str | None) -> tuple[torch.Tensor, dict[str, Any]]:
-    """Return the soft tokens (S, H) of a request, and how much history stands behind them."""
+def _soft(backend: Backend, request: str, user: str | None) -> tuple[torch.Tensor, WordsReader | None, dict[str, Any]]:
+    """Return the soft tokens (S, H) of a request, what reads the user's words, and how much history there is."""
     plug = backend.plug
     examples = pair(plug.config, request) if user is None else pair(plug.config, request, None, user, backend.store)
     soft = plug.embed(plug.table(examples).batch(examples)).soft[0].float().cpu()
@@ -278,4 +288,6 @@ def _soft(backend: Backend, request: str, user: str | None) -> tuple[torch.Tenso
     used = len(held.ids) if held else 0
     unquoted = used if held and held.texts is None and plug.config.quotes else 0
     dropped = held.total - used if held else 0
-    return soft, {"history_items": used, "items_dropped": dropped, "items_unquoted": unquoted}
+    readers = plug.readers(examples)
+    known = {"history_items": used, "items_dropped": dropped, "items_unquoted": unquoted}
+    return soft, readers[0] if readers else None, known

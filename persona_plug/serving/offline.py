@@ -13,6 +13,7 @@ from torch import Tensor
 from persona_plug.data.history import Example
 from persona_plug.errors import ConfigError
 from persona_plug.export import dense
+from persona_plug.generation import check_wordless
 from persona_plug.models import zoo
 from persona_plug.serving.vllm import Sampling, prompt_embeds
 
@@ -82,6 +83,8 @@ class VllmOffline:
             personal: False for the plain LLM, without soft tokens.
             batch_size: Prompts handed to vLLM at a time; it decides how many run together.
         """
+        if personal:
+            check_wordless(plug.config, "vLLM")
         sampling = sampling or Sampling(plug.config.max_answer_tokens)
         table = plug.table(examples) if personal else None
         texts: list[str] = []

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from persona_plug.errors import ConfigError, DataError, first_line
 from persona_plug.export import dense
+from persona_plug.generation import check_wordless
 from persona_plug.serving.engine import Answer, Call, Delta, EngineError
 from persona_plug.splice.prompts import PromptParts
 from persona_plug.splice.soft import Soft
@@ -285,9 +286,10 @@ class VllmEngine:
         """Join a plug, whose LLM serves for the embeddings of ids alone, and a server of the same LLM.
 
         Raises:
-            ConfigError: The LLM is an encoder-decoder.
+            ConfigError: The LLM is an encoder-decoder, or the plug has a words memory.
         """
         prompt_embeds(plug, [], [])
+        check_wordless(plug.config, "vLLM")
         self.plug, self.server = plug, server
 
     def stream(self, call: Call) -> AsyncGenerator[Delta]:

@@ -51,7 +51,7 @@ def stored_examples(
     if len(users) != len(requests):
         raise DataError(f"{len(requests)} inputs but {len(users)} users; give one user for each input")
     histories = {name: store.read(name, config.max_history) for name in dict.fromkeys(users)}
-    if config.quotes and not store.keep_text and any(h.total for h in histories.values()):
+    if (config.quotes or config.remembers) and not store.keep_text and any(h.total for h in histories.values()):
         store.log_missing_texts()
     return [StoredExample(name, text, "", stored=histories[name]) for text, name in zip(requests, users, strict=True)]
 
