@@ -88,10 +88,12 @@ def for_each_user(
     for user, indices in users.items():
         samples = leave_one_out(user, questions[indices[0]].history)
         samples = [s for s in samples if s.output.strip() and (answers is None or s.output.strip() in answers)]
-        if samples:
-            _train(plug, PlugDataset(plug, samples), config, steps)
-        yield indices, plug
-        plug.embedder.load_state_dict(start)
+        try:
+            if samples:
+                _train(plug, PlugDataset(plug, samples), config, steps)
+            yield indices, plug
+        finally:
+            plug.embedder.load_state_dict(start)
 
 
 def _train(plug: PersonaPlug, samples: PlugDataset, config: FitConfig, steps: int) -> None:

@@ -9,6 +9,7 @@ import torch
 from persona_plug.data.history import HistoryItem
 from persona_plug.errors import ConfigError, DataError, MismatchError
 from persona_plug.models.encoder import HistoryEncoder
+from persona_plug.pairing import pair
 from persona_plug.store.rows import text_hash
 
 ANSWERS = ("4", "5", "yes!", "a very long label with spaces")
@@ -78,7 +79,7 @@ def test_labels_are_known_without_texts(make_plug, people, filled, kind):
     store = filled(vectors=kind)
     batch, expected = (
         plug.table(e).batch(e)
-        for e in (plug._examples("rate this", None, "ann", store), plug._examples("rate this", people.ann))
+        for e in (pair(plug.config, "rate this", None, "ann", store), pair(plug.config, "rate this", people.ann))
     )
     assert torch.equal(batch.values[..., -len(ANSWERS) :], expected.values[..., -len(ANSWERS) :])
     assert batch.values[..., -len(ANSWERS) :].sum() == 3
@@ -90,7 +91,7 @@ def test_labels_are_known_without_texts(make_plug, people, filled, kind):
 def test_an_item_without_input_is_matched_by_its_output(make_plug, make_store, encoder):
     plug, store = make_plug(), make_store()
     store.append("ann", ["only an output", {"input": "an input", "output": "x"}])
-    examples = plug._examples("x", None, "ann", store)
+    examples = pair(plug.config, "x", None, "ann", store)
     expected = encoder.encode(["only an output", "an input"])
     assert torch.equal(plug.table(examples).batch(examples).keys[0], expected)
 
@@ -101,7 +102,7 @@ def test_white_space_around_a_label_is_no_other_label(make_plug, make_store):
     items = [{"input": "a", "output": " 5\n"}, {"input": " ", "output": "4"}, {"input": "b", "output": "5."}]
     store.append("ann", items)
     assert torch.equal(plug.soft_prompt("x", user="ann", store=store), plug.soft_prompt("x", items))
-    examples = plug._examples("x", None, "ann", store)
+    examples = pair(plug.config, "x", None, "ann", store)
     assert plug.table(examples).batch(examples).values[0, :, -2:].tolist() == [[0, 1], [1, 0], [0, 0]]
 
 

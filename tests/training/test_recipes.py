@@ -147,6 +147,16 @@ def test_each_user_starts_from_the_shared_adapters(base, data, tmp_path):
         torch.testing.assert_close(own.score(data.held_out[:1]), scores[last], atol=1e-5, rtol=1e-5)
 
 
+def test_a_users_adapter_is_undone_when_the_questions_are_not_finished(base, data):
+    plug = with_lora(base, soft=False)
+    start = {k: v.clone() for k, v in plug.embedder.state_dict().items()}
+    users = for_each_user(plug, data.held_out, CONFIG, 1)
+    next(users)
+    assert any(not torch.equal(v, start[k]) for k, v in plug.embedder.state_dict().items())
+    users.close()
+    assert all(torch.equal(v, start[k]) for k, v in plug.embedder.state_dict().items())
+
+
 @pytest.mark.parametrize("llm", ["tiny-llama", "tiny-gpt2"])
 def test_a_prefix_made_of_words_is_those_words_in_front_of_every_prompt(make_plug, llm):
     """Trained keys and values are checked where they are known: as those of a text."""
