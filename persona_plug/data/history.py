@@ -118,7 +118,8 @@ def parse_event(record: Mapping[str, Any], where: str) -> Event:
     for name, text in (("user_id", user), ("input", source), ("output", answer), ("id", ident or "")):
         if any("\ud800" <= c <= "\udfff" for c in text):
             raise DataError(f"{where}: field {name!r} holds half a character (a lone surrogate); repair the text")
-    at = None if values["timestamp"] in (None, "") else seconds(values["timestamp"], where)
+    time = values["timestamp"]
+    at = None if time is None or (isinstance(time, str) and not time.strip()) else seconds(time, where)
     extra = {name: value for name, value in record.items() if name not in FIELDS}
     return Event(user, HistoryItem(source, answer, at, ident or None), extra)
 

@@ -172,15 +172,19 @@ def time_order(items: Sequence[Timed]) -> Sequence[int]:
     Items of one time stay in their order, which is turned round where the list runs from new to old. An item without a
     time stays behind the one before it. A list without any time is taken as oldest first.
     """
-    times = [item.timestamp for item in items if item.timestamp is not None]
-    places = range(len(items))
-    if all(a <= b for a, b in itertools.pairwise(times)):
-        return places
-    if all(a >= b for a, b in itertools.pairwise(times)):
-        places = places[::-1]
-    keys, latest = {}, float("-inf")
-    for place in places:
-        at = items[place].timestamp
+    times = [item.timestamp for item in items]
+    present = [at for at in times if at is not None]
+    if all(a <= b for a, b in itertools.pairwise(present)):
+        return range(len(items))
+    if all(a >= b for a, b in itertools.pairwise(present)):
+        return [len(items) - 1 - place for place in arrival_order(times[::-1])]
+    return arrival_order(times)
+
+
+def arrival_order(times: Sequence[float | None]) -> list[int]:
+    """Return the places of times in their order; what came without one stays behind the latest that came before it."""
+    keys, latest = [], float("-inf")
+    for at in times:
         latest = latest if at is None else max(latest, at)
-        keys[place] = latest if at is None else at
-    return sorted(places, key=keys.__getitem__)
+        keys.append(latest if at is None else at)
+    return sorted(range(len(keys)), key=keys.__getitem__)

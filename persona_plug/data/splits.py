@@ -170,7 +170,7 @@ def _known(part: list[Example], answers: tuple[str, ...], name: str, notes: list
     spelling = {label_of(answer): answer for answer in answers}
     items: dict[HistoryItem, HistoryItem] = {}
 
-    def spelled(item: HistoryItem) -> HistoryItem:
+    def with_spelling(item: HistoryItem) -> HistoryItem:
         if item not in items:
             output = spelling.get(label_of(item.output), item.output)
             items[item] = item if output == item.output else dataclasses.replace(item, output=output)
@@ -189,7 +189,7 @@ def _known(part: list[Example], answers: tuple[str, ...], name: str, notes: list
             )
         notes.append(text)
     return [
-        dataclasses.replace(e, output=spelling[label_of(e.output)], history=tuple(map(spelled, e.history)))
+        dataclasses.replace(e, output=spelling[label_of(e.output)], history=tuple(map(with_spelling, e.history)))
         for e in part
         if label_of(e.output) in spelling
     ]

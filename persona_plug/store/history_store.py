@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, Self
 import numpy as np
 
 from persona_plug.data.history import HistoryItem
-from persona_plug.data.moments import in_time
+from persona_plug.data.moments import arrival_order, in_time
 from persona_plug.errors import ConfigError, DataError, MismatchError
 from persona_plug.models import zoo
 from persona_plug.models.vector_cache import VectorCache
@@ -49,7 +49,6 @@ __all__ = ["ForgetResult", "HistoryStore", "ImportResult", "StoreUnavailable", "
 
 CHUNK = 512  # records of a file that are encoded and committed at a time; also ids in one question
 PAGE_ROWS = 1000  # rows of a listing that are read at a time, so that no reader holds up writers
-ALL = 1 << 62
 ITEMS_PER_USER = 1 << 32
 
 # An item's id is the user's key in the upper half and a running number in the lower: a user's items lie side by side
@@ -58,14 +57,8 @@ _MINE = (
     "id BETWEEN (SELECT key * 4294967296 FROM persona_users WHERE name = :user)"
     " AND (SELECT key * 4294967296 + 4294967295 FROM persona_users WHERE name = :user)"
 )
-# An item without a time stays behind the one that came before it; of one time, what came later is later. Only ids and
-# times are sorted, not the vectors.
-_READ = f"""
-SELECT (SELECT items FROM persona_users WHERE name = :user), item_id, at, hashes, vectors, input, output
-FROM persona_items JOIN (
-    SELECT id AS latest, COALESCE(at, MAX(at) OVER (ORDER BY id)) AS since FROM persona_items WHERE {_MINE}
-) AS times ON id = latest ORDER BY since IS NULL, since DESC, id DESC LIMIT :limit
-"""  # noqa: S608
+_TIMES = f"SELECT id, at FROM persona_items WHERE {_MINE} ORDER BY id"  # noqa: S608
+_ITEMS = "SELECT id, item_id, at, hashes, vectors, input, output FROM persona_items WHERE id IN :ids"
 _KNOWN = f"SELECT item_id FROM persona_items WHERE {_MINE} AND item_id IN :ids"  # noqa: S608
 _HASHES = f"SELECT hashes FROM persona_items WHERE {_MINE}"  # noqa: S608
 _LOCK = "UPDATE persona_users SET items = items WHERE name = :user RETURNING key"
@@ -251,10 +244,10 @@ class HistoryStore:
     # -- reading ---------------------------------------------------------------------------------------------------
 
     def read(self, user: str, limit: int | None = None) -> StoredHistory:
-        """Return a user's newest items, oldest first, by one SELECT; an unknown user has none.
+        """Return a user's newest items, oldest first; an unknown user has none.
 
         Items are in the order of their times, and of one time in the order they were added. An item without a time
-        stays behind the one that was added before it.
+        stays behind the latest that was added before it.
 
         Args:
             user: The user's id.
@@ -264,15 +257,21 @@ class HistoryStore:
             StoreUnavailable: The database cannot be reached.
             CorruptFileError: Vectors are not as wide as the store's.
         """
+        from sqlalchemy import bindparam
+
+        question = sql(_ITEMS).bindparams(bindparam("ids", expanding=True))
         with transaction(self._engine) as connection:
-            bounds = {"user": user, "limit": ALL if limit is None else limit}
-            found = connection.execute(sql(_READ), bounds).all()[::-1]
-        totals, ids, times, hashes, blobs, *texts = zip(*found, strict=True) if found else ((),) * 7
+            marks = connection.execute(sql(_TIMES), {"user": user}).all()  # without vectors: there may be many
+            order = [marks[place][0] for place in arrival_order([at for _, at in marks])]
+            newest = order if limit is None else order[max(0, len(order) - limit) :]
+            parts = [newest[start : start + CHUNK] for start in range(0, len(newest), CHUNK)]
+            by_id = {row[0]: row[1:] for ids in parts for row in connection.execute(question, {"ids": ids})}
+        rows = [by_id[number] for number in newest if number in by_id]  # some may have been deleted meanwhile
+        ids, times, hashes, blobs, *texts = zip(*rows, strict=True) if rows else ((),) * 6
         inputs, outputs = unpack(blobs, self.vectors, self.dim)
         kept = list(zip(*texts, strict=True)) if self.keep_text else None
         answers = [h[2 * HASH :] for h in hashes]
-        total = totals[0] if totals else 0
-        return StoredHistory(user, list(ids), inputs, outputs, kept, list(times), answers, total)
+        return StoredHistory(user, list(ids), inputs, outputs, kept, list(times), answers, len(marks))
 
     def users(self, prefix: str = "") -> Iterator[UserRow]:
         """Yield the users whose id begins with a prefix, ordered by the bytes of their ids."""
