@@ -17,7 +17,8 @@ from typing import Any
 
 from eval.report.figures import Table, cell
 from eval.report.significance import METRICS
-from persona_plug.errors import CorruptFileError, DataError, PersonaPlugError
+from persona_plug.errors import CorruptFileError, DataError
+from training.config import run_command
 
 SHARED = ("task", "split", "n", "n_users", "llm", "encoder")
 
@@ -134,8 +135,4 @@ def _known(value: object) -> bool:
 
 
 if __name__ == "__main__":
-    try:
-        main(sys.argv[1:])
-    except PersonaPlugError as error:
-        sys.stderr.write(f"error: {error}\n")
-        sys.exit(2)
+    run_command(main, failure=2)

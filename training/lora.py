@@ -75,8 +75,8 @@ def with_lora(plug: PersonaPlug, soft: bool, rank: int = RANK, alpha: int = ALPH
         raise ConfigError(f"{plug.config.llm} has none of the layers {', '.join(sorted(TARGETS))} that LoRA adapts")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(plug.seed)
-        options = {"fan_in_fan_out": True} if "c_attn" in names else {}
-        inject_adapter_in_model(LoraConfig(r=rank, lora_alpha=alpha, target_modules=names, **options), llm)
+        lora = LoraConfig(r=rank, lora_alpha=alpha, target_modules=names, fan_in_fan_out="c_attn" in names)
+        inject_adapter_in_model(lora, llm)
     config = plug.config if soft else plug.config.replace(user_tokens=0, task_tokens=1)
     made = PersonaPlug(config, llm, tokenizer, plug.encoder, plug.seed)
     made.splicer.reuses = False
