@@ -217,7 +217,8 @@ def _typed(value: object, hint: Any) -> object:  # noqa: ANN401
         return tuple(_typed(item, parts[0]) for item in value)
     if origin is Mapping and isinstance(value, dict) and all(isinstance(key, str) for key in value):
         return dict(value)
-    if (type(value) is hint or (hint is float and type(value) is int)) and value not in (math.inf, -math.inf):
+    same = type(value) is hint or (hint is float and type(value) is int)
+    if same and (not isinstance(value, float) or math.isfinite(value)):
         return value
     raise TypeError
 
