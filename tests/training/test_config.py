@@ -1,13 +1,14 @@
 """Settings of a command: read from a file and arguments, typed, checked, and shown by --help."""
 
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import pytest
 
-from persona_plug.errors import ConfigError
-from training.config import Settings, describe, help_text, load, read_yaml
+from persona_plug.errors import ConfigError, DataError
+from training.config import Settings, describe, help_text, load, read_yaml, run_command
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -173,3 +174,35 @@ def test_a_field_without_a_description_is_an_error():
 
     with pytest.raises(KeyError, match="count"):
         describe(Silent)
+
+
+@pytest.mark.parametrize(
+    ("error", "failure", "code"), [(ConfigError, 1, 2), (DataError, 1, 1), (DataError, 2, 2), (None, 1, 0)]
+)
+def test_a_command_ends_with_one_line_and_a_code(monkeypatch, capsys, error, failure, code):
+    def main(arguments):
+        assert arguments == ["count=1"]
+        if error:
+            raise error("what is wrong; what to do")
+
+    monkeypatch.setattr(sys, "argv", ["command", "count=1"])
+    try:
+        run_command(main, Wide, failure)
+        ended = 0
+    except SystemExit as end:
+        ended = end.code
+    assert ended == code
+    assert capsys.readouterr().err == ("error: what is wrong; what to do\n" if error else "")
+
+
+def test_an_error_that_nobody_raised_on_purpose_keeps_its_trace(monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["command"])
+    with pytest.raises(ZeroDivisionError):
+        run_command(lambda arguments: 1 / 0, Wide)
+
+
+@pytest.mark.parametrize("flag", ["-h", "--help"])
+def test_help_runs_nothing(monkeypatch, capsys, flag):
+    monkeypatch.setattr(sys, "argv", ["command", "count=1", flag])
+    run_command(lambda arguments: pytest.fail("it ran"), Wide)
+    assert capsys.readouterr().out == help_text(Wide)
