@@ -23,7 +23,6 @@ from persona_plug.errors import ConfigError, PersonaPlugError, unknown_setting
 logger = logging.getLogger(__name__)
 
 _WORDS = {str: ("a text", "texts"), int: ("a whole number", "whole numbers"), float: ("a number", "numbers")}
-
 _UNIONS = (UnionType, Union)  # `int | None`, and the same of a Literal
 
 

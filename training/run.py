@@ -56,12 +56,12 @@ def build_plug(settings: RunSettings, task: Task, data: FitData) -> tuple[Person
 
 def main(arguments: Sequence[str]) -> None:
     """Train from the command line."""
+    settings = load(arguments, RunSettings, shared=True)
     import torch
     from accelerate import PartialState
 
     from training.recipes import RECIPES, choose_lr, fit
 
-    settings = load(arguments, RunSettings, shared=True)
     if unknown := [name for name in settings.recipes if name not in RECIPES]:
         raise ConfigError(f"no recipe {unknown[0]!r}; known are {', '.join(RECIPES)}")
     # Binds each of several processes to its device before anything is loaded there. They wait for the main one while it

@@ -13,10 +13,10 @@ from persona_plug.errors import ConfigError, unknown_setting
 from persona_plug.fit.config import FitConfig
 from training.config import Settings
 
-# Fields of a plug that `plug` cannot set: models have settings of their own, the data give instruction and answers.
-FIXED_BY_RUN = ("llm", "encoder", "llm_fingerprint", "encoder_fingerprint", "llm_width", "encoder_dim")
-FIXED_BY_DATA = ("template", "answers", "format_version")
-PLUG_FIELDS = tuple(f.name for f in dataclasses.fields(PlugConfig) if f.name not in (*FIXED_BY_RUN, *FIXED_BY_DATA))
+# Fields of a plug that `plug` cannot set: the models have settings of their own, and the data decide on the rest.
+_DECIDED = {"llm", "llm_fingerprint", "llm_width", "encoder", "encoder_fingerprint", "encoder_dim"}
+_DECIDED |= {"template", "answers", "format_version"}
+PLUG_FIELDS = tuple(f.name for f in dataclasses.fields(PlugConfig) if f.name not in _DECIDED)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from eval import tiny
+from eval import run, tiny
+from eval.bench import __main__ as bench
 from eval.bench.settings import BenchSettings, LoadSettings, ServingSettings, StoreSettings
 from eval.methods import ALL, CONTROLS, METHODS, PRIOR, method
 from eval.settings import ComparisonSettings, page
