@@ -8,6 +8,7 @@ PYTHON ?= python3
 TORCH ?= torch==2.13.0
 DEMO ?= build/demo
 ARGS ?=
+JOBS ?= 2
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -29,8 +30,8 @@ $(STAMP): pyproject.toml .ci/env
 	$(PYTHON) .ci/env $(VENV) '$(TORCH)'
 	@touch $@
 
-test: env ## run every test (ARGS="-k name" to choose)
-	$(BIN)/python -m pytest $(ARGS)
+test: env ## run every test (ARGS="-k name" to choose, JOBS=1 for one process)
+	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile $(ARGS)
 
 test-serve: ## run the tests that need PostgreSQL, Chromium and vLLM, in environments of their own
 	$(PYTHON) .ci/packages postgresql chromium

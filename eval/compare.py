@@ -8,16 +8,16 @@ not share is said in one line above the table.
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from eval.report.figures import Table, cell
-from eval.report.significance import METRICS
-from persona_plug.errors import CorruptFileError, DataError
+from eval.report.results import intervals, read_results
+from persona_plug.measure.metrics import METRICS, heading
+from persona_plug.measure.stats import Interval
+from persona_plug.measure.tables import UNKNOWN, Table, cell, interval_text, number_text
 from training.config import run_command
 
 SHARED = ("task", "split", "n", "n_users", "llm", "encoder")
@@ -28,32 +28,8 @@ def main(arguments: Sequence[str]) -> None:
     parser = argparse.ArgumentParser(prog="python -m eval.compare", description="Two finished runs side by side.")
     parser.add_argument("a", metavar="A", help="folder of a run, or its results.json")
     parser.add_argument("b", metavar="B", help="folder of the other run")
-    chosen = parser.parse_args(arguments)
-    sys.stdout.write(compare(read_results(Path(chosen.a)), read_results(Path(chosen.b)), chosen.a, chosen.b))
-
-
-def read_results(path: Path) -> dict[str, Any]:
-    """Return what a run recorded.
-
-    Args:
-        path: The run's folder, or its `results.json`.
-
-    Raises:
-        DataError: There is no such file.
-        CorruptFileError: It is not what `eval.run` writes; the message names the part.
-    """
-    file = path / "results.json" if path.is_dir() else path
-    if not file.is_file():
-        raise DataError(f"{file}: no such file; give the folder that `python -m eval.run` wrote (its out=)")
-    try:
-        found = json.loads(file.read_text(encoding="utf-8"))
-    except OSError as exc:
-        raise DataError(f"{file}: cannot be read ({exc.strerror}); check its permissions") from exc
-    except (ValueError, RecursionError) as exc:
-        raise CorruptFileError(f"{file}: not JSON ({' '.join(str(exc).split())}); run eval.run again") from exc
-    if problem := _problem(found):
-        raise CorruptFileError(f"{file}: {problem}; it is not the results.json of an eval.run")
-    return dict(found)
+    paths = parser.parse_args(arguments)
+    sys.stdout.write(compare(read_results(Path(paths.a)), read_results(Path(paths.b)), paths.a, paths.b))
 
 
 def compare(a: Mapping[str, Any], b: Mapping[str, Any], name_a: str = "A", name_b: str = "B") -> str:
@@ -69,11 +45,12 @@ def compare(a: Mapping[str, Any], b: Mapping[str, Any], name_a: str = "A", name_
     if apart := differences(a, b):
         lines += [f"Warning: the runs differ in {cell('; '.join(apart))}", ""]
     rows = []
-    for method in dict.fromkeys([*a["methods"], *b["methods"]]):
-        sides = [run["methods"].get(method, {}).get("metrics", {}) for run in (a, b)]
-        for metric in dict.fromkeys([*sides[0], *sides[1]]):
-            first, second = sides[0].get(metric), sides[1].get(metric)
-            rows.append([method, _headed(metric), _shown(first), _shown(second), *_change(metric, first, second)])
+    values_a, values_b = intervals(a), intervals(b)
+    for method in dict.fromkeys([*values_a, *values_b]):
+        row_a, row_b = values_a.get(method, {}), values_b.get(method, {})
+        for metric in dict.fromkeys([*row_a, *row_b]):
+            sides = row_a.get(metric), row_b.get(metric)
+            rows.append([method, heading(metric), *map(interval_text, sides), *_change(metric, *sides)])
     head = ("method", "metric", "A [95% interval]", "B [95% interval]", "B − A", "better")
     return "\n".join([*lines, *Table(head, rows).markdown()]) + "\n"
 
@@ -89,49 +66,14 @@ def differences(a: Mapping[str, Any], b: Mapping[str, Any]) -> list[str]:
     return apart
 
 
-def _problem(found: object) -> str:
-    """Say what is wrong with the shape of results, or nothing."""
-    if not isinstance(found, dict):
-        return "holds no object"
-    methods = found.get("methods")
-    if not isinstance(methods, dict):
-        return "has no methods"
-    if not isinstance(found.get("versions") or {}, dict):
-        return "its versions are no object"
-    for name, row in methods.items():
-        if not isinstance(row, dict) or not isinstance(row.get("metrics"), dict):
-            return f"method {name!r:.60} has no metrics"
-        for metric, value in row["metrics"].items():
-            ends = value.get("ci95") if isinstance(value, dict) else None
-            numbers = [value.get("value"), *ends] if isinstance(value, dict) and isinstance(ends, list) else [""]
-            if len(numbers) != 3 or any(isinstance(n, str | bool | list | dict) for n in numbers):
-                return f"metric {metric!r:.60} of method {name!r:.60} has no value with ci95"
-    return ""
-
-
-def _headed(metric: str) -> str:
-    return metric if metric not in METRICS else f"{metric} {'↓' if METRICS[metric][0] else '↑'}"
-
-
-def _shown(found: Mapping[str, Any] | None) -> str:
-    if found is None or not _known(found["value"]):
-        return "–"
-    low, high = (f"{v:.3f}" if _known(v) else "–" for v in found["ci95"])
-    return f"{found['value']:.3f} [{low}, {high}]"
-
-
-def _change(metric: str, a: Mapping[str, Any] | None, b: Mapping[str, Any] | None) -> tuple[str, str]:
+def _change(metric: str, a: Interval | None, b: Interval | None) -> tuple[str, str]:
     """Return B − A and which run is better; equal values, and metrics of unknown direction, have no better one."""
-    if a is None or b is None or not _known(a["value"]) or not _known(b["value"]):
-        return "–", "–"
-    change = b["value"] - a["value"]
-    if metric not in METRICS or change == 0:
-        return f"{change:+.3f}", "–"
-    return f"{change:+.3f}", "B" if (change > 0) != METRICS[metric][0] else "A"
-
-
-def _known(value: object) -> bool:
-    return isinstance(value, int | float) and math.isfinite(value)
+    if a is None or b is None or not (math.isfinite(a.value) and math.isfinite(b.value)):
+        return UNKNOWN, UNKNOWN
+    change = number_text(b.value - a.value, "+.3f")
+    if metric not in METRICS or a.value == b.value:
+        return change, UNKNOWN
+    return change, "B" if METRICS[metric].gain(b.value, a.value) > 0 else "A"
 
 
 if __name__ == "__main__":

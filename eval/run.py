@@ -16,23 +16,21 @@ import platform
 import shlex
 import subprocess
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from eval.methods import PRIOR, method
-from eval.metrics.lamp import CORPUS as SET_METRICS
-from eval.metrics.lamp import compute, question_values
 from eval.questions import with_questions
 from eval.report.page import html, markdown
-from eval.report.significance import contrasts, direction, usual_pairs
+from eval.report.results import contrast_row, portable, to_json
 from eval.settings import ComparisonSettings
 from persona_plug.data.splits import FitData
 from persona_plug.errors import ConfigError
 from persona_plug.files import write_atomically
-from persona_plug.measure.stats import user_bootstrap
+from persona_plug.measure.contrasts import contrasts, usual_pairs
 from persona_plug.measure.truncation import truncation_notes
 from training.claim import claim
 from training.config import load, run_command
@@ -41,12 +39,12 @@ from training.run import TRAINED, build_plug
 from training.tasks import Task, load_task
 
 if TYPE_CHECKING:
-    from eval.session import Outcome
+    from eval.outcomes import Outcome
+    from eval.rows import Questions
     from persona_plug.plug import PersonaPlug
 
 # What finished outcomes depend on; methods, seeds and threads may change from run to run in one folder.
 FIXED = (*TRAINED, "split", "user_steps", "beams", "questions", "generated", "generator")
-SET_DRAWS = 200  # of a metric that is computed anew for each draw of users
 
 
 def main(arguments: Sequence[str]) -> None:
@@ -54,12 +52,12 @@ def main(arguments: Sequence[str]) -> None:
     settings = load(arguments, ComparisonSettings)
     out = Path(settings.out)
     out.mkdir(parents=True, exist_ok=True)
-    results, details = compare(settings, out)
-    command = shlex.join(["python", "-m", "eval.run", *arguments])
-    write_atomically(out / "results.json", (json.dumps(results, indent=2) + "\n").encode())
-    report = markdown(results, command)
+    results, extra = compare(settings, out)
+    results["command"] = shlex.join(["python", "-m", "eval.run", *portable(arguments)])
+    write_atomically(out / "results.json", to_json(results).encode())
+    report = markdown(results)
     write_atomically(out / "report.md", report.encode())
-    write_atomically(out / "report.html", html(results, command, details).encode())
+    write_atomically(out / "report.html", html(results, extra).encode())
     sys.stdout.write(report)
 
 
@@ -76,6 +74,7 @@ def prepare(settings: ComparisonSettings) -> tuple[Task, FitData, PersonaPlug, M
 
 def compare(settings: ComparisonSettings, out: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     """Run every method for every seed; what is finished is read back from `out`, not computed again."""
+    from eval.rows import Questions, add_official_values, details, mean_values, method_row
     from eval.session import Session, expected_texts, ordered
 
     git = _git()  # before, not after: sources may change while it runs
@@ -95,34 +94,35 @@ def compare(settings: ComparisonSettings, out: Path) -> tuple[dict[str, Any], di
     session.close()
     listed = [n for n in settings.methods if n in found] + [n for n in found if n not in settings.methods]
     found = {name: found[name] for name in listed}
-    users = [e.user_id for e in data.held_out]
-    texts = expected_texts(data.held_out, data.answers, settings.generated)
+    questions = Questions(task, data, expected_texts(data.held_out, data.answers, settings.generated))
+    users = questions.users
     for outcomes in found.values():
         for outcome in outcomes:
-            _complete(outcome, task, data, texts)
-    merged = {name: _mean_values([o.answers.values for o in outcomes]) for name, outcomes in found.items()}
+            add_official_values(outcome, questions)
+    merged = {name: mean_values(outcomes) for name, outcomes in found.items()}
     for name, outcomes in found.items():
-        _write_predictions(out / "predictions", name, outcomes[0], task, data, texts)
+        _write_predictions(out / "predictions", name, outcomes[0], questions)
+    pairs = dict.fromkeys([*usual_pairs(merged), *settings.pairs])
     results = {
         "task": task.name,
         "task_version": task.version,
         "split": settings.split,
         "n": len(users),
         "n_users": len(set(users)),
-        "llm": f"{settings.llm} {base.config.llm_fingerprint}",
-        "encoder": f"{settings.encoder} {base.config.encoder_fingerprint}",
+        "llm": f"{portable(settings.llm)} {base.config.llm_fingerprint}",
+        "encoder": f"{portable(settings.encoder)} {base.config.encoder_fingerprint}",
         "seeds": list(settings.seeds),
         "git": git,
         "versions": _versions(),
-        "settings": dataclasses.asdict(settings),
+        "settings": portable(dataclasses.asdict(settings)),
         "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
         "machine": f"{platform.machine()}, {os.cpu_count()} cores, {platform.python_implementation()}",
         "data_notes": [*data.notes, *truncation_notes(base, data), *notes],
         "notes": {name: o[0].notes for name, o in found.items() if o[0].notes},
-        "methods": {name: _row(merged[name], outcomes, task, data, texts, users) for name, outcomes in found.items()},
-        "contrasts": contrasts(merged, users, dict.fromkeys([*usual_pairs(merged), *settings.pairs])),
+        "methods": {name: method_row(merged[name], outcomes, questions) for name, outcomes in found.items()},
+        "contrasts": [contrast_row(row) for row in contrasts(merged, users, pairs)],
     }
-    return results, _details(merged, found, data, users, texts)
+    return results, details(merged, found, questions)
 
 
 def _repeats(name: str) -> str | None:
@@ -134,135 +134,24 @@ def _repeats(name: str) -> str | None:
     return "it is summary, as there are no labels to count" if method(name).prompt == "profile" else None
 
 
-def _complete(outcome: Outcome, task: Task, data: FitData, texts: Sequence[int]) -> None:
-    """Add what is computed from stored texts and needs no model: the official rules' values per question."""
-    values, answered = outcome.answers.values, outcome.answers.texts
-    if answered is None or data.answers:
-        return
-    chosen = [data.held_out[i].output for i in texts]
-    for metric, some in question_values(task, answered, chosen).items():
-        whole = np.full(len(data.held_out), np.nan)
-        whole[list(texts)] = some
-        values[metric] = whole
-
-
-def _mean_values(runs: Sequence[Mapping[str, np.ndarray]]) -> dict[str, np.ndarray]:
-    return {m: np.mean([r[m] for r in runs], axis=0) for m in runs[0]}
-
-
-def _row(
-    merged: Mapping[str, np.ndarray],
-    outcomes: Sequence[Outcome],
-    task: Task,
-    data: FitData,
-    texts: Sequence[int],
-    users: Sequence[str],
-) -> dict[str, Any]:
-    from eval.metrics.classes import expected_calibration_error
-
-    metrics: dict[str, Any] = {}
-    per_seed: list[dict[str, float]] = [{} for _ in outcomes]
-    for metric, values in merged.items():
-        transform = direction(metric)[1]
-        some = ~np.isnan(values)
-        owners = [u for u, s in zip(users, some, strict=True) if s]
-        interval = user_bootstrap(values[some], owners, transform=transform)
-        metrics[metric] = {"value": interval.value, "ci95": [interval.low, interval.high]}
-        for row, outcome in zip(per_seed, outcomes, strict=True):
-            row[metric] = float(transform(np.nanmean(outcome.answers.values[metric])))
-    gold = [data.held_out[i].output.strip() for i in texts]
-    owners = [users[i] for i in texts]
-    written = [o.answers.texts for o in outcomes]
-    if all(written):
-        runs = [list(w or ()) for w in written]
-        for name in SET_METRICS:
-            if name in task.metrics:
-                metrics[name] = _over_users(
-                    lambda rows, name=name: [
-                        compute(name, [run[i] for i in rows], [gold[i] for i in rows], data.answers or ())
-                        for run in runs
-                    ],
-                    owners,
-                )
-    if data.answers and all(o.answers.probabilities is not None for o in outcomes):
-        index = np.array([data.answers.index(g) for g in gold])
-        tables = [np.asarray(o.answers.probabilities) for o in outcomes]
-        metrics["ece"] = _over_users(
-            lambda rows: [expected_calibration_error(t[rows], index[rows]) for t in tables], owners
-        )
-    costs = {k: [o.costs.get(k) for o in outcomes] for k in outcomes[0].costs}
-
-    def mean(name: str) -> float | None:
-        known = [c for c in costs.get(name, []) if isinstance(c, float)]
-        return float(np.mean(known)) if known else None
-
-    return {
-        "metrics": metrics,
-        "per_seed": per_seed,
-        "prompt_tokens_mean": mean("prompt_tokens"),
-        "generated_tokens_mean": mean("generated_tokens"),
-        "trainable_params": mean("trainable_params"),
-        "fit_seconds": mean("fit_seconds"),
-        "seconds_per_query": mean("seconds"),
-        "flops_per_query": mean("flops"),
-        "prompts_cut": mean("cut"),
-        "outside_llm": mean("outside_llm"),
-        "lr": mean("lr"),
-        "curve": outcomes[0].costs.get("curve"),
-    }
-
-
-def _over_users(measure: Callable[[np.ndarray], list[float]], users: Sequence[str]) -> dict[str, Any]:
-    """Return the mean over seeds of what `measure` says of rows, with the interval of drawing users anew."""
-    names, owner = np.unique(np.asarray(users), return_inverse=True)
-    groups = [np.flatnonzero(owner == u) for u in range(len(names))]
-    rng = np.random.default_rng(0)
-    drawn = (np.concatenate([groups[u] for u in rng.integers(0, len(names), len(names))]) for _ in range(SET_DRAWS))
-    low, high = np.percentile([np.mean(measure(rows)) for rows in drawn], [2.5, 97.5])
-    return {"value": float(np.mean(measure(np.arange(len(users))))), "ci95": [float(low), float(high)]}
-
-
-def _write_predictions(
-    folder: Path, name: str, outcome: Outcome, task: Task, data: FitData, texts: Sequence[int]
-) -> None:
+def _write_predictions(folder: Path, name: str, outcome: Outcome, questions: Questions) -> None:
     """Write the first seed's answers in LaMP's shape; for ratings also the distribution's means, which RMSE is of."""
     from persona_plug.measure.priors import is_rating
 
     folder.mkdir(parents=True, exist_ok=True)
     stem = name.replace(": ", "=").replace("/", "_")
+    data, answers = questions.data, outcome.answers
 
-    def write(file: str, answers: Sequence[str]) -> None:
-        golds = [{"id": data.held_out[i].id, "output": a} for i, a in zip(texts, answers, strict=True)]
-        text = json.dumps({"task": task.name, "golds": golds}, ensure_ascii=False, indent=1)
+    def write(file: str, outputs: Sequence[str]) -> None:
+        golds = [{"id": data.held_out[i].id, "output": o} for i, o in zip(questions.texts, outputs, strict=True)]
+        text = json.dumps({"task": questions.task.name, "golds": golds}, ensure_ascii=False, indent=1)
         write_atomically(folder / file, (text + "\n").encode())
 
-    if outcome.answers.texts is not None:
-        write(f"{stem}.json", outcome.answers.texts)
-    if outcome.answers.probabilities is not None and is_rating(data.answers):
-        means = outcome.answers.probabilities @ np.array([float(a) for a in data.answers or ()])
+    if answers.texts is not None:
+        write(f"{stem}.json", answers.texts)
+    if answers.probabilities is not None and is_rating(data.answers):
+        means = answers.probabilities @ np.array([float(a) for a in data.answers or ()])
         write(f"{stem}.mean.json", [repr(float(m)) for m in means])
-
-
-def _details(
-    merged: Mapping[str, Mapping[str, np.ndarray]],
-    found: Mapping[str, Sequence[Outcome]],
-    data: FitData,
-    users: Sequence[str],
-    texts: Sequence[int],
-) -> dict[str, Any]:
-    examples = []
-    for at, i in enumerate(texts):
-        answers = {n: o[0].answers.texts[at] for n, o in found.items() if o[0].answers.texts is not None}
-        examples.append({"input": data.held_out[i].input, "reference": data.held_out[i].output, "answers": answers})
-    return {
-        "users": list(users),
-        "history_lengths": [len(e.history) for e in data.held_out],
-        "values": {
-            n: {m: [None if np.isnan(x) else float(x) for x in v] for m, v in values.items()}
-            for n, values in merged.items()
-        },
-        "examples": examples,
-    }
 
 
 def _git() -> str:

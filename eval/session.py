@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import io
-import json
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -15,18 +13,18 @@ import numpy as np
 
 from eval.clock import LLMClock, reading_seconds
 from eval.methods import METHODS, PRIOR, Method, method
+from eval.outcomes import Costs, Outcome, read_outcome, write_outcome
 from eval.prompts.lamp import render
 from eval.prompts.summaries import Summaries, fitting, profile_text, with_profile
 from eval.settings import ComparisonSettings
-from persona_plug.data.history import Example, HistoryItem
+from persona_plug.caching import uncached
+from persona_plug.data.history import Example, HistoryItem, longest_by_user
 from persona_plug.data.splits import FitData
-from persona_plug.files import write_atomically
 from persona_plug.fit.config import FitConfig
 from persona_plug.measure.answers import Answers, evaluate, prior_answers, spread, with_other_history
+from persona_plug.model import PlugModel
 from persona_plug.plug import PersonaPlug
 from persona_plug.retrieval import Retriever, neighbours
-from persona_plug.splice.base import Splicer
-from persona_plug.splice.states import StateCache
 from training.lora import for_each_user
 from training.recipes import Fitted, choose_lr, fit
 from training.tasks import Task
@@ -34,15 +32,6 @@ from training.tasks import Task
 logger = logging.getLogger(__name__)
 
 NEIGHBOURS = 4  # users whose items help out where the own history is short
-
-
-@dataclass(frozen=True, slots=True)
-class Outcome:
-    """What one method gave with one seed: values and texts, what it cost, and how often something was cut."""
-
-    answers: Answers
-    costs: dict[str, Any] = field(default_factory=dict)
-    notes: dict[str, int] = field(default_factory=dict)
 
 
 class Session:
@@ -72,27 +61,27 @@ class Session:
         # Without training and without drawing nothing depends on the seed.
         seed = seed if chosen.recipe or chosen.prompt == "random" else 0
         stem = self.out / f"seed-{seed}" / name
-        found = _read(stem)
-        if found is None:
-            found = self._run(chosen, seed)
-            _write(stem, found)
-        return {name: found}
+        outcome = read_outcome(stem)
+        if outcome is None:
+            outcome = self._run(chosen, seed)
+            write_outcome(stem, outcome)
+        return {name: outcome}
 
     def _priors(self) -> dict[str, Outcome]:
         folder = self.out / "seed-0"
         done = folder / f"{PRIOR}.done"
         if done.is_file():
-            kept = {p.stem: _read(p.with_suffix("")) for p in sorted(folder.glob(f"{PRIOR}=*.npz"))}
-            return {name.replace("=", ": "): outcome for name, outcome in kept.items() if outcome is not None}
-        watch = LLMClock(self.base)
-        answers = prior_answers(self.base, self.data, self.settings.generated)
-        costs = {"prompt_tokens": 0.0, "generated_tokens": 0.0, "trainable_params": None}
-        costs["fit_seconds"] = watch.stop()[0]  # of the whole family, which is fitted together
-        found = {f"{PRIOR}: {name}": Outcome(a, {**costs, "seconds": None}) for name, a in answers.items()}
-        for name, outcome in found.items():
-            _write(folder / name.replace(": ", "="), outcome)
+            stored = {p.stem: read_outcome(p.with_suffix("")) for p in sorted(folder.glob(f"{PRIOR}=*.npz"))}
+            return {name.replace("=", ": "): outcome for name, outcome in stored.items() if outcome is not None}
+        with LLMClock(self.base) as watch:
+            answers = prior_answers(self.base, self.data, self.settings.generated)
+        seconds = watch.cost()[0]  # of the whole family, which is fitted together
+        costs = Costs(prompt_tokens=0.0, generated_tokens=0.0, fit_seconds=seconds)
+        outcomes = {f"{PRIOR}: {name}": Outcome(a, costs) for name, a in answers.items()}
+        for name, outcome in outcomes.items():
+            write_outcome(folder / name.replace(": ", "="), outcome)
         done.touch()
-        return found
+        return outcomes
 
     def _run(self, chosen: Method, seed: int) -> Outcome:
         self.notes = {}
@@ -105,48 +94,41 @@ class Session:
         elif chosen.history == "none":
             held = [replace(e, history=()) for e in held]
         reading = self._reading if _reads_request(chosen, plug) else 0.0
-        watch = LLMClock(plug)
-        held = self._prompted(chosen, held, seed)
-        if chosen.user_adapter:
-            answers = self._by_user(plug, held, config)
-        elif chosen.prompt and chosen.recipe is None:
-            usual, plug.splicer = plug.splicer, _reading_once(plug)
-            answers = self._answers(plug, held, personal=False)
-            plug.splicer = usual
-        else:
-            answers = self._answers(plug, held, personal=chosen.recipe is not None, head=chosen.head)
-        seconds, outside = watch.stop(reading)
+        with LLMClock(plug) as watch:
+            held = self._prompted(chosen, held, seed)
+            if chosen.user_adapter:
+                answers = self._by_user(plug, held, config)
+            elif chosen.prompt and chosen.recipe is None:
+                with uncached():  # each prompt is read once
+                    answers = self._answers(plug, held, personal=False)
+            else:
+                answers = self._answers(plug, held, personal=chosen.recipe is not None, head=chosen.head)
+        seconds, outside = watch.cost(reading)
         if chosen.prompt == "summary" and self._summaries:  # what another method had written before counts, too
             seconds += self._summaries.owed - self._summaries.spent
         parts = [plug.prompter.parts(e.input, e.prompt) for e in held]
-        soft = plug.config.soft_tokens if fitted and hasattr(plug.embedder, "tokens") else 0
-        kept = getattr(plug.splicer, "prefix_length", 0)  # trained keys and values: positions that nothing runs over
-        soft += kept
-        if plug.config.max_history < self.base.config.max_history and soft:
+        soft = float(np.mean([plug.embedder.soft_count(len(e.history)) for e in held])) if fitted else 0.0
+        prefix = plug.splicer.prefix_length  # trained keys and values: positions that nothing runs over
+        if plug.config.max_history < self.base.config.max_history and soft + prefix:
             beyond = sum(max(0, len(e.history) - plug.config.max_history) for e in held)
             self._count(f"history items beyond max_history={plug.config.max_history}", beyond)
-        if plug.config.aggregator == "uem" and soft:
-            soft = plug.config.task_tokens + 1 + np.mean([min(len(e.history), plug.config.max_history) for e in held])
-        prompt = float(np.mean([len(p.left) + len(p.right) for p in parts])) + float(soft)
+        prompt = float(np.mean([len(p.left) + len(p.right) for p in parts])) + soft + prefix
         written = [] if plug.config.answers else [len(plug.prompter.ids(t)) for t in answers.texts or ()]
         generated = float(np.mean(written)) if written else 0.0
-        return Outcome(
-            answers,
-            {
-                "prompt_tokens": prompt,
-                "generated_tokens": generated,
-                "trainable_params": float(fitted.parameters) if fitted else 0.0,
-                "fit_seconds": fitted.seconds if fitted else 0.0,
-                "seconds": seconds / len(held),
-                "outside_llm": None if chosen.user_adapter else outside,  # its seconds are those of training, too
-                "lr": fitted.lr if fitted else None,
-                "curve": fitted.curve if fitted else None,
-                "cut": float(sum(p.cut > 0 for p in parts)),
-                # Of one answer: twice the weights for each position that runs, the embedding table aside.
-                "flops": 2.0 * _running_weights(plug) * (prompt - kept + generated),
-            },
-            self.notes,
+        costs = Costs(
+            prompt_tokens=prompt,
+            generated_tokens=generated,
+            trainable_params=float(fitted.parameters) if fitted else 0.0,
+            fit_seconds=fitted.seconds if fitted else 0.0,
+            seconds=seconds / len(held),
+            outside_llm=None if chosen.user_adapter else outside,  # its seconds are those of training, too
+            lr=fitted.lr if fitted else None,
+            curve=fitted.curve if fitted else None,
+            cut=float(sum(p.cut > 0 for p in parts)),
+            # Of one answer: twice the weights for each position that runs, the embedding table aside.
+            flops=2.0 * _running_weights(plug) * (prompt - prefix + generated),
         )
+        return Outcome(answers, costs, self.notes)
 
     def _fit(self, chosen: Method, config: FitConfig) -> Fitted:
         prompt = chosen.prompt if chosen.train_prompt else None
@@ -171,18 +153,18 @@ class Session:
     def _answers(self, plug: PersonaPlug, held: Sequence[Example], personal: bool, head: bool = True) -> Answers:
         return evaluate(plug, held, self.settings.generated, personal, head, self._write)
 
-    def _write(self, plug: PersonaPlug, examples: Sequence[Example], personal: bool) -> list[str]:
+    def _write(self, plug: PlugModel, examples: Sequence[Example], personal: bool) -> list[str]:
         """Write answers by the generator of the settings; what is trained inside the LLM only transformers can run."""
-        plain = plug.llm is self.base.llm and getattr(plug.splicer, "prefix", None) is None
+        plain = plug.llm is self.base.llm and not plug.splicer.prefix_length
         if self.settings.generator == "vllm" and plain:
             if self._vllm is None:
                 from persona_plug.serving.offline import VllmOffline
 
                 self._vllm = VllmOffline(self.settings.llm, **self.settings.vllm)
             return self._vllm.answer(plug, examples, personal=personal)
-        options = {"no_repeat_ngram_size": self.task.no_repeat_ngram} if self.task.no_repeat_ngram else {}
-        texts: list[str] = plug.generate(examples, personal=personal, **options)
-        return texts
+        size = self.task.no_repeat_ngram
+        options: dict[str, Any] = {"no_repeat_ngram_size": size} if size else {}
+        return plug.generate(examples, personal=personal, **options)
 
     def close(self) -> None:
         """End what the session has started."""
@@ -248,11 +230,8 @@ class Session:
             ranking = "bm25" if chosen.prompt in ("summary", "profile") else str(chosen.prompt)
             ranked = retriever.rank_many(ranking, queries, histories, chosen.items)
             return [[h[i] for i in best] for h, best in zip(histories, ranked, strict=True)]
-        longest: dict[str, tuple[HistoryItem, ...]] = {}
-        for example in self.data.train:  # only training users lend items: held-out ones stay apart
-            if len(example.history) > len(longest.get(example.user_id, ())):
-                longest[example.user_id] = example.history
-        pool = list(longest.values())
+        # Only training users lend items: held-out ones stay apart.
+        pool = list(longest_by_user(self.data.train).values())
         vectors = retriever.user_vectors([*histories, *pool])
         others = _nearest(vectors[: len(histories)], vectors[len(histories) :])
         return [
@@ -296,42 +275,10 @@ def _nearest(wanted: np.ndarray, pool: np.ndarray) -> list[list[int]]:
 
 def _reads_request(chosen: Method, plug: PersonaPlug) -> bool:
     """Return whether a method needs the history encoder's vector of the request: a plug, or retrieval by nearness."""
-    soft = chosen.recipe is not None and hasattr(plug.embedder, "tokens") and plug.config.user_tokens > 0
-    own = plug.config.train_request  # it reads requests itself, on the clock
-    blind = hasattr(plug.embedder, "resampler")  # UEM and PERSOMA: their tokens are of the history alone
-    return chosen.prompt in ("dense", "rrf", "graph") or (soft and not own and not blind)
-
-
-def _reading_once(plug: PersonaPlug) -> Splicer:
-    """Return a splicer for prompts that are read once: states that nobody asks for again would be copied in vain."""
-    made = type(plug.splicer)(plug.llm, StateCache(0))
-    made.reuses = False
-    return made
+    retrieves = chosen.prompt in ("dense", "rrf", "graph")
+    return retrieves or (chosen.recipe is not None and plug.embedder.reads_request)
 
 
 def _running_weights(plug: PersonaPlug) -> float:
     table = plug.llm.get_input_embeddings().weight
     return float(sum(p.numel() for p in plug.llm.parameters()) - table.numel())
-
-
-def _write(stem: Path, outcome: Outcome) -> None:
-    arrays = {f"value|{metric}": values for metric, values in outcome.answers.values.items()}
-    if outcome.answers.probabilities is not None:
-        arrays["probabilities"] = outcome.answers.probabilities
-    buffer = io.BytesIO()
-    np.savez(buffer, **arrays)
-    stem.parent.mkdir(parents=True, exist_ok=True)
-    rest = {"texts": outcome.answers.texts, "costs": outcome.costs, "notes": outcome.notes}
-    write_atomically(stem.with_name(stem.name + ".json"), (json.dumps(rest, ensure_ascii=False) + "\n").encode())
-    write_atomically(stem.with_name(stem.name + ".npz"), buffer.getvalue())  # last: it says that all is there
-
-
-def _read(stem: Path) -> Outcome | None:
-    file = stem.with_name(stem.name + ".npz")
-    if not file.is_file():
-        return None
-    rest = json.loads(stem.with_name(stem.name + ".json").read_text(encoding="utf-8"))
-    with np.load(file, allow_pickle=False) as stored:
-        values = {key.partition("|")[2]: stored[key] for key in stored.files if key.startswith("value|")}
-        probabilities = stored["probabilities"] if "probabilities" in stored.files else None
-    return Outcome(Answers(values, rest["texts"], probabilities), rest["costs"], rest.get("notes", {}))

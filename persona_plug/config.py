@@ -36,7 +36,7 @@ RECIPES: dict[str, dict[str, Any]] = {
         "use_answer_counts": False,
         "answer_head": False,
     },
-    # The neighbours, with the frozen LLM and what they say of a history alone: no request, no answer head, no quotes.
+    # The neighbours of PPlug, on the frozen LLM. They read the history alone: no request, no answer head, no quotes.
     "uem": {**_ALONE, "aggregator": "uem", "max_history": 50},
     "persoma": {**_ALONE, "aggregator": "persoma_perceiver"},
     "persoma_mlp": {**_ALONE, "aggregator": "persoma_mlp"},
@@ -57,11 +57,11 @@ class PlugConfig:
         encoder_dim: d, the width of the encoder's vectors.
         recipe: Name of the set of defaults the plug was created from.
         placement: Where the soft tokens go: `suffix` (behind the input) or `prefix` (in front of it).
-        aggregator: `attention` (default), `mean`, `paper` (eq. 3-4 of PPlug), `uem` (one token an item) or
+        aggregator: `attention` (default), `mean`, `paper` (eq. 3-4 of PPlug), `uem` (one token per item) or
             `persoma_mlp`, `persoma_transformer`, `persoma_perceiver` (resampled to k tokens).
         heads: Attention heads of the default aggregator; head 0 starts as the plain mean.
         key_dim: Width of the learned request and key views.
-        user_tokens: k, soft tokens that depend on the user (`uem` has one an item instead, and one more).
+        user_tokens: k, soft tokens that depend on the user (`uem` has one per item instead, and one more).
         task_tokens: m, soft tokens shared by all users.
         quote_tokens: T, for free text: soft tokens made of the LLM's own embeddings of the first T tokens of the
             user's outputs, position by position, weighted towards the items closest to the request.
@@ -136,8 +136,8 @@ class PlugConfig:
         if self.template.count("{input}") != 1:
             raise ConfigError(f"template must contain {{input}} exactly once, got {self.template!r}")
         if self.answers is not None:
-            given: object = self.answers
-            if not isinstance(given, tuple | list) or not all(isinstance(a, str) for a in given):
+            answers: object = self.answers
+            if not isinstance(answers, tuple | list) or not all(isinstance(a, str) for a in answers):
                 raise ConfigError(f"answers must be a list of texts, got {self.answers!r}")
             object.__setattr__(self, "answers", tuple(self.answers))
             if len(self.answers) < 2 or len(set(self.answers)) != len(self.answers) or "" in self.answers:
@@ -154,8 +154,8 @@ class PlugConfig:
         known = {f.name for f in dataclasses.fields(cls)}
         if unknown := sorted(set(overrides) - known):
             raise unknown_setting(unknown[0], sorted(known))
-        chosen = {k: v for k, v in overrides.items() if v is not None}
-        return cls(**{"llm": llm, "encoder": encoder, "recipe": recipe, **RECIPES[recipe], **chosen})
+        changes = {k: v for k, v in overrides.items() if v is not None}
+        return cls(**{"llm": llm, "encoder": encoder, "recipe": recipe, **RECIPES[recipe], **changes})
 
     @property
     def quotes(self) -> int:

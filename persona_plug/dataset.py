@@ -3,16 +3,49 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
 from persona_plug.data.history import Example
+from persona_plug.embedder.batch import HistoryBatch
 from persona_plug.errors import DataError
 from persona_plug.model import PlugModel
-from persona_plug.splice.prompts import AnswerTree
+from persona_plug.splice.prompts import AnswerTree, PromptParts
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """B samples, ready for `PlugModel.forward` and the loss.
+
+    Attributes:
+        history: The requests' vectors and histories; None for the plain LLM.
+        parts: B prompts.
+        trees: B trees of candidate answers.
+        gold: (B,) int64, the number of each gold answer.
+        lengths: (B,) int64, the tokens of each gold answer, its end token included.
+        offset: (B, C) float32, scores of the answer head by heads that did not see the row's user; None outside
+            training and for plugs without a head.
+    """
+
+    history: HistoryBatch | None
+    parts: list[PromptParts]
+    trees: list[AnswerTree]
+    gold: Tensor
+    lengths: Tensor
+    offset: Tensor | None = None
+
+    def to(self, device: torch.device) -> Batch:
+        """Return the batch on a device."""
+        return replace(
+            self,
+            history=None if self.history is None else self.history.to(device),
+            gold=self.gold.to(device),
+            lengths=self.lengths.to(device),
+            offset=None if self.offset is None else self.offset.to(device),
+        )
 
 
 class PlugDataset(Dataset[int]):
@@ -33,7 +66,7 @@ class PlugDataset(Dataset[int]):
             raise DataError("there are no samples to train on")
         self.examples = list(examples)
         self.table = plug.table(examples) if personal else None
-        self.offsets: Tensor | None = None  # (N, C) what the answer head says in training
+        self.offsets: Tensor | None = None  # (N, C) scores of the answer head in training
         prompter, answers = plug.prompter, plug.config.answers
         self.parts = [prompter.parts(e.input, e.prompt) for e in self.examples]
         self.cut = sum(p.cut > 0 for p in self.parts)
@@ -54,16 +87,16 @@ class PlugDataset(Dataset[int]):
         """Return the index itself; `collate` makes the batch."""
         return index
 
-    def collate(self, indices: Sequence[int]) -> dict[str, Any]:
-        """Make the trainer's batch."""
+    def collate(self, indices: Sequence[int]) -> Batch:
+        """Return samples as a batch on the CPU."""
         trees = [self.trees[i] for i in indices]
         gold = [self.gold[i] for i in indices]
         lengths = [len(t.paths[g]) + (t.gold_end is not None) for t, g in zip(trees, gold, strict=True)]
-        return {
-            "history": None if self.table is None else self.table.batch([self.examples[i] for i in indices]),
-            "parts": [self.parts[i] for i in indices],
-            "trees": trees,
-            "gold": torch.tensor(gold),
-            "lengths": torch.tensor(lengths),
-            "offset": None if self.offsets is None else self.offsets[list(indices)],
-        }
+        return Batch(
+            None if self.table is None else self.table.batch([self.examples[i] for i in indices]),
+            [self.parts[i] for i in indices],
+            trees,
+            torch.tensor(gold),
+            torch.tensor(lengths),
+            None if self.offsets is None else self.offsets[list(indices)],
+        )

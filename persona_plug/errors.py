@@ -36,3 +36,9 @@ def unknown_setting(name: str, known: Iterable[str]) -> ConfigError:
     near = difflib.get_close_matches(name, names, n=1, cutoff=0.75)
     hint = f", did you mean {near[0]!r}?" if near else ";"
     return ConfigError(f"unknown setting {name!r}{hint} known are {', '.join(names)}")
+
+
+def first_line(message: object) -> str:
+    """Return the first line of an exception's or a server's message that is not empty, for a one-line error."""
+    nothing = type(message).__name__ if isinstance(message, BaseException) else "no reason given"
+    return next((line.strip() for line in str(message).splitlines() if line.strip()), nothing)

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from persona_plug.data.history import Example
 from persona_plug.embedder.batch import HistoryBatch, value_dim
-from persona_plug.embedder.user_embedder import UserEmbedder
+from persona_plug.embedder.pooled import PooledEmbedder
 from persona_plug.errors import ConfigError, DataError, MismatchError
 from persona_plug.files import write_atomically
 
@@ -46,10 +46,10 @@ def dense(tensor: Tensor, width: int) -> Tensor:
         raise DataError(f"embeddings must be a dense floating-point tensor, not {kind}; pass what the plug returns")
     if tensor.dim() != 2 or tensor.shape[1] != width or not tensor.shape[0]:
         raise DataError(f"embeddings must have shape (n, {width}) with n >= 1, not {tuple(tensor.shape)}")
-    made = tensor.detach().to("cpu", torch.float32, copy=True).contiguous()
-    if not bool(torch.isfinite(made).all()):
+    result = tensor.detach().to("cpu", torch.float32, copy=True).contiguous()
+    if not bool(torch.isfinite(result).all()):
         raise DataError("embeddings hold NaN or infinity; encode the history again")
-    return made
+    return result
 
 
 @torch.no_grad()
@@ -74,16 +74,16 @@ def export_soft_prompts(plug: PlugModel, requests: Sequence[Example], out: Path,
 
     if not requests:
         raise DataError("no requests to export soft prompts for: give at least one")
-    found: dict[str, Tensor] = {}
+    prompts: dict[str, Tensor] = {}
     table = plug.table(requests)
     for start in range(0, len(requests), batch_size):
         part = requests[start : start + batch_size]
         for i, (example, soft) in enumerate(zip(part, plug.embed(table.batch(part)).soft, strict=True), start):
             key = f"{quote(example.user_id, safe='')}/{quote(example.id or str(i), safe='')}"
-            if key in found:
+            if key in prompts:
                 raise DataError(f"two requests are called {key!r}; give each request of a user an id of its own")
-            found[key] = dense(soft, plug.config.llm_width)
-    write_atomically(out, to_bytes(found, _identity(plug) | {"format": "pt", "count": str(len(found))}))
+            prompts[key] = dense(soft, plug.config.llm_width)
+    write_atomically(out, to_bytes(prompts, _identity(plug) | {"format": "pt", "count": str(len(prompts))}))
     return out
 
 
@@ -105,11 +105,12 @@ def export_onnx(plug: PlugModel, out: Path) -> Path:
     """
     if missing := [name for name in ONNX_PACKAGES if find_spec(name) is None]:
         raise ConfigError(f"ONNX export needs {', '.join(missing)}: pip install 'persona-plug[onnx]'")
-    config = plug.config
-    if not config.user_tokens or config.aggregator not in ("attention", "mean", "paper"):
+    config, embedder = plug.config, plug.embedder
+    if not isinstance(embedder, PooledEmbedder) or config.train_request:
         what = f"aggregator={config.aggregator!r}" if config.user_tokens else "user_tokens=0"
+        what = "train_request=True" if config.train_request else what
         raise ConfigError(f"a plug with {what} has no ONNX graph; export soft prompts of its requests instead")
-    graph = _Graph(copy.deepcopy(plug.embedder).float().cpu()).eval()
+    graph = _Graph(copy.deepcopy(embedder).float().cpu()).eval()
     vocabulary = plug.llm.get_input_embeddings().weight.detach().float().cpu() if config.quotes else None
     model = _to_onnx(graph, _random_inputs(graph, 2, 5, vocabulary))
     for key, value in _identity(plug).items():
@@ -123,7 +124,7 @@ def export_onnx(plug: PlugModel, out: Path) -> Path:
 class _Graph(nn.Module):
     """The embedder's soft tokens without its look for NaN, which depends on the data and cannot be part of a graph."""
 
-    def __init__(self, embedder: UserEmbedder) -> None:
+    def __init__(self, embedder: PooledEmbedder) -> None:
         super().__init__()
         self.embedder = embedder
 
@@ -136,16 +137,7 @@ class _Graph(nn.Module):
         quotes: Tensor | None = None,
         vocabulary: Tensor | None = None,
     ) -> Tensor:
-        embedder, config = self.embedder, self.embedder.config
-        batch = HistoryBatch(request, keys, values, mask, quotes)
-        start, b = embedder.tokens.expand(request.shape[0], -1, -1), request.shape[0]
-        m, t = config.task_tokens, config.quotes
-        pieces = [start[:, :m]]
-        if t:
-            pieces.append(embedder._quote(batch, mask, vocabulary)[0])
-        offset = embedder._user_offset(batch, mask)[0]
-        pieces.append(start[:, m + t :] + offset.view(b, config.user_tokens, -1))
-        return nn.functional.normalize(torch.cat(pieces, 1), dim=-1) * embedder.log_gain.exp().view(1, -1, 1)
+        return self.embedder.soft_tokens(HistoryBatch(request, keys, values, mask, quotes), mask, vocabulary)[0]
 
 
 def _to_onnx(graph: _Graph, example: dict[str, Tensor]) -> Any:  # noqa: ANN401
@@ -153,7 +145,7 @@ def _to_onnx(graph: _Graph, example: dict[str, Tensor]) -> Any:  # noqa: ANN401
     batch, items = torch.export.Dim("batch"), torch.export.Dim("items")
     free: dict[str, Any] = {name: {0: batch, 1: items} for name in example}
     free |= {"request": {0: batch}} | ({"vocabulary": None} if "vocabulary" in example else {})
-    # The exporter tells of packages that this graph has no need of.
+    # The exporter warns of packages that this graph does not need.
     logging.getLogger("torch.onnx._internal.exporter._registration").setLevel(logging.ERROR)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -180,11 +172,11 @@ def _random_inputs(
         parts.append(nn.functional.one_hot(drawn, answers).float())
     mask = torch.rand(b, n, generator=noise) < 0.7
     mask[0] = False
-    made = {"request": units(b), "keys": units(b, n), "values": torch.cat(parts, -1), "mask": mask}
+    inputs = {"request": units(b), "keys": units(b, n), "values": torch.cat(parts, -1), "mask": mask}
     if vocabulary is not None:
-        made["quotes"] = torch.randint(-1, len(vocabulary), (b, n, config.quotes), generator=noise)
-        made["vocabulary"] = vocabulary
-    return made
+        inputs["quotes"] = torch.randint(-1, len(vocabulary), (b, n, config.quotes), generator=noise)
+        inputs["vocabulary"] = vocabulary
+    return inputs
 
 
 @torch.no_grad()
@@ -196,11 +188,10 @@ def _check(graph: _Graph, content: bytes, vocabulary: Tensor | None) -> None:
     noise = torch.Generator().manual_seed(1)
     for b, n in CHECKED:
         inputs = _random_inputs(graph, b, n, vocabulary, noise)
-        fed = dict(inputs)
-        words = fed.pop("vocabulary", None)
-        wanted = graph.embedder(HistoryBatch(**fed), words).soft
-        (got,) = session.run(None, {name: tensor.numpy() for name, tensor in inputs.items()})
-        difference = float((torch.from_numpy(got) - wanted).abs().max())
+        batch = HistoryBatch(**{name: tensor for name, tensor in inputs.items() if name != "vocabulary"})
+        expected = graph.embedder(batch, inputs.get("vocabulary")).soft
+        (soft,) = session.run(None, {name: tensor.numpy() for name, tensor in inputs.items()})
+        difference = float((torch.from_numpy(soft) - expected).abs().max())
         if not difference <= TOLERANCE:  # NaN is a mismatch too
             raise MismatchError(
                 f"the ONNX graph differs from torch by {difference:.2g} (at most {TOLERANCE:g} is right) for {b} "

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any, Literal, Self, overload
 
 import torch
 from torch import Tensor, nn
 
 from persona_plug.config import PlugConfig
 from persona_plug.data.history import Example, HistoryItem
+from persona_plug.embedder.architectures import make_embedder
 from persona_plug.embedder.batch import HistoryBatch, VectorTable
-from persona_plug.embedder.user_embedder import Embedded, UserEmbedder
+from persona_plug.embedder.contract import Embedded, Embedder
 from persona_plug.errors import ConfigError
 from persona_plug.models.encoder import HistoryEncoder, RequestEncoder
 from persona_plug.models.fingerprint import llm_fingerprint
@@ -29,16 +30,16 @@ if TYPE_CHECKING:
     from persona_plug.store.history_store import HistoryStore
 
 QUOTE_LEAD = '\nA similar one: "'  # where the task tokens in front of quoted ones start
-STATE_BUDGET = 4 << 30  # bytes of frozen states kept across epochs
+STATE_BUDGET = 4 << 30  # bytes of frozen states cached across epochs
 
 
 @dataclass(frozen=True, slots=True)
 class Generation:
-    """A generated text with what stood behind it.
+    """A generated text with what it was made from.
 
     Attributes:
         text: The answer.
-        weights: (item, weight) of the history items that were used, heaviest first.
+        weights: (item, weight) of the history items that were used, largest weight first.
         input_tokens_cut: Tokens of the request that did not fit `max_input_tokens`.
         items_dropped: History items beyond `max_history`.
         prompt_tokens: Positions of the LLM's input, soft tokens included.
@@ -71,9 +72,9 @@ class PlugModel(nn.Module):
     ) -> None:
         """Join the parts; `build` and `from_pretrained` are the usual ways here."""
         super().__init__()
-        parts: dict[str, Any] = {"llm": freeze(llm), "tokenizer": tokenizer, "encoder": encoder}
-        for name, part in parts.items():
-            object.__setattr__(self, name, part)  # past nn.Module: frozen parts are not registered
+        frozen: dict[str, Any] = {"llm": freeze(llm), "tokenizer": tokenizer, "encoder": encoder}
+        for name, part in frozen.items():
+            object.__setattr__(self, name, part)  # past nn.Module, which would register them as what is trained
         seq2seq = bool(llm.config.is_encoder_decoder)
         self.splicer: Splicer = (Seq2SeqSplicer if seq2seq else CausalSplicer)(llm, StateCache(state_budget))
         self.seed = seed
@@ -82,6 +83,7 @@ class PlugModel(nn.Module):
     llm: Any
     tokenizer: Any
     encoder: HistoryEncoder
+    embedder: Embedder
 
     def reset(self, config: PlugConfig) -> None:
         """Start over with an untrained embedder for `config`, drawn from the plug's seed."""
@@ -94,8 +96,8 @@ class PlugModel(nn.Module):
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(self.seed)
             reader = RequestEncoder(self.encoder) if config.train_request and config.user_tokens else None
-            made = UserEmbedder(config, embedding_norm(self.llm), start, reader)
-            self.embedder = made.to(self.llm.device).eval()
+            embedder = make_embedder(config, embedding_norm(self.llm), start, reader)
+            self.embedder = embedder.to(self.llm.device).eval()
         self.splicer.begin_with(self.prompter.head)
 
     @classmethod
@@ -118,25 +120,70 @@ class PlugModel(nn.Module):
         )
         return cls(config, llm, tokenizer, encoder, seed, state_budget)
 
+    def twin(
+        self,
+        config: PlugConfig | None = None,
+        *,
+        seed: int | None = None,
+        llm: Any = None,  # noqa: ANN401
+        share_states: bool = True,
+    ) -> Self:
+        """Return a second, untrained plug on the same frozen models.
+
+        Args:
+            config: Its config; default this plug's.
+            seed: Seed of its untrained weights; default this plug's.
+            llm: Another copy of the LLM, for a twin that trains something inside it; default this plug's.
+            share_states: Whether both use one cache of frozen states, if their prompts are split and begin alike. A
+                cache of the twin's own has this plug's budget.
+        """
+        twin = type(self)(
+            config or self.config,
+            self.llm if llm is None else llm,
+            self.tokenizer,
+            self.encoder,
+            self.seed if seed is None else seed,
+            self.splicer.cache.budget,
+        )
+        alike = twin.config.placement == self.config.placement and twin.prompter.head == self.prompter.head
+        if share_states and llm is None and alike:
+            twin.splicer = self.splicer
+        return twin
+
+    def keep_nothing(self) -> None:
+        """Cache neither vectors of texts nor frozen states of prompts from now on, on disk and in memory.
+
+        A cached vector would tell by its speed who else wrote the same text.
+        """
+        self.encoder.cache = None
+        self.splicer.keep_nothing()
+
     def forward(
-        self, history: HistoryBatch, parts: Sequence[PromptParts], trees: Sequence[AnswerTree]
+        self, history: HistoryBatch | None, parts: Sequence[PromptParts], trees: Sequence[AnswerTree]
     ) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Return log-likelihoods (B, C) of candidates, (B,) of the gold's end token, and the answers' bias (B, C)."""
-        embedded = self.embed(history)
+        """Run the LLM on B prompts and score candidate answers.
+
+        Args:
+            history: The requests' vectors and histories; None for the plain LLM.
+            parts: The prompts.
+            trees: The candidates of each.
+
+        Returns:
+            Log-likelihoods (B, C) of the candidates, (B,) of the gold's end token, and the bias (B, C) or None.
+        """
+        embedded = self.plain(len(parts)) if history is None else self.embed(history)
         loglik, end = self.splicer.loglik(parts, embedded.soft, trees)
         return loglik, end, embedded.bias
 
     def embed(self, history: HistoryBatch) -> Embedded:
-        """Return what the embedder says of a batch."""
+        """Return what the embedder makes of a batch."""
         vocabulary = self.llm.get_input_embeddings().weight if self.config.quotes else None
         return self.embedder(history.to(self.llm.device), vocabulary)
 
-    def table(self, examples: Sequence[Example]) -> VectorTable:
+    def table(self, examples: Sequence[Example]) -> VectorTable | StoredTable:
         """Return what makes batches: all texts are encoded once, histories out of a store not at all."""
         kind = StoredTable if any(isinstance(e, StoredExample) for e in examples) else VectorTable
         return kind(self.encoder, examples, self.config, self.prompter.ids_of_many)
-
-    # -- use -------------------------------------------------------------------------------------------------------
 
     @torch.no_grad()
     def soft_prompt(
@@ -148,7 +195,7 @@ class PlugModel(nn.Module):
         store: HistoryStore | None = None,
     ) -> Tensor:
         """Return the soft tokens of one request, a dense finite float32 tensor (m + T + k, H) on the CPU."""
-        examples = self._examples(input, history, user, store)
+        examples = pair(self.config, input, history, user, store)
         return next(self._batches(examples, True, 1))[1].soft[0].float().cpu()
 
     @torch.no_grad()
@@ -192,7 +239,7 @@ class PlugModel(nn.Module):
             raise ConfigError("no candidates to score: pass candidates=[...] or fit the plug on a labelling task")
         ids = [tuple(self.prompter.ids(c)) for c in candidates]
         tree = AnswerTree.build(ids, self.prompter.eos)
-        examples = self._examples(inputs, history, user, store)
+        examples = pair(self.config, inputs, history, user, store)
         rows = []
         columns = [known.index(c) for c in candidates] if all(c in known for c in candidates) else []
         for batch, embedded, parts in self._batches(examples, personal, batch_size):
@@ -217,6 +264,62 @@ class PlugModel(nn.Module):
         probabilities = (scores / self.embedder.score_temperature.cpu()).softmax(-1)
         return [names[i] for i in probabilities.argmax(-1).tolist()], probabilities
 
+    @overload
+    def generate(  # type: ignore[overload-overlap]  # a text is itself a sequence of texts
+        self,
+        inputs: str,
+        history: History | None = None,
+        *,
+        user: str | None = None,
+        store: HistoryStore | None = None,
+        personal: bool = True,
+        return_details: Literal[False] = False,
+        batch_size: int = 16,
+        **generation: object,
+    ) -> str: ...
+
+    @overload
+    def generate(  # type: ignore[overload-overlap]  # a text is itself a sequence of texts
+        self,
+        inputs: str,
+        history: History | None = None,
+        *,
+        user: str | None = None,
+        store: HistoryStore | None = None,
+        personal: bool = True,
+        return_details: Literal[True],
+        batch_size: int = 16,
+        **generation: object,
+    ) -> Generation: ...
+
+    @overload
+    def generate(
+        self,
+        inputs: Sequence[str] | Sequence[Example],
+        history: History | Sequence[History] | None = None,
+        *,
+        user: str | Sequence[str] | None = None,
+        store: HistoryStore | None = None,
+        personal: bool = True,
+        return_details: Literal[False] = False,
+        batch_size: int = 16,
+        **generation: object,
+    ) -> list[str]: ...
+
+    @overload
+    def generate(
+        self,
+        inputs: Sequence[str] | Sequence[Example],
+        history: History | Sequence[History] | None = None,
+        *,
+        user: str | Sequence[str] | None = None,
+        store: HistoryStore | None = None,
+        personal: bool = True,
+        return_details: Literal[True],
+        batch_size: int = 16,
+        **generation: object,
+    ) -> list[Generation]: ...
+
     @torch.no_grad()
     def generate(
         self,
@@ -228,25 +331,26 @@ class PlugModel(nn.Module):
         personal: bool = True,
         return_details: bool = False,
         batch_size: int = 16,
-        **generation: Any,  # noqa: ANN401
-    ) -> Any:  # noqa: ANN401
+        **generation: object,
+    ) -> str | list[str] | Generation | list[Generation]:
         """Generate an answer to each request in its user's manner.
 
         Args:
-            inputs: One request or a list of them, or of examples with their histories; a text gives a text.
+            inputs: One request or a list of them, or of examples with their histories. A text gives a text, a list a
+                list. With `num_return_sequences` above 1, a text gives a list, too.
             history: One history, or one for each request; a batch may mix users.
             user: In place of a history, the user in `store` whose history counts, or one user for each request.
             store: Where the users' histories are; an unknown user has none.
             personal: False for the plain LLM, without soft tokens.
-            return_details: Return `Generation` objects: text, item weights, what was cut.
+            return_details: Return `Generation` objects in place of texts: text, item weights, what was cut.
             batch_size: Rows at a time.
             generation: Passed to the LLM's `generate`: `max_new_tokens`, `num_beams`, `do_sample`, `temperature`,
-                `streamer` (one request only). Greedy unless told otherwise.
+                `streamer` (one request only). Greedy by default.
 
         Raises:
             DataError: Inputs and histories differ in number, or an item is malformed.
         """
-        examples = self._examples(inputs, history, user, store)
+        examples = pair(self.config, inputs, history, user, store)
         options = {"max_new_tokens": self.config.max_answer_tokens, "do_sample": False, **generation}
         if not options["do_sample"]:
             options |= {"temperature": None, "top_p": None, "top_k": None}
@@ -255,32 +359,35 @@ class PlugModel(nn.Module):
         for batch, embedded, parts in self._batches(examples, personal, batch_size):
             inputs_for_llm = self.splicer.generation_inputs(parts, embedded.soft)
             out = self.llm.generate(**inputs_for_llm, pad_token_id=pad, **options)
-            texts = self.tokenizer.batch_decode(out.reshape(-1, out.shape[-1]), skip_special_tokens=True)
-            share = len(texts) // len(batch)  # num_return_sequences
+            written: list[str] = self.tokenizer.batch_decode(out.reshape(-1, out.shape[-1]), skip_special_tokens=True)
+            share = len(written) // len(batch)  # num_return_sequences
             for i, example in enumerate(batch):
                 weights = None if embedded.weights is None else embedded.weights[i]
-                for text in texts[i * share : (i + 1) * share]:
+                for text in written[i * share : (i + 1) * share]:
                     results.append(self._details(text.strip(), example, parts[i], len(embedded.soft[i]), weights))
+        single = isinstance(inputs, str) and len(results) == 1
         if return_details:
-            return results[0] if isinstance(inputs, str) and len(results) == 1 else results
-        texts = [r.text for r in results]
-        return texts[0] if isinstance(inputs, str) and len(texts) == 1 else texts
+            return results[0] if single else results
+        texts = [result.text for result in results]
+        return texts[0] if single else texts
 
     def _details(
         self, text: str, example: Example, parts: PromptParts, soft: int, weights: Tensor | None
     ) -> Generation:
         used: Sequence[HistoryItem] = example.history[-self.config.max_history :]
-        held, unquoted = len(example.history), 0
+        total, unquoted = len(example.history), 0
         if isinstance(example, StoredExample):
-            used, held = example.stored.items, example.stored.total
+            used, total = example.stored.items, example.stored.total
             unquoted = len(used) if self.config.quotes and example.stored.texts is None else 0
         pairs = [] if weights is None else list(zip(used, weights[: len(used)].tolist(), strict=True))
         pairs.sort(key=lambda pair: -pair[1])
         tokens = len(parts.left) + soft + len(parts.right)
-        return Generation(text, pairs, parts.cut, held - len(used), tokens, unquoted)
+        return Generation(text, pairs, parts.cut, total - len(used), tokens, unquoted)
 
-    def _batches(self, examples: Sequence[Example], personal: bool, size: int) -> Any:  # noqa: ANN401
-        """Yield (examples, what the embedder says, prompt parts) in order."""
+    def _batches(
+        self, examples: Sequence[Example], personal: bool, size: int
+    ) -> Iterator[tuple[list[Example], Embedded, list[PromptParts]]]:
+        """Yield (examples, what the embedder makes of them, prompts) in order."""
         table = self.table(examples) if personal else None
         for start in range(0, len(examples), size):
             batch = list(examples[start : start + size])
@@ -291,6 +398,3 @@ class PlugModel(nn.Module):
     def plain(self, rows: int) -> Embedded:
         """Return no soft tokens at all for B rows: the plain LLM."""
         return Embedded(torch.zeros(rows, 0, self.config.llm_width, device=self.llm.device), None, None)
-
-    def _examples(self, inputs: Requests, *histories: Any) -> Sequence[Example]:  # noqa: ANN401
-        return pair(self.config, inputs, *histories)

@@ -20,7 +20,7 @@ History = Sequence[HistoryItem | Mapping[str, Any] | str]
 def pair(
     config: PlugConfig,
     inputs: Requests,
-    history: Any = None,  # noqa: ANN401
+    history: History | Sequence[History] | None = None,
     user: str | Sequence[str] | None = None,
     store: HistoryStore | None = None,
 ) -> Sequence[Example]:
@@ -52,15 +52,16 @@ def pair(
         return stored_examples(config, requests, user, store)
     if isinstance(history, str | Mapping):
         raise DataError("history must be a list of items; put a single item into a list")
-    many = (
-        bool(history)
-        and not isinstance(inputs, str)
-        and isinstance(history[0], Sequence)
-        and not isinstance(history[0], str)
-    )
-    histories = list(history) if many else [history or ()] * len(requests)
+    histories = _histories(history, not isinstance(inputs, str), len(requests))
     if len(histories) != len(requests):
         raise DataError(f"{len(requests)} inputs but {len(histories)} histories; give one history for each input")
     return [
         Example("", r, "", tuple(HistoryItem.of(item) for item in h)) for r, h in zip(requests, histories, strict=True)
     ]
+
+
+def _histories(history: Any, many: bool, count: int) -> list[History]:  # noqa: ANN401
+    """Return one history for each request: those that are given, if there may be `many`, or the same one each time."""
+    if many and history and isinstance(history[0], Sequence) and not isinstance(history[0], str):
+        return list(history)
+    return [history or ()] * count

@@ -52,7 +52,7 @@ class PersonaPlug(PlugModel):
             dtype: Dtype of the LLM.
             device: Device of LLM and encoder.
             seed: Seed of the untrained weights.
-            state_budget: Bytes of frozen states kept across epochs.
+            state_budget: Bytes of frozen states cached across epochs.
             settings: Any field of `PlugConfig`.
 
         Raises:
@@ -62,8 +62,8 @@ class PersonaPlug(PlugModel):
         name = encoder if isinstance(encoder, str) else encoder.name
         config = PlugConfig.create(llm, name, recipe, **settings)
         model, tokenizer = load_llm(llm, dtype=dtype, quantization=quantization, device=device)
-        made = encoder if isinstance(encoder, HistoryEncoder) else HistoryEncoder(encoder, device=device)
-        return cls.join(config, model, tokenizer, made, quantization, seed, state_budget)
+        reader = encoder if isinstance(encoder, HistoryEncoder) else HistoryEncoder(encoder, device=device)
+        return cls.join(config, model, tokenizer, reader, quantization, seed, state_budget)
 
     @classmethod
     def from_pretrained(
@@ -86,7 +86,7 @@ class PersonaPlug(PlugModel):
             quantization: `int8` or `nf4`; a plug trained on dense weights may run on quantised ones.
             dtype: Dtype of the LLM.
             device: Device of LLM and encoder.
-            state_budget: Bytes of frozen states kept across epochs.
+            state_budget: Bytes of frozen states cached across epochs.
 
         Raises:
             MismatchError: LLM or encoder is another than the plug was trained with.
@@ -96,11 +96,11 @@ class PersonaPlug(PlugModel):
         config = PlugConfig.load(path)
         weights = persistence.read_weights(path)
         source = config.encoder if encoder is None else encoder
-        made = source if isinstance(source, HistoryEncoder) else persistence.load_encoder(path, source, device)
-        persistence.check_encoder(config, made)
+        reader = source if isinstance(source, HistoryEncoder) else persistence.load_encoder(path, source, device)
+        persistence.check_encoder(config, reader)
         model, tokenizer = load_llm(llm or config.llm, dtype=dtype, quantization=quantization, device=device)
         persistence.check_llm(config, model, quantization)
-        plug = cls(config, model, tokenizer, made, state_budget=state_budget)
+        plug = cls(config, model, tokenizer, reader, state_budget=state_budget)
         persistence.apply_weights(plug.embedder, weights, path)
         return plug
 

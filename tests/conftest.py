@@ -130,7 +130,7 @@ def perturb():
             return torch.randn(parameter.shape, generator=noise).to(parameter.device)
 
         with torch.no_grad():
-            if hasattr(embedder, "frequency_weight"):
+            if embedder.has_answer_head:
                 embedder.frequency_weight.fill_(0.7)
             for name, parameter in embedder.named_parameters():
                 if name == "out.weight":

@@ -179,7 +179,10 @@ def test_a_graph_that_differs_is_not_written(make_plug, tmp_path, monkeypatch):
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("settings", [{"recipe": "uem"}, {"recipe": "persoma"}, {"user_tokens": 0}])
+@pytest.mark.parametrize(
+    "settings",
+    [{"recipe": "uem"}, {"recipe": "persoma"}, {"user_tokens": 0}, {"recipe": "paper", "train_request": True}],
+)
 def test_plugs_without_a_graph_are_refused(make_plug, tmp_path, settings):
     with pytest.raises(ConfigError, match="export soft prompts"):
         export_onnx(make_plug(**settings), tmp_path / "plug.onnx")

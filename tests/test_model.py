@@ -9,6 +9,7 @@ from persona_plug.data.history import HistoryItem
 from persona_plug.errors import ConfigError, DataError
 from persona_plug.models.fingerprint import full_digest
 from persona_plug.models.llm import load_llm
+from persona_plug.pairing import pair
 from persona_plug.plug import PersonaPlug
 from persona_plug.splice.prompts import AnswerTree
 from persona_plug.splice.states import StateCache
@@ -186,7 +187,7 @@ def test_plain_llm_is_the_llm(plug, people):
 def test_rows_may_have_candidates_of_their_own(plug, people):
     """Training draws candidates row by row: trees of many sizes in one batch."""
     wanted = [("1", "10", "2"), ("yes", "no"), ("a long answer",), ("a", "b"), ("",), ("ab", "abc", "x", "y")]
-    examples = plug._examples(people.requests, people.histories)
+    examples = pair(plug.config, people.requests, people.histories)
     batch = plug.table(examples).batch(examples)
     trees = [AnswerTree.build([plug.prompter.answer(c) for c in row], plug.prompter.eos) for row in wanted]
     with torch.no_grad():
@@ -203,7 +204,7 @@ def test_the_gold_end_token_is_scored_apart(plug, people):
     request, history, candidates = people.requests[1], people.ann, ("yes", "no")
     ids = [plug.prompter.answer(c) for c in candidates]
     tree = AnswerTree.build(ids, plug.prompter.eos, gold=1)
-    examples = plug._examples(request, history)
+    examples = pair(plug.config, request, history)
     batch = plug.table(examples).batch(examples)
     with torch.no_grad():
         loglik, end, _ = plug(batch, [plug.prompter.parts(request)], [tree])
@@ -381,7 +382,7 @@ def test_weights_belong_to_their_items(make_plug, people):
     plug = make_plug(differ=True)
     details = plug.generate(people.requests, people.histories, return_details=True)
     for detail, request, history in zip(details, people.requests, people.histories, strict=True):
-        examples = plug._examples(request, history)
+        examples = pair(plug.config, request, history)
         with torch.no_grad():
             weights = plug.embed(plug.table(examples).batch(examples)).weights[0]
         expected = dict(zip(history, weights.tolist(), strict=False))
@@ -477,7 +478,7 @@ def test_the_seed_draws_the_untrained_plug(make_plug):
 
 def loss_of(plug, people):
     """A loss as in training: candidates with a gold answer, its end token and the prior."""
-    examples = plug._examples(people.requests, people.histories)
+    examples = pair(plug.config, people.requests, people.histories)
     batch = plug.table(examples).batch(examples)
     parts = [plug.prompter.parts(r) for r in people.requests]
     ids = [plug.prompter.answer(a) for a in plug.config.answers]
@@ -530,7 +531,7 @@ def test_suffix_gradients_equal_those_of_one_plain_forward(make_plug, people):
     loss_of(plug, people).backward()
     grads = {n: p.grad.clone() for n, p in plug.embedder.named_parameters()}
     plug.zero_grad()
-    examples = plug._examples(people.requests, people.histories)
+    examples = pair(plug.config, people.requests, people.histories)
     soft = plug.embed(plug.table(examples).batch(examples)).soft
     table, losses = plug.llm.get_input_embeddings(), []
     ids = [plug.prompter.answer(a) for a in plug.config.answers]
@@ -549,7 +550,7 @@ def test_state_cache_keeps_to_its_budget(make_plug, people):
     plug = make_plug(differ=True)
     expected = plug.score(people.requests, ("yes", "no"), people.histories)
     whole = plug.splicer.cache.used
-    assert whole == sum(s.numel() * s.element_size() for s in plug.splicer.cache._kept.values()) > 0
+    assert whole == sum(s.numel() * s.element_size() for s in plug.splicer.cache._states.values()) > 0
     for budget in (0, whole // 3, whole):
         plug.splicer.cache = cache = StateCache(budget)
         for _ in range(2):
@@ -559,7 +560,7 @@ def test_state_cache_keeps_to_its_budget(make_plug, people):
         assert bool(cache.used) == bool(budget)
     cache.clear()
     assert cache.used == 0
-    assert cache._kept == {}
+    assert cache._states == {}
 
 
 def test_another_template_finds_no_stale_states(make_plug, people):

@@ -21,6 +21,7 @@ from persona_plug.models import zoo
 from persona_plug.models.encoder import HistoryEncoder
 from persona_plug.models.fingerprint import full_digest, same_llm
 from persona_plug.models.llm import load_llm
+from persona_plug.pairing import pair
 from persona_plug.plug import PersonaPlug
 from persona_plug.splice.prompts import AnswerTree
 
@@ -456,7 +457,7 @@ def test_quantised_llms_keep_their_bits_and_pass_gradients_on(plug, people, tmp_
     assert quantised.config.llm_fingerprint.endswith(f"-{kind}")
     digest = full_digest(llm)
     quantised.score(people.requests, history=people.histories)
-    examples = plug._examples(people.requests, people.histories)
+    examples = pair(plug.config, people.requests, people.histories)
     batch = plug.table(examples).batch(examples)
     parts = [plug.prompter.parts(r) for r in people.requests]
     tree = AnswerTree.build([plug.prompter.answer(a) for a in ANSWERS], plug.prompter.eos)

@@ -7,16 +7,13 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator, Sequence
-from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from persona_plug.config import PlugConfig
 from persona_plug.data.history import Example, leave_one_out
 from persona_plug.dataset import PlugDataset
-from persona_plug.embedder.batch import HistoryBatch
-from persona_plug.embedder.user_embedder import Embedded
+from persona_plug.embedder.task_prompt import NoTokens
 from persona_plug.errors import ConfigError
 from persona_plug.fit.config import FitConfig
 from persona_plug.fit.trainer import batch_loss
@@ -24,29 +21,8 @@ from persona_plug.models.llm import load_llm, loaded_as
 from persona_plug.plug import PersonaPlug
 
 RANK, ALPHA = 8, 32  # of the LaMP authors' per-user adapters (arXiv 2409.09510), there with dropout
+ADAPTERS = "adapters"  # the embedder's module that holds them
 TARGETS = {"q_proj", "k_proj", "v_proj", "q", "k", "v", "c_attn"}  # names in Llama-likes, T5, GPT-2
-
-
-class NoTokens(nn.Module):
-    """Stands where the user embedder is if nothing but adapters is trained: no soft tokens, no answer head."""
-
-    has_answer_head = False
-    history_dropout = empty_history = 0.0
-    score_temperature: Tensor
-
-    def __init__(self, config: PlugConfig) -> None:
-        """Keep the config; the only number here is the temperature of candidate scores."""
-        super().__init__()
-        self.config = config
-        self.register_buffer("score_temperature", torch.ones(()))
-
-    def forward(self, batch: HistoryBatch, vocabulary: Tensor | None = None) -> Embedded:
-        """Return no soft tokens (B, 0, H)."""
-        return Embedded(torch.zeros(len(batch.mask), 0, self.config.llm_width, device=batch.mask.device), None, None)
-
-    def combine(self, loglik: Tensor, bias: Tensor | None) -> Tensor:
-        """Return the log-likelihoods as they are."""
-        return loglik
 
 
 def with_lora(plug: PersonaPlug, soft: bool, rank: int = RANK, alpha: int = ALPHA) -> PersonaPlug:
@@ -68,48 +44,49 @@ def with_lora(plug: PersonaPlug, soft: bool, rank: int = RANK, alpha: int = ALPH
     except ImportError as exc:
         raise ConfigError("LoRA needs peft: pip install 'persona-plug[lora]'") from exc
 
-    llm, tokenizer = load_llm(plug.config.llm, **loaded_as(plug.llm))
+    llm, _ = load_llm(plug.config.llm, **loaded_as(plug.llm))
     llm.generation_config.num_beams = plug.llm.generation_config.num_beams
     names = sorted({name.rsplit(".", 1)[-1] for name, _ in llm.named_modules()} & TARGETS)
     if not names:
         raise ConfigError(f"{plug.config.llm} has none of the layers {', '.join(sorted(TARGETS))} that LoRA adapts")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(plug.seed)
-        lora = LoraConfig(r=rank, lora_alpha=alpha, target_modules=names, fan_in_fan_out="c_attn" in names)
-        inject_adapter_in_model(lora, llm)
+        transposed = "c_attn" in names  # GPT-2's layers
+        adapter = LoraConfig(r=rank, lora_alpha=alpha, target_modules=names, fan_in_fan_out=transposed)
+        inject_adapter_in_model(adapter, llm)
     config = plug.config if soft else plug.config.replace(user_tokens=0, task_tokens=1)
-    made = PersonaPlug(config, llm, tokenizer, plug.encoder, plug.seed)
-    made.splicer.reuses = False
-    adapters = [p.requires_grad_() for name, p in llm.named_parameters() if "lora_" in name]
+    twin = plug.twin(config, llm=llm)  # freezes all of its LLM
+    twin.splicer.frozen = False
     if not soft:
-        made.embedder = NoTokens(config)  # type: ignore[assignment]
-    # With the embedder they are trained, kept and resumed by what does that for a plug.
-    made.embedder.adapters = nn.ParameterList(adapters)
-    return made
+        twin.embedder = NoTokens(config)
+    # As part of the embedder, adapters are trained, saved and resumed as a plug is.
+    adapters = [p.requires_grad_() for name, p in llm.named_parameters() if "lora_" in name]
+    twin.embedder.add_module(ADAPTERS, nn.ParameterList(adapters))
+    return twin
 
 
 def for_each_user(
-    plug: PersonaPlug, held: Sequence[Example], config: FitConfig, steps: int
+    plug: PersonaPlug, questions: Sequence[Example], config: FitConfig, steps: int
 ) -> Iterator[tuple[list[int], PersonaPlug]]:
     """Train the adapters further on one user's history after the other (OPPU, arXiv 2402.04401).
 
     Args:
         plug: A plug with trained adapters; it is left as it was.
-        held: Questions; each user's own are asked once their adapter is trained. A history is the one shown with the
-            user's first question: the questions' own answers are no part of it.
+        questions: Each user's own are asked once their adapter is trained. A user's history is that of their first
+            question: the questions' own answers are no part of it.
         config: Learning rate, batch size and seed.
-        steps: Optimiser steps a user.
+        steps: Optimiser steps per user.
 
     Yields:
-        Indices into `held`, and the plug with that user's adapter.
+        Indices into `questions`, and the plug with that user's adapter.
     """
     start = copy.deepcopy(plug.embedder.state_dict())
     users: dict[str, list[int]] = {}
-    for i, example in enumerate(held):
+    for i, example in enumerate(questions):
         users.setdefault(example.user_id, []).append(i)
     answers = plug.config.answers
     for user, indices in users.items():
-        samples = leave_one_out(user, held[indices[0]].history)
+        samples = leave_one_out(user, questions[indices[0]].history)
         samples = [s for s in samples if s.output.strip() and (answers is None or s.output.strip() in answers)]
         if samples:
             _train(plug, PlugDataset(plug, samples), config, steps)
@@ -118,14 +95,13 @@ def for_each_user(
 
 
 def _train(plug: PersonaPlug, samples: PlugDataset, config: FitConfig, steps: int) -> None:
-    numbers: Any = plug.embedder.adapters
-    optimizer = torch.optim.AdamW(list(numbers), lr=config.lr, weight_decay=config.weight_decay)
+    adapters = list(plug.embedder.get_submodule(ADAPTERS).parameters())
+    optimizer = torch.optim.AdamW(adapters, lr=config.lr, weight_decay=config.weight_decay)
     draw = torch.Generator().manual_seed(config.seed)
     for _ in range(steps):
-        chosen = torch.randperm(len(samples), generator=draw)[: config.batch_size].tolist()
-        batch = samples.collate(chosen)
-        said = plug(batch["history"], batch["parts"], batch["trees"])
+        batch = samples.collate(torch.randperm(len(samples), generator=draw)[: config.batch_size].tolist())
+        output = plug(batch.history, batch.parts, batch.trees)
         optimizer.zero_grad()
-        batch_loss(said, plug.embedder, batch, config.token_weight).backward()
-        torch.nn.utils.clip_grad_norm_(list(numbers), 1.0)
+        batch_loss(output, plug.embedder, batch, config.token_weight).backward()
+        torch.nn.utils.clip_grad_norm_(adapters, 1.0)
         optimizer.step()

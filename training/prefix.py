@@ -6,15 +6,15 @@ import torch
 from torch import nn
 
 from persona_plug.config import PlugConfig
+from persona_plug.embedder.task_prompt import NoTokens
 from persona_plug.errors import ConfigError
 from persona_plug.plug import PersonaPlug
 from persona_plug.splice.causal import CausalSplicer
 from persona_plug.splice.states import StateCache
-from training.lora import NoTokens
 
 
 class Prefix(NoTokens):
-    """Stands where the user embedder is: no soft tokens, no answer head, and the numbers of the prefix."""
+    """No soft tokens and no answer head, but the parameters of the prefix."""
 
     def __init__(self, config: PlugConfig, start: torch.Tensor) -> None:
         """Start at the keys and values (layers, 2, heads, P, head_dim) that the LLM computes for some text."""
@@ -38,13 +38,13 @@ def with_prefix(plug: PersonaPlug) -> PersonaPlug:
         raise ConfigError("prefix tuning is built for decoder-only LLMs; leave prefix_tuning out of methods")
     count = plug.config.soft_tokens
     config = plug.config.replace(user_tokens=0, task_tokens=1, quote_tokens=0)
-    made = PersonaPlug(config, plug.llm, plug.tokenizer, plug.encoder, plug.seed)
     words = plug.prompter.ids(plug.config.template.replace("{input}", " "))
     draw = torch.Generator().manual_seed(plug.seed)
     shift = int(torch.randint(len(words), (1,), generator=draw))  # seeds start at different words
     text = ([*words[shift:], *words[:shift]] * count)[:count]
-    splicer = CausalSplicer(plug.llm, StateCache(0))
-    made.embedder = Prefix(config, splicer.states([tuple(text)])[0].float())  # type: ignore[assignment]
-    splicer.reuses, splicer.prefix = False, made.embedder.prefix  # type: ignore[assignment]
-    made.splicer = splicer
-    return made
+    # A splicer without a head gives the states of the whole text.
+    start = CausalSplicer(plug.llm, StateCache(0)).states([tuple(text)])[0]
+    twin = plug.twin(config, share_states=False)
+    twin.embedder = embedder = Prefix(config, start.float())
+    twin.splicer.prefix = embedder.prefix
+    return twin

@@ -63,9 +63,9 @@ class Fitted:
 
     Attributes:
         plug: The plug.
-        seconds: Of all optimiser steps, see `persona_plug.splice.states.clock`.
+        seconds: Of all optimiser steps, see `persona_plug.clock.clock`.
         steps: Optimiser steps.
-        parameters: Trained numbers.
+        parameters: How many parameters are trained.
         lr: Peak learning rate.
         curve: (step, seconds so far, validation loss) at each look.
     """
@@ -85,7 +85,7 @@ def fit(
 
     Args:
         name: A name in `RECIPES`.
-        base: Gives the frozen LLM, its kept states and the encoder; its config holds template and answers.
+        base: Gives the frozen LLM, its cached states and the encoder; its config holds template and answers.
         settings: Fields of `PlugConfig` given by the user; a recipe's own choices win over them.
         data: Samples.
         config: Training settings, the seed among them.
@@ -95,8 +95,8 @@ def fit(
         ConfigError: There is no such recipe.
     """
     plug = make(name, base, settings, config.seed)
-    facts = folder / FACTS
-    if facts.is_file():
+    file = folder / FACTS
+    if file.is_file():
         plug.embedder.load_state_dict(load_file(folder / WEIGHTS))
     else:
         train(plug, data, config, folder, resume=True)
@@ -104,7 +104,7 @@ def fit(
         looks = {
             line["step"]: (line["step"], line["seconds"], line["eval_loss"]) for line in lines if "eval_loss" in line
         }
-        found = {
+        result = {
             "seconds": lines[-1]["seconds"],
             "steps": lines[-1]["step"],
             "lr": config.lr,
@@ -114,12 +114,12 @@ def fit(
         if processes.is_main_process:
             folder.mkdir(parents=True, exist_ok=True)
             write_atomically(folder / WEIGHTS, save({k: v.clone() for k, v in plug.embedder.state_dict().items()}))
-            write_atomically(facts, (json.dumps(found) + "\n").encode())
+            write_atomically(file, (json.dumps(result) + "\n").encode())
         processes.wait_for_everyone()
-    found = json.loads(facts.read_text(encoding="utf-8"))
+    recorded = json.loads(file.read_text(encoding="utf-8"))
     count = sum(p.numel() for p in plug.embedder.parameters() if p.requires_grad)
-    curve = tuple((int(step), float(seconds), float(loss)) for step, seconds, loss in found["curve"])
-    return Fitted(plug, found["seconds"], found["steps"], count, found["lr"], curve)
+    curve = tuple((int(step), float(seconds), float(loss)) for step, seconds, loss in recorded["curve"])
+    return Fitted(plug, recorded["seconds"], recorded["steps"], count, recorded["lr"], curve)
 
 
 def choose_lr(
@@ -152,14 +152,14 @@ def choose_lr(
 
 
 def make(name: str, base: PersonaPlug, settings: Mapping[str, Any], seed: int) -> PersonaPlug:
-    """Return an untrained plug of a recipe. Without adapters it shares the frozen LLM and its kept states."""
+    """Return an untrained plug of a recipe. Without adapters it shares the frozen LLM and its cached states."""
     if name not in RECIPES:
         raise ConfigError(f"no recipe {name!r}; known are {', '.join(RECIPES)}")
     recipe, known = RECIPES[name], base.config
-    chosen = {**settings, **(recipe.plug or {})}
-    if chosen.get("task_tokens") == "all":  # as many soft tokens as the plug has
-        chosen["task_tokens"] = known.soft_tokens
-    config = PlugConfig.create(known.llm, known.encoder, chosen.pop("recipe", known.recipe), **chosen).replace(
+    fields = {**settings, **(recipe.plug or {})}
+    if fields.get("task_tokens") == "all":  # as many soft tokens as the plug has
+        fields["task_tokens"] = known.soft_tokens
+    config = PlugConfig.create(known.llm, known.encoder, fields.pop("recipe", known.recipe), **fields).replace(
         llm_width=known.llm_width,
         encoder_dim=known.encoder_dim,
         llm_fingerprint=known.llm_fingerprint,
@@ -167,11 +167,9 @@ def make(name: str, base: PersonaPlug, settings: Mapping[str, Any], seed: int) -
         template=known.template,
         answers=known.answers,
     )
-    plug = PersonaPlug(config, base.llm, base.tokenizer, base.encoder, seed, base.splicer.cache.budget)
+    plug = base.twin(config, seed=seed)
     if recipe.prefix:
         return with_prefix(plug)
     if recipe.adapter:
         return with_lora(plug, soft=recipe.plug is not None)
-    if config.placement == known.placement:
-        plug.splicer = base.splicer
     return plug

@@ -51,7 +51,7 @@ def different(plug: PersonaPlug) -> PersonaPlug:
     """Return the plug with random weights under which users' answers differ, as those of a trained one do."""
     noise = torch.Generator().manual_seed(7)
     with torch.no_grad():
-        weight = plug.embedder.out.weight
+        weight = plug.get_parameter("embedder.out.weight")
         size = plug.config.projector_hidden * plug.config.llm_width
         weight.copy_(torch.randn(weight.shape, generator=noise) * 4 / size**0.5)
     return plug
@@ -168,13 +168,14 @@ def overhead(settings: LoadSettings, scratch: Path) -> dict[str, Any]:
     import uvicorn
 
     from persona_plug.serving.engine import TransformersEngine
-    from persona_plug.serving.gateway import Backend, Settings, isolate
+    from persona_plug.serving.gateway import Backend, Settings
     from persona_plug.serving.logs import Log
     from persona_plug.serving.routes import create_app
     from persona_plug.serving.schema import CompletionRequest
     from persona_plug.store.history_store import HistoryStore
 
-    plug = isolate(different(PersonaPlug.build(settings.llm, settings.encoder, max_input_tokens=64)))
+    plug = different(PersonaPlug.build(settings.llm, settings.encoder, max_input_tokens=64))
+    plug.keep_nothing()
     store = HistoryStore(f"sqlite:///{scratch}/users.db", plug.encoder, keep_text=True)
     people = histories(settings)
     for user, items in people.items():

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -9,11 +11,10 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from eval.bench.settings import BenchSettings
 from eval.bench.timing import paired
+from persona_plug.caching import uncached
 from persona_plug.data.history import Example, HistoryItem
 from persona_plug.plug import PersonaPlug
-from persona_plug.splice.base import Splicer
 from persona_plug.splice.prompts import AnswerTree, PromptParts
-from persona_plug.splice.states import StateCache
 
 # Answers of a batch as rewritten e-mails have them: the median is 40 tokens, the longest four times that.
 UNLIKE = (12, 20, 28, 36, 44, 60, 96, 176)
@@ -93,22 +94,20 @@ def rows(settings: BenchSettings) -> dict[str, Any]:
 
     apart, together = step(plug.splicer.loglik), step(plug.splicer.in_one_pass)
 
-    def reader(reuses: bool) -> Any:  # noqa: ANN401
-        splicer: Splicer = type(plug.splicer)(plug.llm, StateCache(2**30 if reuses else 0))
-        splicer.reuses = reuses
+    def reader(context: Callable[[], AbstractContextManager[None]]) -> Callable[[], None]:
         alike = [_answer(plug, settings.answer_tokens, generator)] * len(parts)
 
         def call() -> None:
-            splicer.cache.clear()
-            with torch.no_grad():
-                splicer.loglik(parts, plug.plain(len(parts)).soft, alike)
+            plug.splicer.cache.clear()
+            with torch.no_grad(), context():
+                plug(None, parts, alike)
 
         return call
 
     return {
         "step on answers of unlike length, rows apart / one pass": paired(apart, together, settings.pairs),
         "FLOPs: rows apart / one pass": _flops(apart) / _flops(together),
-        "prompts read once, one pass / states ahead": paired(reader(False), reader(True), settings.pairs),
+        "prompts read once, one pass / states ahead": paired(reader(uncached), reader(nullcontext), settings.pairs),
     }
 
 

@@ -36,7 +36,7 @@ WORDS = [f"word{i}" for i in range(2000)]
 class RandomEncoder:
     """Draws unit vectors in place of encoding texts; keeps none."""
 
-    fingerprint, dim, _cache = "random", 384, None
+    fingerprint, dim, cache = "random", 384, None
 
     def __init__(self) -> None:
         """Fix the numbers."""

@@ -22,6 +22,7 @@ from persona_plug.data.history import Example, HistoryItem, by_user, read_events
 from persona_plug.errors import DataError
 from persona_plug.plug import PersonaPlug
 from persona_plug.splice.prompts import AnswerTree, PromptParts
+from persona_plug.splice.soft import Soft
 
 LOOKBACK = 16  # tokens beyond a stop text's own letters that are decoded to find it
 
@@ -44,7 +45,7 @@ class Plugged:
     """
 
     def __init__(self, plug: PersonaPlug, history: Sequence[HistoryItem] = (), detached: bool = False) -> None:
-        """Take a plug over: what it keeps of earlier prompts is forgotten.
+        """Take a plug over: its cached states are forgotten.
 
         Args:
             plug: The plug.
@@ -53,14 +54,14 @@ class Plugged:
         """
         self.plug, self.history, self.detached = plug, tuple(history), detached
         # Prompts of a task differ: nothing is kept, and no head is shared.
-        plug.splicer.cache.budget = 0
+        plug.splicer.keep_nothing()
         plug.splicer.begin_with(())
         self.seq2seq = bool(plug.llm.config.is_encoder_decoder)
         self.soft_tokens = 0 if detached else len(plug.soft_prompt("", self.history))
 
     def batches(
         self, rows: Sequence[Row], size: int, quiet: bool, what: str
-    ) -> Iterator[tuple[list[Row], list[PromptParts], Tensor]]:
+    ) -> Iterator[tuple[list[Row], list[PromptParts], Soft]]:
         """Yield rows, their prompts, and their soft tokens (B, S, H), with a progress bar.
 
         Args:
@@ -115,7 +116,7 @@ class Plugged:
         return 0
 
     def score(
-        self, parts: Sequence[PromptParts], soft: Tensor, trees: Sequence[AnswerTree]
+        self, parts: Sequence[PromptParts], soft: Soft, trees: Sequence[AnswerTree]
     ) -> tuple[list[list[float]], list[list[bool]]]:
         """Return each row's log-likelihoods, and whether each continuation is what greedy decoding gives.
 
@@ -151,7 +152,7 @@ class Plugged:
         return scores.float().tolist(), greedy
 
     def write(
-        self, parts: Sequence[PromptParts], soft: Tensor, stops: list[str], new: int, options: dict[str, Any]
+        self, parts: Sequence[PromptParts], soft: Soft, stops: list[str], new: int, options: dict[str, Any]
     ) -> list[str]:
         """Return the texts that the LLM writes behind B prompts, up to the first of `stops`.
 

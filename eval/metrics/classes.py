@@ -1,47 +1,66 @@
-"""Metrics as `evaluate.Metric` classes that need no network, calibration, and comparisons over users.
+"""Metrics as `evaluate.Metric` without network, and the calibration error.
 
-`evaluate.load` fetches a script for every metric; these classes are constructed instead. What they compute stands in
-`eval.metrics.lamp`.
+`evaluate.load` fetches a script for every metric; these are constructed instead: `TextMetric("rouge-L")`. What they
+compute stands in `eval.metrics.lamp`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, ClassVar
+from typing import Any
 
 import datasets
 import evaluate
 import numpy as np
 
-from eval.metrics.lamp import compute
-from eval.report.significance import direction
+from eval.metrics.lamp import QUESTION_RULES, SET_RULES, compute
 from persona_plug.errors import ConfigError, DataError
-from persona_plug.measure.stats import Interval, user_bootstrap
+from persona_plug.measure.metrics import METRICS
 
 FIVE = ("1", "2", "3", "4", "5")
+# Metric -> what may be given beside the texts, with its default.
+OPTIONS: dict[str, dict[str, Any]] = {
+    "f1": {"answers": ()},
+    "mae": {"answers": FIVE},
+    "rmse": {"answers": FIVE},
+    "rouge-1": {"seed": None},  # with a seed the middle of a bootstrap, as LaMP reports it
+    "rouge-L": {"seed": None},
+}
 
 
 class LocalMetric(evaluate.Metric):
     """Base that leaves nothing on disk: texts are a person's, and the default writes them to a cache."""
 
-    def __init__(self, keep_in_memory: bool = True, **settings: Any) -> None:  # noqa: ANN401
-        super().__init__(keep_in_memory=keep_in_memory, **settings)
+    def __init__(self, name: str, keep_in_memory: bool = True, **settings: Any) -> None:  # noqa: ANN401
+        super().__init__(config_name=name, keep_in_memory=keep_in_memory, **settings)
 
 
 class TextMetric(LocalMetric):
-    """Base of the metrics that compare texts with texts.
+    """A metric that compares texts with texts.
 
-    `compute(predictions=[...], references=[...])` takes (N,) strings each and returns {KEY: float}; what `OPTIONS`
+    `compute(predictions=[...], references=[...])` takes (N,) strings each and returns {name: float}; what `OPTIONS`
     names may be given to it as well.
     """
 
-    KEY: ClassVar[str]
-    OPTIONS: ClassVar[dict[str, Any]] = {}
+    def __init__(self, name: str, **settings: Any) -> None:  # noqa: ANN401
+        """Choose the metric.
+
+        Args:
+            name: One of `eval.metrics.lamp.QUESTION_RULES` or `SET_RULES`.
+            settings: Those of `evaluate.Metric`.
+
+        Raises:
+            ConfigError: There is no such metric.
+        """
+        names = [*QUESTION_RULES, *SET_RULES]
+        if name not in names:
+            raise ConfigError(f"no metric {name!r} of texts; known are {', '.join(names)}")
+        super().__init__(name, **settings)
 
     def _info(self) -> evaluate.MetricInfo:
-        options = "".join(f" {name}: default {value!r}." for name, value in self.OPTIONS.items())
+        options = "".join(f" {key}: default {value!r}." for key, value in OPTIONS.get(self.config_name, {}).items())
         return evaluate.MetricInfo(
-            description=self.__doc__,
+            description=METRICS[self.config_name].description,
             citation="arXiv 2304.11406",
             inputs_description=f"predictions, references: texts.{options}",
             features=datasets.Features(
@@ -50,68 +69,13 @@ class TextMetric(LocalMetric):
         )
 
     def _compute(self, predictions: list[str], references: list[str], **options: Any) -> dict[str, float]:  # noqa: ANN401
-        if unknown := sorted(set(options) - set(self.OPTIONS)):
-            known = ", ".join(self.OPTIONS) or "none"
-            raise ConfigError(f"{self.KEY}: unknown option {unknown[0]!r}; known are {known}")
-        return {self.KEY: compute(self.KEY, predictions, references, **{**self.OPTIONS, **options})}
-
-
-class Accuracy(TextMetric):
-    """Share of predictions that are the reference letter by letter, both stripped."""
-
-    KEY = "accuracy"
-
-
-class MacroF1(TextMetric):
-    """Mean F1 over all `answers`, also those that never occur."""
-
-    KEY = "f1"
-    OPTIONS: ClassVar[dict[str, Any]] = {"answers": ()}
-
-    def _compute(self, predictions: list[str], references: list[str], **options: Any) -> dict[str, float]:  # noqa: ANN401
-        if not options.get("answers"):
+        name: str = self.config_name
+        defaults = OPTIONS.get(name, {})
+        if unknown := sorted(set(options) - set(defaults)):
+            raise ConfigError(f"{name}: unknown option {unknown[0]!r}; known are {', '.join(defaults) or 'none'}")
+        if name == "f1" and not options.get("answers"):
             raise ConfigError("f1: answers=[...] is missing: the mean goes over all of a task's answers")
-        return super()._compute(predictions, references, **options)
-
-
-class MeanAbsoluteError(TextMetric):
-    """Mean absolute error of ratings; what is no number counts as the end of the scale farthest from the truth."""
-
-    KEY = "mae"
-    OPTIONS: ClassVar[dict[str, Any]] = {"answers": FIVE}
-
-
-class RootMeanSquaredError(TextMetric):
-    """Root of the mean squared error of ratings; what is no number counts as in `MeanAbsoluteError`."""
-
-    KEY = "rmse"
-    OPTIONS: ClassVar[dict[str, Any]] = {"answers": FIVE}
-
-
-class Rouge1(TextMetric):
-    """Mean F-measure of ROUGE-1 without stemming; with `seed` the middle of a bootstrap, as LaMP reports it."""
-
-    KEY = "rouge-1"
-    OPTIONS: ClassVar[dict[str, Any]] = {"seed": None}
-
-
-class RougeL(TextMetric):
-    """Mean F-measure of ROUGE-L without stemming; with `seed` the middle of a bootstrap, as LaMP reports it."""
-
-    KEY = "rouge-L"
-    OPTIONS: ClassVar[dict[str, Any]] = {"seed": None}
-
-
-class Meteor(TextMetric):
-    """Mean METEOR by equal words and Porter stems; synonyms are left out, since they need WordNet."""
-
-    KEY = "meteor"
-
-
-class Bleu(TextMetric):
-    """Corpus BLEU by sacreBLEU, from 0 to 100."""
-
-    KEY = "bleu"
+        return {name: compute(name, predictions, references, **{**defaults, **options})}
 
 
 class CalibrationError(LocalMetric):
@@ -121,11 +85,13 @@ class CalibrationError(LocalMetric):
     and returns {"ece": float}.
     """
 
-    KEY: ClassVar[str] = "ece"
+    def __init__(self, **settings: Any) -> None:  # noqa: ANN401
+        """Take the settings of `evaluate.Metric`."""
+        super().__init__("ece", **settings)
 
     def _info(self) -> evaluate.MetricInfo:
         return evaluate.MetricInfo(
-            description=self.__doc__,
+            description=METRICS["ece"].description,
             citation="arXiv 1706.04599, section 3",
             inputs_description="predictions: probabilities; references: places of the true answers; bins: default 15.",
             features=datasets.Features(
@@ -137,23 +103,7 @@ class CalibrationError(LocalMetric):
         )
 
     def _compute(self, predictions: list[list[float]], references: list[int], bins: int = 15) -> dict[str, float]:
-        return {self.KEY: expected_calibration_error(np.array(predictions), np.array(references), bins)}
-
-
-METRICS: dict[str, type[evaluate.Metric]] = {
-    m.KEY: m
-    for m in (
-        Accuracy,
-        MacroF1,
-        MeanAbsoluteError,
-        RootMeanSquaredError,
-        Rouge1,
-        RougeL,
-        Meteor,
-        Bleu,
-        CalibrationError,
-    )
-}
+        return {"ece": expected_calibration_error(np.array(predictions), np.array(references), bins)}
 
 
 def expected_calibration_error(
@@ -186,77 +136,3 @@ def expected_calibration_error(
     place = np.clip(np.ceil(confidence * bins).astype(int) - 1, 0, bins - 1)
     # |sum of accuracy - sum of confidence| over N is the bin's distance times its share.
     return float(np.abs(np.bincount(place, right - confidence, bins)).sum() / len(table))
-
-
-def user_win_rate(metric: str, values: Sequence[float], minus: Sequence[float], users: Sequence[str]) -> float:
-    """Return the share of users on whose questions the first method is better on average; a tie is half a win.
-
-    Args:
-        metric: Name of the metric, which tells whether lower is better.
-        values: (N,) the first method's value of each question.
-        minus: (N,) the other method's on the same questions.
-        users: (N,) the owner of each question.
-    """
-    difference = _difference(metric, values, minus, users)
-    names, owner = np.unique(np.asarray(users), return_inverse=True)
-    sums = np.bincount(owner, difference, len(names))  # of the sign of the mean
-    sums[np.abs(sums) < 1e-12] = 0.0  # 0.1 + 0.2 - 0.3 is a tie
-    return float((np.sign(sums) / 2 + 0.5).mean())
-
-
-def paired_gain(
-    metric: str, values: Sequence[float], minus: Sequence[float], users: Sequence[str], seed: int = 0
-) -> Interval:
-    """Return by how much the first method is better, with a bootstrap over users; positive means better.
-
-    Args:
-        metric: Name of the metric; for "rmse" the values are squared errors and the gain is one of roots.
-        values: (N,) the first method's value of each question.
-        minus: (N,) the other method's on the same questions.
-        users: (N,) the owner of each question.
-        seed: Of the draws.
-    """
-    _difference(metric, values, minus, users)
-    lower, transform = direction(metric)
-    better, worse = (minus, values) if lower else (values, minus)
-    return user_bootstrap(better, users, worse, transform, seed)
-
-
-def personal_lift(
-    metric: str, plug: Sequence[float], plug_shuffled: Sequence[float], users: Sequence[str], seed: int = 0
-) -> Interval:
-    """Return what the user's own history adds over another user's: `plug` against `plug_shuffled`, as `paired_gain`.
-
-    Args:
-        metric: Name of the metric.
-        plug: (N,) values with the user's own history.
-        plug_shuffled: (N,) values with another user's.
-        users: (N,) the owner of each question.
-        seed: Of the draws.
-    """
-    return paired_gain(metric, plug, plug_shuffled, users, seed)
-
-
-def task_gain(
-    metric: str, task_prompt: Sequence[float], none: Sequence[float], users: Sequence[str], seed: int = 0
-) -> Interval:
-    """Return what training without any user adds: `task_prompt` against the plain LLM, as `paired_gain`.
-
-    Args:
-        metric: Name of the metric.
-        task_prompt: (N,) values of a trained prompt that knows no user.
-        none: (N,) values of the plain LLM.
-        users: (N,) the owner of each question.
-        seed: Of the draws.
-    """
-    return paired_gain(metric, task_prompt, none, users, seed)
-
-
-def _difference(metric: str, values: Sequence[float], minus: Sequence[float], users: Sequence[str]) -> np.ndarray:
-    """Return (N,) differences that are positive where the first is better."""
-    if not len(values) == len(minus) == len(users) or not len(users):
-        raise DataError(f"{metric}: {len(values)} and {len(minus)} values for {len(users)} users; give one each")
-    difference = np.asarray(values, dtype=np.float64) - np.asarray(minus, dtype=np.float64)
-    if np.isnan(difference).any():
-        raise DataError(f"{metric}: {int(np.isnan(difference).sum())} questions lack a value; leave them out of both")
-    return -difference if direction(metric)[0] else difference

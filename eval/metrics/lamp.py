@@ -1,22 +1,23 @@
 """The official metrics of LaMP (arXiv 2304.11406) and LongLaMP (arXiv 2407.11016), as their own scripts compute them.
 
 `score` takes predictions and references as lists or in LaMP's file shape. The functions below it are the rules
-themselves; `eval.metrics.classes` wraps them as `evaluate.Metric` classes.
+themselves. `QUESTION_RULES` and `SET_RULES` name them; `persona_plug.measure.metrics` says which direction is better;
+`eval.metrics.classes` wraps them as an `evaluate.Metric`.
 """
 
 from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 from persona_plug.errors import DataError
+from persona_plug.measure.metrics import METRICS
 from training.tasks import Task, load_task
 
-CORPUS = ("f1", "bleu")  # metrics of a whole set, no means over its questions
 RESAMPLES = 1000  # of the bootstrap in rouge_score, whose middle value `evaluate` reports
 SENTENCE_END = re.compile(r"(?<=[.!?])\s+")
 
@@ -42,9 +43,9 @@ def score(
         DataError: Ids differ (the first odd one is named), nothing is to be scored, or a reference is no answer of the
             task.
     """
-    task, found, gold = _prepare(task, predictions, references)
+    task, outputs, gold = _prepare(task, predictions, references)
     resample = seed if official_rouge else None
-    return {name: compute(name, found, gold, task.answers or (), resample) for name in task.metrics}
+    return {name: compute(name, outputs, gold, task.answers or (), resample) for name in task.metrics}
 
 
 def question_values(task: str | Task, predictions: object, references: object) -> dict[str, np.ndarray]:
@@ -56,14 +57,14 @@ def question_values(task: str | Task, predictions: object, references: object) -
         references: As in `score`; its order is that of the result.
 
     Returns:
-        Metric name -> (N,) values, see `values`; without those of `CORPUS`.
+        Metric name -> (N,) values, see `values`; without those of `SET_RULES`.
 
     Raises:
         ConfigError: As in `score`.
         DataError: As in `score`.
     """
-    task, found, gold = _prepare(task, predictions, references)
-    return {name: values(name, found, gold, task.answers or ()) for name in task.metrics if name not in CORPUS}
+    task, outputs, gold = _prepare(task, predictions, references)
+    return {name: values(name, outputs, gold, task.answers or ()) for name in task.metrics if name in QUESTION_RULES}
 
 
 def compute(
@@ -82,32 +83,24 @@ def compute(
         answers: The answer space, for "f1", "mae" and "rmse".
         seed: If given, ROUGE is a bootstrap's middle instead of the mean.
     """
-    if name == "f1":
-        return macro_f1(predictions, references, answers)
-    if name == "bleu":
-        return bleu(predictions, references)
-    found = values(name, predictions, references, answers)
+    if name in SET_RULES:
+        return SET_RULES[name](predictions, references, answers)
+    each = values(name, predictions, references, answers)
     if name.startswith("rouge") and seed is not None:
-        return bootstrap_median(found, seed)
-    return float(np.sqrt(found.mean()) if name == "rmse" else found.mean())
+        return bootstrap_median(each, seed)
+    return float(METRICS[name].transform(each.mean()))
 
 
 def values(name: str, predictions: Sequence[str], references: Sequence[str], answers: Sequence[str] = ()) -> np.ndarray:
     """Return (N,) values whose mean is a metric; for "rmse" squared errors, whose mean's root it is.
 
     Args:
-        name: One of `training.tasks.METRICS` but not of `CORPUS`.
+        name: One of `QUESTION_RULES`.
         predictions: (N,) texts.
         references: (N,) texts.
         answers: The answer space, for "mae" and "rmse".
     """
-    if name == "accuracy":
-        return hits(predictions, references)
-    if name in ("mae", "rmse"):
-        errors = rating_errors(predictions, references, answers)
-        with np.errstate(over="ignore"):  # 1e300 is an answer too, and its square infinite
-            return np.abs(errors) if name == "mae" else errors**2
-    return meteor(predictions, references) if name == "meteor" else rouge(name, predictions, references)
+    return QUESTION_RULES[name](predictions, references, answers)
 
 
 # The rules. Texts are stripped first, as the official code does.
@@ -125,11 +118,11 @@ def macro_f1(predictions: Sequence[str], references: Sequence[str], answers: Seq
     """
     place = {answer: i for i, answer in enumerate(answers)}
     other = len(answers)
-    found, gold = (
+    guess, gold = (
         np.array([place.get(t.strip(), other) for t in texts], dtype=int) for texts in (predictions, references)
     )
-    right = np.bincount(gold[found == gold], minlength=other + 1)[:other]
-    either = np.bincount(found, minlength=other + 1)[:other] + np.bincount(gold, minlength=other + 1)[:other]
+    right = np.bincount(gold[guess == gold], minlength=other + 1)[:other]
+    either = np.bincount(guess, minlength=other + 1)[:other] + np.bincount(gold, minlength=other + 1)[:other]
     return float((2 * right / np.maximum(either, 1)).mean())
 
 
@@ -234,6 +227,35 @@ def _number(text: str) -> float | None:
     return value if math.isfinite(value) else None
 
 
+# A rule takes predictions (N,), references (N,) and the answer space.
+Texts = Sequence[str]
+
+
+def _absolute_errors(predictions: Texts, references: Texts, answers: Texts) -> np.ndarray:
+    return np.abs(rating_errors(predictions, references, answers))
+
+
+def _squared_errors(predictions: Texts, references: Texts, answers: Texts) -> np.ndarray:
+    with np.errstate(over="ignore"):  # 1e300 is an answer too, and its square infinite
+        return rating_errors(predictions, references, answers) ** 2
+
+
+# Metric -> (N,) values whose mean, transformed, it is.
+QUESTION_RULES: dict[str, Callable[[Texts, Texts, Texts], np.ndarray]] = {
+    "accuracy": lambda predictions, references, _: hits(predictions, references),
+    "mae": _absolute_errors,
+    "rmse": _squared_errors,
+    "rouge-1": lambda predictions, references, _: rouge("rouge-1", predictions, references),
+    "rouge-L": lambda predictions, references, _: rouge("rouge-L", predictions, references),
+    "meteor": lambda predictions, references, _: meteor(predictions, references),
+}
+# Metric -> its value of a whole set, which is no mean over questions.
+SET_RULES: dict[str, Callable[[Texts, Texts, Texts], float]] = {
+    "f1": macro_f1,
+    "bleu": lambda predictions, references, _: bleu(predictions, references),
+}
+
+
 # What is scored against what.
 
 
@@ -250,32 +272,32 @@ def align(predictions: object, references: object) -> tuple[list[str], list[str]
     Raises:
         DataError: The two do not belong together, or one is of another shape or empty.
     """
-    found, gold = _texts(predictions, "predictions"), _texts(references, "references")
-    if isinstance(found, dict) and isinstance(gold, dict):
-        if odd := sorted(set(found) ^ set(gold)):
-            side = "predictions" if odd[0] in found else "references"
+    outputs, gold = _texts(predictions, "predictions"), _texts(references, "references")
+    if isinstance(outputs, dict) and isinstance(gold, dict):
+        if odd := sorted(set(outputs) ^ set(gold)):
+            side = "predictions" if odd[0] in outputs else "references"
             raise DataError(
                 f"ids of predictions and references differ in {len(odd)} place(s), first {odd[0]!r}, only in {side}"
             )
-        return list(gold), [found[i] for i in gold], list(gold.values())
-    if isinstance(found, list) and isinstance(gold, list):
-        if len(found) != len(gold):
-            raise DataError(f"{len(found)} predictions for {len(gold)} references; give one for each, in order")
-        return [f"place {i}" for i in range(len(gold))], found, gold
+        return list(gold), [outputs[i] for i in gold], list(gold.values())
+    if isinstance(outputs, list) and isinstance(gold, list):
+        if len(outputs) != len(gold):
+            raise DataError(f"{len(outputs)} predictions for {len(gold)} references; give one for each, in order")
+        return [f"place {i}" for i in range(len(gold))], outputs, gold
     raise DataError("only one of predictions and references has ids; give both as lists, or both with ids")
 
 
 def _prepare(task: str | Task, predictions: object, references: object) -> tuple[Task, list[str], list[str]]:
     """Return the task, predictions and references, which are all answers of the task."""
     task = task if isinstance(task, Task) else load_task(task)
-    ids, found, gold = align(predictions, references)
+    ids, outputs, gold = align(predictions, references)
     for ident, text in zip(ids, gold, strict=True):
         if task.kind == "label" and text.strip() not in (task.answers or ()):
             known = ", ".join(task.answers or ())
             raise DataError(f"references: {ident}: {text!r:.60} is no answer of {task.name}; its answers are {known}")
         if task.kind == "rating" and _number(text) is None:
             raise DataError(f"references: {ident}: {text!r:.60} is no number; {task.name} rates with numbers")
-    return task, found, gold
+    return task, outputs, gold
 
 
 def _texts(given: object, what: str) -> dict[str, str] | list[str]:
@@ -287,14 +309,14 @@ def _texts(given: object, what: str) -> dict[str, str] | list[str]:
             if str(ident) in named:
                 raise DataError(f"{what}: id {str(ident)!r} stands there twice; keep one")
             named[str(ident)] = _text(value, f"{what}: {ident}")
-        found: dict[str, str] | list[str] = named
+        texts: dict[str, str] | list[str] = named
     elif isinstance(given, Sequence) and not isinstance(given, str | bytes):
-        found = [_text(value, f"{what}: place {i}") for i, value in enumerate(given)]
+        texts = [_text(value, f"{what}: place {i}") for i, value in enumerate(given)]
     else:
         raise DataError(f"{what}: give a list of texts, a mapping of id to text, or LaMP's file shape")
-    if not found:
+    if not texts:
         raise DataError(f"{what}: there are none; give at least one")
-    return found
+    return texts
 
 
 def _golds(entries: list[Any], what: str) -> list[tuple[object, object]]:

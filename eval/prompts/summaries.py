@@ -121,7 +121,7 @@ class Summaries:
             raise ConfigError(f"sample={sample} must be at least 1: the LLM has to see something of the history")
         # The plug's own template would wrap the summary's prompt into its task's instruction.
         config = plug.config.replace(template="{input}", answers=None, max_input_tokens=max_tokens)
-        self.plain = PersonaPlug(config, plug.llm, plug.tokenizer, plug.encoder)
+        self.plain = plug.twin(config, share_states=False)
         self.sample, self.max_tokens, self.max_new_tokens = sample, max_tokens, max_new_tokens
         self.written, self.spent, self.owed = 0, 0.0, 0.0
         self.path = Path(cache_dir) / "summaries.sqlite"
@@ -169,8 +169,7 @@ class Summaries:
             # transformers tells that the prompt's own n-grams are free to occur again, which is as it should be.
             warnings.filterwarnings("ignore", message=".*no_repeat_ngram_size")
             options: dict[str, Any] = {"max_new_tokens": self.max_new_tokens, "no_repeat_ngram_size": NO_REPEAT}
-            texts: list[str] = self.plain.generate(prompts, personal=False, batch_size=len(prompts), **options)
-            return texts
+            return self.plain.generate(prompts, personal=False, batch_size=len(prompts), **options)
 
     def _prompt(self, task: Task, items: Sequence[HistoryItem]) -> str:
         usable = [item for item in items if item.output.strip()]

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-from eval.report.figures import Table
+from persona_plug.measure.tables import UNKNOWN, Table, number_text
 
 REFERENCE = "plug"  # its seconds are what the others are held to
 BUDGET_NOTE = (
@@ -30,20 +30,23 @@ def budget_table(results: Mapping[str, Any]) -> Table:
     methods: Mapping[str, Any] = results["methods"]
     name = _reference(results)
     limit = methods[name]["curve"][-1][1] if name else 0.0
-    rows, seen = [], []
+    rows: list[list[str]] = []
+    curves: list[list[list[float]]] = []
     for method, row in methods.items():
-        curve = [list(point) for point in row.get("curve") or ()]  # tuples when fresh, lists when read back
-        if not curve or curve in seen:  # controls ask a plug that another row has trained
-            continue
-        seen.append(curve)
-        step, seconds, _ = curve[-1]
-        within = min(step, int(step * limit / seconds)) if seconds else step
-        losses = [(at, loss) for _, at, loss in curve]
-        by_then = [loss for at, loss in losses if at <= limit]
-        cells = [f"{min(loss for _, loss in losses):.3f}", str(within), f"{min(by_then):.3f}" if by_then else "–"]
-        rows.append([method, f"{row['lr']:g}", str(step), f"{seconds:.1f}", *cells])
+        curve = [list(look) for look in row.get("curve") or ()]
+        if curve and curve not in curves:  # controls ask a plug that another row has trained
+            curves.append(curve)
+            rows.append([method, f"{row['lr']:g}", *_budget_cells(curve, limit)])
     head = ("method", "learning rate", "steps", "seconds", "validation loss", "steps in equal seconds", "loss by then")
-    return Table(head, rows or [["nothing was trained", *["–"] * 6]])
+    return Table(head, rows or [["nothing was trained", *[UNKNOWN] * 6]])
+
+
+def _budget_cells(curve: Sequence[Sequence[float]], limit: float) -> list[str]:
+    step, seconds, _ = curve[-1]
+    within = min(step, int(step * limit / seconds)) if seconds else step
+    by_then = [loss for _, at, loss in curve if at <= limit]
+    best = [min(loss for *_, loss in curve), min(by_then, default=None)]
+    return [f"{step:g}", f"{seconds:.1f}", number_text(best[0]), f"{within:g}", number_text(best[1])]
 
 
 def _reference(results: Mapping[str, Any]) -> str | None:

@@ -1,17 +1,19 @@
-"""What a report is built of: tables, and plots as inline SVG (intervals along a line, points in a plane).
+"""A page's parts, and plots as inline SVG: intervals along a line, points in a plane.
 
-Cells, labels and texts come from a run, so others wrote them: whatever is rendered here is escaped here. The plots are
-drawn by hand rather than by matplotlib: an SVG in the page takes its colours from the page's style sheet, so that one
-drawing serves dark and light, its text is text, and it needs no other file. Widths are chosen for a phone.
+Labels and texts come from a run, so others wrote them: whatever is rendered here is escaped here. The plots are drawn
+by hand rather than by matplotlib. An SVG in the page takes its colours from the page's style sheet, so that one drawing
+serves dark and light, its text is text, and it needs no other file. Widths are chosen for a phone.
 """
 
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from html import escape
+
+from persona_plug.measure.contrasts import Contrast
+from persona_plug.measure.stats import Interval
+from persona_plug.measure.tables import Table, escaped, interval_text, one_line
 
 WIDTH = 420
 LEFT, RIGHT = 46, 14  # room for the scale's numbers
@@ -19,21 +21,25 @@ ROW = 34  # height of a forest plot's row: the label stands above its interval
 HEIGHT = 300  # of a scatter plot
 LABEL = 58  # letters that fit the width
 
-STYLE = """
+COLOURS = """
 :root { color-scheme: light dark; --page: #fff; --text: #1b1f24; --soft: #5c6670; --line: #d9dee3; --accent: #2f6fb7;
   --good: #1a7f4b; --bad: #b5352c; --box: #f4f6f8; }
 @media (prefers-color-scheme: dark) { :root { --page: #14171a; --text: #e4e8ec; --soft: #9aa5b0; --line: #333a41;
   --accent: #6faae8; --good: #56c288; --bad: #ef7a70; --box: #1d2226; } }
+"""
+PAGE_STYLE = """
 body { margin: 0 auto; padding: 1rem; max-width: 60rem; background: var(--page); color: var(--text);
   font: 1rem/1.5 system-ui, sans-serif; overflow-wrap: anywhere; }
 h1 { font-size: 1.5rem; } h2 { font-size: 1.2rem; margin-top: 2.2rem; } h3 { font-size: 1rem; }
 .wide { overflow-x: auto; } table { border-collapse: collapse; font-size: 0.85rem; overflow-wrap: normal; }
 th, td { padding: 0.3rem 0.6rem; border-bottom: 1px solid var(--line); text-align: left; vertical-align: top; }
-td + td { font-variant-numeric: tabular-nums; white-space: nowrap; }
+tbody th { font-weight: normal; } td { font-variant-numeric: tabular-nums; white-space: nowrap; }
 .missing, .note { color: var(--soft); } figure { margin: 1rem 0; }
 pre, blockquote { background: var(--box); padding: 0.7rem; margin: 0.5rem 0; white-space: pre-wrap;
   font-size: 0.85rem; }
 dt { font-weight: 600; } dd { margin: 0 0 0.4rem 0; white-space: pre-wrap; }
+"""
+PLOT_STYLE = """
 svg { width: 100%; max-width: 44rem; height: auto; font: 12px system-ui, sans-serif; }
 svg text { fill: var(--text); } svg .soft { fill: var(--soft); }
 svg .grid { stroke: var(--line); stroke-width: 1; } svg .zero { stroke: var(--soft); stroke-width: 1.2; }
@@ -43,36 +49,7 @@ svg .bad { stroke: var(--bad); } svg circle.bad { fill: var(--bad); }
 svg .point { fill: var(--accent); fill-opacity: 0.55; stroke: var(--accent); }
 svg .edge { fill: none; stroke: var(--good); stroke-width: 2; stroke-dasharray: 5 3; }
 """
-
-
-@dataclass(frozen=True, slots=True)
-class Table:
-    """Plain cells, escaped only when they are rendered."""
-
-    head: Sequence[str]
-    rows: Sequence[Sequence[str]]
-
-    def markdown(self) -> list[str]:
-        """Return the lines of a Markdown table."""
-        lines = [self.head, ["---"] * len(self.head), *self.rows]
-        return ["| " + " | ".join(c if c == "---" else cell(c) for c in line) + " |" for line in lines]
-
-    def html(self) -> str:
-        """Return a table that scrolls sideways by itself where the screen is narrow."""
-        head = "".join(f'<th scope="col">{escaped(c)}</th>' for c in self.head)
-        body = "".join("<tr>" + "".join(f"<td>{escaped(c)}</td>" for c in row) + "</tr>" for row in self.rows)
-        return (
-            f'<div class="wide" tabindex="0"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
-        )
-
-
-def cell(text: str) -> str:
-    """Return a text as one Markdown table cell: no markup, no HTML, no line break of its own.
-
-    An underscore between letters and a bracket without a link are no markup and stay: names can be searched for.
-    """
-    flat = escape(" ".join(str(text).split()), quote=False)
-    return re.sub(r"([\\`*|~]|\](?=[(\[])|(?<!\w)_|_(?!\w))", r"\\\1", flat)
+STYLE = COLOURS + PAGE_STYLE + PLOT_STYLE
 
 
 def section(title: str, *parts: str) -> str:
@@ -80,8 +57,8 @@ def section(title: str, *parts: str) -> str:
     return f"<section><h2>{escaped(title)}</h2>{''.join(parts)}</section>"
 
 
-def folded(blocks: Sequence[tuple[str, str]]) -> list[str]:
-    """Show the first block and fold the others away."""
+def fold(blocks: Sequence[tuple[str, str]]) -> list[str]:
+    """Return the first block in view and the others behind their names."""
     rest = [f"<details><summary>{escaped(name)}</summary>{block}</details>" for name, block in blocks[1:]]
     return [f"<h3>{escaped(name)}</h3>{block}" for name, block in blocks[:1]] + rest
 
@@ -102,11 +79,6 @@ def missing(what: str) -> str:
     return paragraph(f"Not recorded: {what}.", "missing")
 
 
-def escaped(value: object) -> str:
-    """Return a value as text that is safe inside an element and inside a quoted attribute."""
-    return escape(str(value))
-
-
 @dataclass(frozen=True, slots=True)
 class Bar:
     """A value with its interval, None where it is not known."""
@@ -115,6 +87,17 @@ class Bar:
     value: float
     low: float | None = None
     high: float | None = None
+
+    @classmethod
+    def of_contrast(cls, row: Contrast) -> Bar:
+        """Return a contrast as a bar."""
+        return cls(f"{row.a} − {row.b}", row.delta, row.low, row.high)
+
+    @property
+    def text(self) -> str:
+        """The value with its interval in words."""
+        low, high = (math.nan if end is None else end for end in (self.low, self.high))
+        return interval_text(Interval(self.value, low, high), "+.3f")
 
 
 @dataclass(frozen=True, slots=True)
@@ -147,15 +130,21 @@ def forest(bars: Sequence[Bar], title: str, axis: str) -> str:
     for i, b in enumerate(bars):
         y = ROW * i + 26
         side = "good" if (b.low or 0) > 0 else "bad" if (b.high or 0) < 0 else ""
-        shown = b.label if len(b.label) <= LABEL else b.label[: LABEL - 1] + "…"
-        parts.append(f'<text x="{RIGHT}" y="{y - 10}">{escaped(shown)}</text>')
+        parts.append(f'<text x="{RIGHT}" y="{y - 10}">{escaped(one_line(b.label, LABEL))}</text>')
         if b.low is not None and b.high is not None:
             low, high = scale.at(b.low), scale.at(b.high)
             parts.append(f'<line class="bar {side}" x1="{low:.1f}" x2="{high:.1f}" y1="{y}" y2="{y}"/>')
         parts.append(f'<circle class="dot {side}" cx="{scale.at(b.value):.1f}" cy="{y}" r="4"/>')
     parts.append(f'<text class="soft" x="{WIDTH / 2}" y="{bottom + 34}" text-anchor="middle">{escaped(axis)}</text>')
-    told = "; ".join(f"{b.label}: {b.value:+.3g}{_range(b)}" for b in bars)
-    return _svg(parts, bottom + 42, f"{title}. {told}")
+    words = "; ".join(f"{b.label}: {b.value:+.3g}{_range(b)}" for b in bars)
+    return _svg(parts, bottom + 42, f"{title}. {words}")
+
+
+def standalone(svg: str) -> str:
+    """Return a drawing as the text of an SVG file, with the colours and the background that a page would give it."""
+    style = f"<style>{COLOURS}{PLOT_STYLE}svg {{ background: var(--page); }}</style>"
+    head, inside = svg.removeprefix("<svg").split(">", 1)
+    return f'<svg xmlns="http://www.w3.org/2000/svg"{head}>{style}{inside}\n'
 
 
 def scatter(
@@ -204,8 +193,8 @@ def scatter(
             )
     parts.append(f'<text class="soft" x="{RIGHT}" y="14">{escaped(y_label)}</text>')
     parts.append(f'<text class="soft" x="{WIDTH / 2}" y="{HEIGHT + 34}" text-anchor="middle">{escaped(x_label)}</text>')
-    told = described or "; ".join(f"{p.label}: {p.x:.3g}, {p.y:.3g}" for p in points)
-    return _svg(parts, HEIGHT + 42, f"{title}. {told}")
+    words = described or "; ".join(f"{p.label}: {p.x:.3g}, {p.y:.3g}" for p in points)
+    return _svg(parts, HEIGHT + 42, f"{title}. {words}")
 
 
 def pareto(costs: Sequence[float], qualities: Sequence[float], lower_is_better: bool) -> list[bool]:
@@ -269,6 +258,6 @@ def _number(value: float) -> str:
     return f"{0.0 if abs(value) < 1e-12 else value:.6g}".replace("-", "−")
 
 
-def _svg(parts: Sequence[str], height: float, told: str) -> str:
+def _svg(parts: Sequence[str], height: float, words: str) -> str:
     inside = "".join(parts)
-    return f'<svg viewBox="0 0 {WIDTH} {height:.0f}" role="img" aria-label="{escaped(told)}">{inside}</svg>'
+    return f'<svg viewBox="0 0 {WIDTH} {height:.0f}" role="img" aria-label="{escaped(words)}">{inside}</svg>'

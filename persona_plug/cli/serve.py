@@ -118,10 +118,11 @@ def _load(
     gateway: Any,  # noqa: ANN401
 ) -> Backend:
     from persona_plug.plug import PersonaPlug
-    from persona_plug.serving.gateway import Backend, isolate
+    from persona_plug.serving.gateway import Backend
     from persona_plug.store.history_store import HistoryStore
 
-    loaded = isolate(PersonaPlug.from_pretrained(folder, llm=llm, quantization=quantization, device=device))
+    loaded = PersonaPlug.from_pretrained(folder, llm=llm, quantization=quantization, device=device)
+    loaded.keep_nothing()
     if engine == "transformers":
         from persona_plug.serving.engine import TransformersEngine
 

@@ -221,6 +221,15 @@ def by_user(events: Iterable[Event]) -> dict[str, list[HistoryItem]]:
     return users
 
 
+def longest_by_user(examples: Iterable[Example]) -> dict[str, tuple[HistoryItem, ...]]:
+    """Return each user's longest history, the first of equally long ones; users without any are left out."""
+    longest: dict[str, tuple[HistoryItem, ...]] = {}
+    for example in examples:
+        if len(example.history) > len(longest.get(example.user_id, ())):
+            longest[example.user_id] = example.history
+    return longest
+
+
 def is_twin(item: HistoryItem, input: str, output: str) -> bool:
     """Whether an item would give the target away: the same request, or, where items have none, the same text."""
     if item.input.strip() or input.strip():

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from persona_plug.data import write_records
-from persona_plug.data.history import Example, HistoryItem, leave_one_out
+from persona_plug.data.history import Example, HistoryItem, leave_one_out, longest_by_user
 from persona_plug.errors import DataError
 
 logger = logging.getLogger(__name__)
@@ -207,20 +207,15 @@ def leave_one_out_profiles(examples: Sequence[Example]) -> list[Example]:
 
     The questions' own targets are no part of any history, so they stay what they are: targets.
     """
-    longest: dict[str, tuple[HistoryItem, ...]] = {}
-    for example in examples:
-        if len(example.history) > len(longest.get(example.user_id, ())):
-            longest[example.user_id] = example.history
-    return [sample for user, items in longest.items() for sample in leave_one_out(user, items) if sample.output.strip()]
+    histories = longest_by_user(examples)
+    return [
+        sample for user, items in histories.items() for sample in leave_one_out(user, items) if sample.output.strip()
+    ]
 
 
 def write_events(data: LampData, path: Path) -> int:
     """Write profiles and answered questions as JSONL events with their template beside them; returns how many."""
-    longest: dict[str, Example] = {}
-    for example in data.examples:
-        if len(example.history) >= len(getattr(longest.get(example.user_id), "history", ())):
-            longest[example.user_id] = example
-    items = [(user, item) for user, example in longest.items() for item in example.history]
+    items = [(user, item) for user, history in longest_by_user(data.examples).items() for item in history]
     items += [(e.user_id, HistoryItem(e.input, e.output, None, e.id)) for e in data.examples if e.output]
     records = [
         {"user_id": user, "input": i.input, "output": i.output, "timestamp": i.timestamp, "id": i.id}

@@ -1,15 +1,18 @@
 """Aggregators: a user's item vectors -> one vector, for a request.
 
 Each maps request (B, d), keys (B, n, d), values (B, n, v) and mask (B, n) to `Pooled`. None depends on the order of the
-items, and no row sees another row.
+items, and no row sees another row. `projects_items` tells whether values are projected before they are pooled.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+
+from persona_plug.config import PlugConfig
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,6 +35,8 @@ class AttentionAggregator(nn.Module):
     temperature (head 0 starts at 0: the plain mean), and a learned null item takes part in every softmax. The null item
     is the user of whom nothing is known: alone for an empty history, and a pseudo-count against short ones.
     """
+
+    projects_items = False
 
     def __init__(self, dim: int, heads: int, key_dim: int) -> None:
         """Create the views for vectors of width `dim`."""
@@ -65,6 +70,7 @@ class MeanAggregator(nn.Module):
     """The plain mean of a user's items; the null item for an empty history."""
 
     heads = 1
+    projects_items = False
 
     def forward(self, request: Tensor, keys: Tensor, values: Tensor, mask: Tensor, null: Tensor) -> Pooled:
         """Pool `values`; `null` (v,) stands in for an empty history."""
@@ -79,6 +85,7 @@ class PaperAggregator(nn.Module):
     """
 
     heads = 1
+    projects_items = True
 
     def forward(self, request: Tensor, keys: Tensor, values: Tensor, mask: Tensor, null: Tensor) -> Pooled:
         """Pool `values`; `null` (v,) or (B, v) stands in for an empty history."""
@@ -90,3 +97,12 @@ class PaperAggregator(nn.Module):
 def _with_null(weights: Tensor, values: Tensor, mask: Tensor, null: Tensor) -> Tensor:
     pooled = (weights.unsqueeze(-1) * values).sum(1)
     return torch.where(mask.any(1, keepdim=True), pooled, null.expand_as(pooled)).unsqueeze(1)
+
+
+Aggregator = AttentionAggregator | MeanAggregator | PaperAggregator
+
+AGGREGATORS: dict[str, Callable[[PlugConfig], Aggregator]] = {
+    "attention": lambda config: AttentionAggregator(config.encoder_dim, config.heads, config.key_dim),
+    "mean": lambda _: MeanAggregator(),
+    "paper": lambda _: PaperAggregator(),
+}

@@ -64,7 +64,7 @@ class VectorTable:
 
         Args:
             encoder: The history encoder.
-            examples: Examples whose texts are wanted.
+            examples: Examples whose texts are encoded.
             config: Says what an item's value holds, and how many items count.
             ids: The LLM's tokenizer, texts -> ids of each; needed where the config quotes.
         """
@@ -108,15 +108,18 @@ class VectorTable:
                 mask[b, i] = True
         request = self.vectors[torch.tensor([self.rows[e.input] for e in examples], dtype=torch.long)]
         quotes = None if self.quoted is None else self.quoted[outputs]
-        made = collate(self.config, request, self.vectors[inputs], self.vectors[outputs], answers, mask, quotes)
-        return self._with_ids(made, examples)
+        batch = collate(self.config, request, self.vectors[inputs], self.vectors[outputs], answers, mask, quotes)
+        return with_request_ids(self.config, self.encoder, batch, examples)
 
-    def _with_ids(self, batch: HistoryBatch, examples: Sequence[Example]) -> HistoryBatch:
-        """Add the requests' ids where the plug reads them itself."""
-        if not self.config.train_request:
-            return batch
-        rows = [torch.tensor(self.encoder.ids(e.input), dtype=torch.long) for e in examples]
-        return replace(batch, request_ids=nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=-1))
+
+def with_request_ids(
+    config: PlugConfig, encoder: HistoryEncoder, batch: HistoryBatch, examples: Sequence[Example]
+) -> HistoryBatch:
+    """Return the batch with the encoder's ids of the requests where the plug reads them itself."""
+    if not config.train_request:
+        return batch
+    rows = [torch.tensor(encoder.ids(e.input), dtype=torch.long) for e in examples]
+    return replace(batch, request_ids=nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=-1))
 
 
 def collate(
@@ -150,8 +153,8 @@ def collate(
 
 def value_dim(config: PlugConfig) -> tuple[int, int]:
     """Return the width of an item's text part and of its one-hot answer part."""
-    wanted = config.use_answer_counts or config.answer_head
-    answers = len(config.answers) if config.answers and wanted else 0
+    counted = config.use_answer_counts or config.answer_head
+    answers = len(config.answers) if config.answers and counted else 0
     return config.encoder_dim * (2 if config.item_outputs else 1), answers
 
 

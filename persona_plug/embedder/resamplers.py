@@ -1,23 +1,30 @@
-"""Histories as several tokens: UEM and PERSOMA, the neighbours of PPlug that keep more than one vector a user.
+"""Histories as several tokens: UEM and PERSOMA, the neighbours of PPlug that keep more than one vector per user.
 
 Both map items (B, n, v) and a mask (B, n) to token vectors (B, s, w) and a mask (B, s). A learned null item stands in
 front of every history, so that an empty one is no special case. Positions are not encoded: a history is a set here.
+`per_item` tells whether s grows with the history; all these tokens then start alike.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
+
+from persona_plug.config import PlugConfig
 
 FORMS = ("mlp", "transformer", "perceiver")
 HEADS = 4
 
 
 class ItemTokens(nn.Module):
-    """UEM (arXiv 2401.04858): a small transformer over the items gives one token an item, behind one for the null item.
+    """UEM (arXiv 2401.04858): a small transformer over the items gives one token per item, behind one for a null item.
 
     There it is trained together with the LM; here the LM is frozen.
     """
+
+    per_item = True
 
     def __init__(self, dim: int, width: int, layers: int = 2) -> None:
         """Create it for item values of width `dim`; tokens have `width` numbers."""
@@ -37,6 +44,8 @@ class Resampler(nn.Module):
     `mlp` and `transformer` treat the items alone or together, and `count` learned queries pool the result; the latents
     of `perceiver` look at the items twice.
     """
+
+    per_item = False
 
     def __init__(self, form: str, dim: int, width: int, count: int, layers: int = 2) -> None:
         """Create one of `FORMS` for item values of width `dim`; tokens have `width` numbers."""
@@ -85,3 +94,13 @@ class _Items(nn.Module):
 def _transformer(width: int, layers: int) -> nn.Module:
     layer = nn.TransformerEncoderLayer(width, HEADS, 2 * width, dropout=0.0, batch_first=True, norm_first=True)
     return nn.TransformerEncoder(layer, layers, enable_nested_tensor=False)
+
+
+RESAMPLERS: dict[str, Callable[[int, PlugConfig], ItemTokens | Resampler]] = {
+    "uem": lambda dim, config: ItemTokens(dim, config.projector_hidden),
+    "persoma_mlp": lambda dim, config: Resampler("mlp", dim, config.projector_hidden, config.user_tokens),
+    "persoma_transformer": lambda dim, config: Resampler(
+        "transformer", dim, config.projector_hidden, config.user_tokens
+    ),
+    "persoma_perceiver": lambda dim, config: Resampler("perceiver", dim, config.projector_hidden, config.user_tokens),
+}

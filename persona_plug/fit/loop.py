@@ -65,9 +65,7 @@ def train(
         logger.warning("%d of %d requests are longer than max_input_tokens and were cut", train_set.cut, len(train_set))
     if plug.embedder.has_answer_head:
         train_set.offsets = _agreed(start_answer_head(plug, data))
-    plug.embedder.history_dropout, plug.embedder.empty_history = config.history_dropout, config.empty_history
-    if plug.config.user_tokens:
-        plug.embedder.dropout.p = config.dropout
+    plug.embedder.set_dropout(config.history_dropout, config.empty_history, config.dropout)
     args = TrainingArguments(
         output_dir=str(folder),
         max_steps=config.steps,
@@ -130,14 +128,10 @@ def start_answer_head(plug: PlugModel, data: FitData) -> Tensor:
     few users. Fitted first, it leaves to the LLM what the LLM adds. Returned are the scores (N, C) of the training
     samples by heads that did not see their users: the head's own, seen ones would leave too little to learn.
     """
-    found = fit_label_model(data.train, data.valid, plug.config.answers or (), plug.encoder)
-    embedder = plug.embedder
-    embedder.null_answers.copy_(torch.from_numpy(found.population).log())
-    embedder.population.copy_(torch.from_numpy(found.population))
-    embedder.answer_head.weight.copy_(torch.from_numpy(found.weight))
-    embedder.answer_head.bias.copy_(torch.from_numpy(found.bias))
-    embedder.frequency_weight.fill_(found.power)
-    return torch.from_numpy(found.crossed)
+    fitted = fit_label_model(data.train, data.valid, plug.config.answers or (), plug.encoder)
+    weight, offset, population = (torch.from_numpy(a) for a in (fitted.weight, fitted.bias, fitted.population))
+    plug.embedder.set_answer_head(weight, offset, fitted.power, population)
+    return torch.from_numpy(fitted.crossed)
 
 
 @torch.no_grad()

@@ -25,16 +25,17 @@ def plot_loss(log: Sequence[dict[str, float]], path: Path) -> None:
     figure.savefig(path, dpi=120)
 
 
-def plot_lift(lift: np.ndarray, held: Sequence[Example], path: Path, groups: int = 4) -> None:
+def plot_lift(lift: np.ndarray, questions: Sequence[Example], path: Path, groups: int = 4) -> None:
     """Draw the personal lift of each question, (N,) NLL of plug_shuffled minus plug, by history length."""
-    lengths = np.array([len(e.history) for e in held])
+    lengths = np.array([len(e.history) for e in questions])
     edges = np.unique(np.quantile(lengths, np.linspace(0, 1, groups + 1)))
     labels, points = [], []
     for low, high in itertools.pairwise(edges) if len(edges) > 1 else [(edges[0], edges[0])]:
         inside = (lengths >= low) & ((lengths < high) | (high == edges[-1]))
         if inside.any():
             labels.append(f"{int(low)}–{int(high)}\n(n={int(inside.sum())})")
-            points.append(user_bootstrap(lift[inside], [e.user_id for e, s in zip(held, inside, strict=True) if s]))
+            owners = [e.user_id for e, s in zip(questions, inside, strict=True) if s]
+            points.append(user_bootstrap(lift[inside], owners))
     figure, axes = _figure()
     values = np.array([p.value for p in points])
     bars = np.array([[p.value - p.low for p in points], [p.high - p.value for p in points]])

@@ -19,9 +19,7 @@ from persona_plug.model import PlugModel
 def task_prompt(plug: PlugModel, seed: int) -> PlugModel:
     """Return an untrained twin with as many soft tokens as the plug has, none of which knows the user."""
     config = plug.config.replace(user_tokens=0, task_tokens=plug.config.soft_tokens)
-    twin = type(plug)(config, plug.llm, plug.tokenizer, plug.encoder, seed)
-    twin.splicer = plug.splicer  # the frozen states are the same
-    return twin
+    return plug.twin(config, seed=seed)
 
 
 def _capped(data: FitData, limit: int) -> FitData:

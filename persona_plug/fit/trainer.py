@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,8 @@ from torch import Tensor, nn
 from transformers import EarlyStoppingCallback, PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
 from persona_plug.clock import clock
-from persona_plug.dataset import PlugDataset
+from persona_plug.dataset import Batch, PlugDataset
+from persona_plug.embedder.contract import Embedder
 from persona_plug.fit.config import FitConfig
 from persona_plug.model import PlugModel
 
@@ -34,9 +36,9 @@ class _Trained(nn.Module):
 
     plug: PlugModel
 
-    def forward(self, token_weight: float, tokens: Tensor | None, **batch: Any) -> Tensor:  # noqa: ANN401
-        said = self.plug(batch["history"], batch["parts"], batch["trees"])
-        return batch_loss(said, self.embedder, batch, token_weight, tokens)
+    def forward(self, token_weight: float, tokens: Tensor | None, batch: Batch) -> Tensor:
+        output = self.plug(batch.history, batch.parts, batch.trees)
+        return batch_loss(output, self.embedder, batch, token_weight, tokens)
 
 
 class PlugTrainer(Trainer):
@@ -58,7 +60,7 @@ class PlugTrainer(Trainer):
             args=args,
             train_dataset=train,
             eval_dataset=valid,
-            data_collator=train.collate,
+            data_collator=_collator(train),
             callbacks=callbacks,
         )
         self.remove_callback(PrinterCallback)  # log.jsonl has it all
@@ -82,16 +84,16 @@ class PlugTrainer(Trainer):
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> Any:  # noqa: ANN401
         """Collate validation batches from the validation set's own tables."""
-        kept, self.data_collator = self.data_collator, self.valid.collate
+        usual, self.data_collator = self.data_collator, _collator(self.valid)
         try:
             return super().get_eval_dataloader(eval_dataset)
         finally:
-            self.data_collator = kept
+            self.data_collator = usual
 
     def compute_loss(
         self,
         model: Any,  # noqa: ANN401
-        inputs: Any,  # noqa: ANN401
+        inputs: dict[str, Any],
         return_outputs: bool = False,
         num_items_in_batch: Any = None,  # noqa: ANN401
     ) -> Any:  # noqa: ANN401
@@ -100,9 +102,9 @@ class PlugTrainer(Trainer):
         tokens = None
         if self.accelerator.num_processes > 1:
             # Averaged over the processes, the loss is then that of one process with all rows.
-            count = inputs["lengths"].sum().float().to(self.args.device)
+            count = inputs["batch"].lengths.sum().float().to(self.args.device)
             tokens = self.accelerator.reduce(count, "mean")
-        loss = model(weight, tokens, **inputs)
+        loss = model(weight, tokens, inputs["batch"])
         return (loss, None) if return_outputs else loss
 
     def prediction_step(self, model: Any, inputs: Any, prediction_loss_only: bool, ignore_keys: Any = None) -> Any:  # noqa: ANN401
@@ -111,32 +113,37 @@ class PlugTrainer(Trainer):
             return self.compute_loss(model, inputs).detach(), None, None
 
 
+def _collator(samples: PlugDataset) -> Callable[[Sequence[int]], dict[str, Batch]]:
+    """Return what makes the Trainer's inputs: it looks for names in them, and moves what has a `to`."""
+    return lambda indices: {"batch": samples.collate(indices)}
+
+
 def batch_loss(
-    said: Any,  # noqa: ANN401
-    embedder: Any,  # noqa: ANN401
-    inputs: dict[str, Any],
+    output: tuple[Tensor, Tensor, Tensor | None],
+    embedder: Embedder,
+    batch: Batch,
     token_weight: float,
     tokens: Tensor | None = None,
 ) -> Tensor:
-    """Return the loss of what a plug says (its `forward`) of a collated batch; for free text the token loss alone.
+    """Return the loss of a plug's output (see `PlugModel.forward`) on a batch; for free text the token loss alone.
 
     Args:
-        said: Log-likelihoods (B, C) of the answers, (B,) of the gold's end token, and the answers' bias (B, C) or None.
+        output: Log-likelihoods (B, C) of the answers, (B,) of the gold's end token, and the answers' bias (B, C) or
+            None.
         embedder: The plug's embedder.
-        inputs: The batch.
+        batch: The batch.
         token_weight: Weight of the token loss beside that over the answers' scores.
         tokens: Answer tokens that the token loss is divided by; default those of the batch.
     """
-    loglik, end, bias = said
-    gold, lengths = inputs["gold"].to(loglik.device), inputs["lengths"].to(loglik.device)
-    chosen = loglik.gather(1, gold.unsqueeze(1)).squeeze(1)
+    loglik, end, bias = output
+    batch = batch.to(loglik.device)
+    gold_loglik = loglik.gather(1, batch.gold.unsqueeze(1)).squeeze(1)
     # Every answer token counts the same, as in the LLM's own next-token loss.
-    token: Tensor = -(chosen + end).sum() / (lengths.sum() if tokens is None else tokens)
+    token: Tensor = -(gold_loglik + end).sum() / (batch.lengths.sum() if tokens is None else tokens)
     if loglik.shape[1] == 1:
         return token
-    if inputs["offset"] is not None:
-        bias = inputs["offset"].to(loglik.device)
-    loss = torch.nn.functional.cross_entropy(embedder.combine(loglik, bias), gold)
+    scores = embedder.combine(loglik, bias if batch.offset is None else batch.offset)
+    loss = torch.nn.functional.cross_entropy(scores, batch.gold)
     return loss + token_weight * token if token_weight else loss
 
 

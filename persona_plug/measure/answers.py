@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from persona_plug.data.history import Example
+from persona_plug.data.history import Example, longest_by_user
 from persona_plug.dataset import PlugDataset
 from persona_plug.measure.priors import is_rating, label_priors, rating_priors, text_priors
 from persona_plug.measure.stats import derangement
@@ -40,7 +40,7 @@ class Answers:
 
 def evaluate(
     plug: PlugModel,
-    held: Sequence[Example],
+    questions: Sequence[Example],
     generated: int | Sequence[int] = 48,
     personal: bool = True,
     head: bool = True,
@@ -52,29 +52,29 @@ def evaluate(
 
     Args:
         plug: The method.
-        held: N questions.
-        generated: Of free text so many answers at most are written, evenly spread, or those with these indices.
+        questions: The N questions.
+        generated: Most answers of free text that are written, evenly spread; or the indices of the questions to answer.
         personal: Whether with soft tokens.
         head: Whether an answer head counts.
         write: Writes texts; default the plug's own `generate`.
     """
-    order = np.argsort([prompt_length(plug, e) for e in held], kind="stable")
+    order = np.argsort([prompt_length(plug, e) for e in questions], kind="stable")
     back = np.argsort(order)
-    queue = [held[i] for i in order]
+    queue = [questions[i] for i in order]
     if plug.config.answers:
         scores = plug.score(queue, personal=personal, head=head)[back]
         # The temperature was fitted for the plug's scores, not for log-likelihoods of the LLM alone.
         temperature = plug.embedder.score_temperature.cpu() if personal and head else 1.0
-        return label_answers((scores / temperature).softmax(-1).double().numpy(), held, plug.config.answers)
+        return label_answers((scores / temperature).softmax(-1).double().numpy(), questions, plug.config.answers)
     dataset = PlugDataset(plug, queue, personal)
     loglik = score_samples(plug, dataset)[0][:, 0].double().numpy()
     lengths = np.array([len(t.paths[0]) for t in dataset.trees])
     values = {"nll": (-loglik / lengths)[back]}
-    some = spread(len(held), generated) if isinstance(generated, int) else list(generated)
-    asked = sorted(some, key=lambda i: int(back[i]))
-    written = (write or _generate)(plug, [held[i] for i in asked], personal) if some else []
-    texts = dict(zip(asked, written, strict=True))
-    return _with_rouge(values, [texts[i] for i in some], held, some)
+    some = spread(len(questions), generated) if isinstance(generated, int) else list(generated)
+    in_order = sorted(some, key=lambda i: int(back[i]))
+    outputs = (write or _generate)(plug, [questions[i] for i in in_order], personal) if some else []
+    texts = dict(zip(in_order, outputs, strict=True))
+    return _with_rouge(values, [texts[i] for i in some], questions, some)
 
 
 @torch.no_grad()
@@ -83,18 +83,13 @@ def score_samples(plug: PlugModel, samples: PlugDataset, batch_size: int = 32) -
     rows = []
     for start in range(0, len(samples), batch_size):
         batch = samples.collate(range(start, min(start + batch_size, len(samples))))
-        if batch["history"] is not None:
-            loglik, _, bias = plug(batch["history"], batch["parts"], batch["trees"])
-        else:
-            soft = plug.plain(len(batch["parts"])).soft
-            loglik, bias = plug.splicer.loglik(batch["parts"], soft, batch["trees"])[0], None
+        loglik, _, bias = plug(batch.history, batch.parts, batch.trees)
         rows.append(plug.embedder.combine(loglik, bias).float().cpu())
     return torch.cat(rows), torch.tensor(samples.gold)
 
 
 def _generate(plug: PlugModel, examples: Sequence[Example], personal: bool) -> list[str]:
-    texts: list[str] = plug.generate(examples, personal=personal)
-    return texts
+    return plug.generate(examples, personal=personal)
 
 
 def prompt_length(plug: PlugModel, example: Example) -> int:
@@ -103,12 +98,12 @@ def prompt_length(plug: PlugModel, example: Example) -> int:
     return len(parts.left) + len(parts.right)
 
 
-def label_answers(probabilities: np.ndarray, held: Sequence[Example], answers: Sequence[str]) -> Answers:
+def label_answers(probabilities: np.ndarray, questions: Sequence[Example], answers: Sequence[str]) -> Answers:
     """Return values of a method that gives probabilities (N, C).
 
     For ratings, MAE is of the median and RMSE of the mean of the distribution: each metric's own best decision.
     """
-    gold = np.array([list(answers).index(e.output.strip()) for e in held])
+    gold = np.array([list(answers).index(e.output.strip()) for e in questions])
     rows = np.arange(len(gold))
     values = {
         "nll": -np.log(np.maximum(probabilities[rows, gold], 1e-12)),
@@ -120,10 +115,10 @@ def label_answers(probabilities: np.ndarray, held: Sequence[Example], answers: S
         cumulative = probabilities[:, order].cumsum(1)
         median = levels[order][(cumulative >= 0.5 - 1e-9).argmax(1)]
         values |= rating_errors(levels[gold], median, probabilities @ levels)
-        chosen = order[(cumulative >= 0.5 - 1e-9).argmax(1)]
+        decision = order[(cumulative >= 0.5 - 1e-9).argmax(1)]
     else:
-        chosen = probabilities.argmax(1)
-    return Answers(values, [answers[i] for i in chosen], probabilities)
+        decision = probabilities.argmax(1)
+    return Answers(values, [answers[i] for i in decision], probabilities)
 
 
 def rating_errors(gold: np.ndarray, median: np.ndarray, mean: np.ndarray) -> dict[str, np.ndarray]:
@@ -133,30 +128,29 @@ def rating_errors(gold: np.ndarray, median: np.ndarray, mean: np.ndarray) -> dic
 
 def prior_answers(plug: PlugModel, data: FitData, generated: int) -> dict[str, Answers]:
     """Return the LLM-free family's values on the held-out users."""
-    held = data.held_out
+    questions = data.held_out
     if data.answers:
-        found = label_priors(data.train, data.valid, held, data.answers, plug.encoder)
-        result = {name: label_answers(p, held, data.answers) for name, p in found.items()}
+        table = label_priors(data.train, data.valid, questions, data.answers, plug.encoder)
+        result = {name: label_answers(p, questions, data.answers) for name, p in table.items()}
         if is_rating(data.answers):
-            gold = np.array([float(e.output) for e in held])
-            for name, prediction in rating_priors(data.train, data.valid, held, plug.encoder).items():
+            gold = np.array([float(e.output) for e in questions])
+            for name, prediction in rating_priors(data.train, data.valid, questions, plug.encoder).items():
                 result[name] = Answers(rating_errors(gold, prediction, prediction))
         return result
-    some = spread(len(held), generated)
-    chosen = [held[i] for i in some]
-    found_texts = text_priors(chosen, plug.encoder)
-    return {name: _with_rouge({}, texts, held, some) for name, texts in found_texts.items()}
+    some = spread(len(questions), generated)
+    priors = text_priors([questions[i] for i in some], plug.encoder)
+    return {name: _with_rouge({}, texts, questions, some) for name, texts in priors.items()}
 
 
 def _with_rouge(
-    values: dict[str, np.ndarray], texts: list[str], held: Sequence[Example], some: Sequence[int]
+    values: dict[str, np.ndarray], texts: list[str], questions: Sequence[Example], some: Sequence[int]
 ) -> Answers:
     from rouge_score.rouge_scorer import RougeScorer
 
     scorer = RougeScorer(["rouge1", "rougeL"])
-    one, longest = np.full(len(held), np.nan), np.full(len(held), np.nan)
+    one, longest = np.full(len(questions), np.nan), np.full(len(questions), np.nan)
     for i, text in zip(some, texts, strict=True):
-        score = scorer.score(held[i].output, text)
+        score = scorer.score(questions[i].output, text)
         one[i], longest[i] = score["rouge1"].fmeasure, score["rougeL"].fmeasure
     return Answers({**values, "rouge-1": one, "rouge-L": longest}, texts)
 
@@ -166,11 +160,8 @@ def spread(total: int, limit: int) -> list[int]:
     return sorted({i * total // limit for i in range(limit)}) if total > limit else list(range(total))
 
 
-def with_other_history(held: Sequence[Example], seed: int = 0) -> list[Example]:
+def with_other_history(questions: Sequence[Example], seed: int = 0) -> list[Example]:
     """Return the questions with the longest history of another held-out user each, the same one for all of a user's."""
-    other = derangement([e.user_id for e in held], seed)
-    longest: dict[str, Example] = {}
-    for example in held:
-        if len(example.history) > len(getattr(longest.get(example.user_id), "history", ())):
-            longest[example.user_id] = example
-    return [replace(e, history=longest[other[e.user_id]].history if other[e.user_id] in longest else ()) for e in held]
+    other = derangement([e.user_id for e in questions], seed)
+    histories = longest_by_user(questions)
+    return [replace(e, history=histories.get(other[e.user_id], ())) for e in questions]

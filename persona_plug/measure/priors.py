@@ -50,20 +50,21 @@ def fit_label_model(
     x, x_valid = (encoder.encode([e.input for e in part]).numpy() for part in (train, valid))
     valid_user = _frequencies(valid, index, population)
 
-    def fitted(c: float, x: np.ndarray, gold: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    def fit(c: float, x: np.ndarray, gold: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         weight = np.zeros((len(answers), encoder.dim), np.float32)
         bias = np.log(population)
         if c == 0 or len(set(gold.tolist())) < 2:
             return weight, bias
-        found = LogisticRegression(C=c, max_iter=2000).fit(x, gold)
-        two = len(found.classes_) == 2
+        regression = LogisticRegression(C=c, max_iter=2000).fit(x, gold)
+        slopes, offsets = regression.coef_, regression.intercept_
+        two = len(regression.classes_) == 2
         # An answer that does not occur keeps no weight and a bias below all others.
-        bias = np.full(len(answers), (0.0 if two else float(found.intercept_.min())) - 3.0, np.float32)
-        weight[found.classes_] = np.vstack([-found.coef_, found.coef_]) / 2 if two else found.coef_
-        bias[found.classes_] = np.hstack([-found.intercept_, found.intercept_]) / 2 if two else found.intercept_
+        bias = np.full(len(answers), (0.0 if two else float(offsets.min())) - 3.0, np.float32)
+        weight[regression.classes_] = np.vstack([-slopes, slopes]) / 2 if two else slopes
+        bias[regression.classes_] = np.hstack([-offsets, offsets]) / 2 if two else offsets
         return weight, bias
 
-    models = [fitted(c, x, gold) for c in (0.0, *INVERSE_L2)]
+    models = [fit(c, x, gold) for c in (0.0, *INVERSE_L2)]
     probabilities = [_softmax(x_valid @ w.T + b) for w, b in models]
     alone = min(range(len(models)), key=lambda i: nll(probabilities[i], valid_gold))
     pairs = [(i, power) for i in range(len(models)) for power in POWERS]
@@ -77,7 +78,7 @@ def fit_label_model(
     for fold in range(FOLDS):
         inside = users == fold
         if inside.any():
-            weight, bias = fitted((0.0, *INVERSE_L2)[best], x[~inside], gold[~inside])
+            weight, bias = fit((0.0, *INVERSE_L2)[best], x[~inside], gold[~inside])
             crossed[inside] += x[inside] @ weight.T + bias
     return LabelModel(*models[best], models[alone], population, power, crossed.astype(np.float32))
 

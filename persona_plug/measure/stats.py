@@ -3,25 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 
-RESAMPLES = 2000
+RESAMPLES = 2000  # of a mean, where a draw costs one product
+SET_RESAMPLES = 200  # of a value that is computed anew from all questions of each draw
 
 
-@dataclass(frozen=True, slots=True)
-class Interval:
+class Interval(NamedTuple):
     """A value with its 95% interval."""
 
     value: float
     low: float
     high: float
-
-    @property
-    def excludes_zero(self) -> bool:
-        """Whether the interval lies on one side of 0."""
-        return self.low > 0 or self.high < 0
 
 
 def identity(mean: np.ndarray) -> np.ndarray:
@@ -63,6 +58,25 @@ def user_bootstrap(
         value, resampled = value - other, resampled - other_resampled
     low, high = np.percentile(resampled, [2.5, 97.5])
     return Interval(value, float(low), float(high))
+
+
+def set_bootstrap(
+    measure: Callable[[np.ndarray], float], users: Sequence[str], resamples: int = SET_RESAMPLES, seed: int = 0
+) -> Interval:
+    """Return a value that is no mean over questions, with the percentile interval of drawing users anew.
+
+    Args:
+        measure: Returns the value of the questions with the given indices, (M,) int64; a question may occur repeatedly.
+        users: (N,) the owner of each question.
+        resamples: Number of draws.
+        seed: Seed of the draws.
+    """
+    names, owner = np.unique(np.asarray(users), return_inverse=True)
+    groups = [np.flatnonzero(owner == u) for u in range(len(names))]
+    rng = np.random.default_rng(seed)
+    draws = (np.concatenate([groups[u] for u in rng.integers(0, len(names), len(names))]) for _ in range(resamples))
+    low, high = np.percentile([measure(rows) for rows in draws], [2.5, 97.5])
+    return Interval(float(measure(np.arange(len(users)))), float(low), float(high))
 
 
 def derangement(users: Sequence[str], seed: int = 0) -> dict[str, str]:

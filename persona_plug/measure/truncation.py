@@ -11,23 +11,24 @@ if TYPE_CHECKING:
 
 def truncation_notes(plug: PlugModel, data: FitData) -> list[str]:
     """Return a line for each kind of text that is cut: requests, answers, what the encoder reads, long histories."""
-    config, prompter, held = plug.config, plug.prompter, data.held_out
+    config, prompter, questions = plug.config, plug.prompter, data.held_out
     notes = []
 
     def note(count: int, total: int, what: str, limit: str) -> None:
         if count:
             notes.append(f"{count} of {total} {what} were cut to {limit}")
 
-    for whose, part in (("training", [*data.train, *data.valid]), ("held-out", held)):
+    for whose, part in (("training", [*data.train, *data.valid]), ("held-out", questions)):
         cut = sum(prompter.parts(e.input, e.prompt).cut > 0 for e in part)
         note(cut, len(part), f"{whose} requests", f"{config.max_input_tokens} tokens")
         if config.answers is None:  # a token is kept for the end
             cut = sum(len(prompter.ids(e.output)) >= config.max_answer_tokens for e in part)
             note(cut, len(part), f"{whose} answers", f"{config.max_answer_tokens} tokens")
-    texts = {text for e in held for item in e.history for text in (item.input, item.output)} | {e.input for e in held}
+    texts = {e.input for e in questions}
+    texts |= {text for e in questions for item in e.history for text in (item.input, item.output)}
     cut = plug.encoder.count_cut(sorted(texts))
     note(cut, len(texts), "held-out texts", f"the encoder's {plug.encoder.max_length} tokens")
-    dropped = sum(max(0, len(e.history) - config.max_history) for e in held)
+    dropped = sum(max(0, len(e.history) - config.max_history) for e in questions)
     if dropped:
         notes.append(f"{dropped} history items beyond max_history={config.max_history} were left out")
     return notes

@@ -50,6 +50,7 @@ class HistoryEncoder:
         dim: Width d of the vectors.
         fingerprint: Identity of weights, tokenizer, pooling, maximum length and prefix (16 hex digits).
         stats: Counts of what was encoded and truncated.
+        cache: Vectors on disk; None caches nothing.
     """
 
     def __init__(
@@ -105,10 +106,10 @@ class HistoryEncoder:
         identity = (weights_digest(self.model), _tokenizer_digest(self.tokenizer), pooling, max_length, prefix)
         self.fingerprint = hashlib.sha256(repr(identity).encode()).hexdigest()[:16]
         self.stats = EncodeStats()
-        self._cache: VectorCache | None = None
+        self.cache: VectorCache | None = None
         if use_cache:
             root = Path(cache_dir) if cache_dir is not None else zoo.cache_dir() / "vectors"
-            self._cache = VectorCache(root / f"{self.fingerprint}.sqlite", self.dim)
+            self.cache = VectorCache(root / f"{self.fingerprint}.sqlite", self.dim)
 
     def encode(self, texts: Sequence[str], progress: bool | None = None) -> Tensor:
         """Return unit vectors of texts, float32 (n, d) on the CPU, in the order given.
@@ -122,7 +123,7 @@ class HistoryEncoder:
         """
         self.stats.requested += len(texts)
         wanted = {t: _key(t) for t in dict.fromkeys(texts) if t.strip()}
-        known = self._cache.get(list(wanted.values())) if self._cache is not None else {}
+        known = self.cache.get(list(wanted.values())) if self.cache is not None else {}
         missing = [t for t, key in wanted.items() if key not in known]
         start = clock(self)
         known.update(self._encode_missing(missing, wanted, progress))
@@ -157,8 +158,8 @@ class HistoryEncoder:
                     bad = batch[int((~torch.isfinite(vectors)).any(1).nonzero()[0])]
                     raise DataError(f"encoder {self.name} gave a non-finite vector for the text {texts[bad]!r:.60}")
                 done = {keys[texts[i]]: v for i, v in zip(batch, vectors.numpy().astype(np.float16), strict=True)}
-                if self._cache is not None:
-                    self._cache.put(done)
+                if self.cache is not None:
+                    self.cache.put(done)
                 fresh.update(done)
                 bar.update(len(batch))
         self.stats.encoded += len(texts)

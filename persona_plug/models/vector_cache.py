@@ -6,28 +6,18 @@ import logging
 import sqlite3
 import time
 import zlib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import closing, contextmanager
-from contextvars import ContextVar
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import closing
 from pathlib import Path
 
 import numpy as np
 from filelock import FileLock
 
+from persona_plug.caching import caching
+
 logger = logging.getLogger(__name__)
 
 _CHUNK = 500  # SQLite's limit on bound parameters is 999 in old builds
-_KEEPING: ContextVar[bool] = ContextVar("keeping", default=True)
-
-
-@contextmanager
-def unkept() -> Iterator[None]:
-    """Inside, caches are read but nothing is added: for texts of people who may ask to be forgotten."""
-    token = _KEEPING.set(False)
-    try:
-        yield
-    finally:
-        _KEEPING.reset(token)
 
 
 def scrub(path: Path, rewrite: bool) -> None:
@@ -74,8 +64,8 @@ class VectorCache:
             return {}
 
     def put(self, vectors: Mapping[bytes, np.ndarray]) -> None:
-        """Store vectors in one transaction; keys that are there already are overwritten. Nothing inside `unkept`."""
-        if not _KEEPING.get():
+        """Store vectors in one transaction; keys that are there already are overwritten. Nothing inside `uncached`."""
+        if not caching():
             return
         rows = [(k, zlib.crc32(b := v.astype(np.float16).tobytes()), b) for k, v in vectors.items()]
         with closing(self._connect()) as db, db:

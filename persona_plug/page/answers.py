@@ -62,8 +62,7 @@ class Comparison:
         self.plug, self.store = plug, store
         # Retrieval puts items in front of the request: the LLM gets so much more room for them.
         longer = plug.config.replace(max_input_tokens=plug.config.max_input_tokens + RAG_ROOM)
-        self.reader = type(plug)(longer, plug.llm, plug.tokenizer, plug.encoder)
-        self.reader.splicer = plug.splicer
+        self.reader = plug.twin(longer)
         self.alone = threading.Lock()
 
     def other(self, user: str) -> str | None:

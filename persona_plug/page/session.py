@@ -131,8 +131,8 @@ class Session:
         if path is None or not path.is_file():
             return None
         try:
-            report = FitReport(**json.loads(path.read_text(encoding="utf-8")))
-        except (ValueError, TypeError) as exc:
+            report = FitReport.from_json(path.read_text(encoding="utf-8"))
+        except ValueError as exc:
             raise CorruptFileError(f"{path.name} is no report ({exc!s:.80}); fit the plug again") from exc
         plots = [path.with_name(name) for name in ("loss.png", "lift.png")]
         return report, [plot for plot in plots if plot.is_file()]

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import base64
 from collections.abc import Collection, Mapping, Sequence
+from functools import partial
 from html import escape
 from pathlib import Path
 
 from persona_plug.data.history import HistoryItem
-from persona_plug.fit.report import FitReport
-from persona_plug.measure.metrics import METRICS
+from persona_plug.fit.report import NO_USERS, FitReport
+from persona_plug.measure.tables import one_line
 from persona_plug.page.answers import COLUMNS, RAG_ITEMS, Answer, Column
 from persona_plug.page.places import UserMap
 
@@ -224,40 +225,26 @@ def found(search: str, hits: Sequence[str]) -> str:
     return note(f"{len(hits)} found: {', '.join(hits[:ROWS])}{more}.")
 
 
-def report(made: FitReport, plots: Sequence[Path]) -> str:
+def report(result: FitReport, plots: Sequence[Path]) -> str:
     """Return the verdict on held-out users, the table of methods, and the plots."""
-    names = [m for m in METRICS if any(m in row for row in made.metrics.values())]
-    head = "".join(f'<th scope="col">{escape(m)} {"↓" if METRICS[m][0] else "↑"}</th>' for m in names)
-    body = "".join(
-        f'<tr><th scope="row">{escape(method)}</th>' + "".join(f"<td>{_cell(row.get(m))}</td>" for m in names) + "</tr>"
-        for method, row in made.metrics.items()
-    )
     images = "".join(
         f'<img alt="{escape(plot.stem)} of the training" src="data:image/png;base64,{_base64(plot)}">' for plot in plots
     )
-    notes = "".join(f'<li class="note">{escape(line)}</li>' for line in made.notes)
+    notes = "".join(f'<li class="note">{escape(line)}</li>' for line in result.notes)
     rest = f'<div class="plots">{images}</div><ul>{notes}</ul>'
-    if not names:
-        return note("No users were held out: nothing can be said about the lift.") + _block(rest)
-    caption = f"{made.n} questions of {made.n_users} held-out users; 95% intervals from a bootstrap over users."
-    table = f'<table><thead><tr><th scope="col">method</th>{head}</tr></thead><tbody>{body}</tbody></table>'
+    if not result.metrics:
+        return note(NO_USERS) + _block(rest)
     return _block(
-        f'<p><strong>{escape(made.verdict())}</strong></p><p class="note">{caption}</p>'
-        f'<div class="wide" tabindex="0" role="region" aria-label="Methods">{table}</div>{rest}'
+        f'<p><strong>{escape(result.verdict())}</strong></p><p class="note">{escape(result.summary())}</p>'
+        f"{result.table().html('Methods')}{rest}"
     )
-
-
-def _cell(interval: Sequence[float] | None) -> str:
-    return "–" if interval is None else f"{interval[0]:.3f} [{interval[1]:.3f}, {interval[2]:.3f}]"
 
 
 def _base64(path: Path) -> str:
     return base64.b64encode(path.read_bytes()).decode()
 
 
-def _short(text: str) -> str:
-    text = " ".join(text.split())
-    return text if len(text) <= LONG else text[: LONG - 1] + "…"
+_short = partial(one_line, width=LONG)
 
 
 def _block(inner: str) -> str:

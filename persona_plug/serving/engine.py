@@ -123,8 +123,7 @@ class TransformersEngine:
             seen: Told the number of rows of each batch.
         """
         self.plug, self.max_batch, self.seen = plug, max_batch, seen
-        plug.splicer.cache.budget = 0  # states of prompts would be kept, and be shared by users
-        plug.splicer.cache.clear()
+        plug.splicer.keep_nothing()  # users would share states of prompts
         self.tokenizer = copy.deepcopy(plug.tokenizer)  # a fast tokenizer must not serve two threads
         ends = plug.llm.generation_config.eos_token_id
         self.ends = frozenset([ends] if isinstance(ends, int) else ends or [])

@@ -279,14 +279,3 @@ def _soft(backend: Backend, request: str, user: str | None) -> tuple[torch.Tenso
     unquoted = used if held and held.texts is None and plug.config.quotes else 0
     dropped = held.total - used if held else 0
     return soft, {"history_items": used, "items_dropped": dropped, "items_unquoted": unquoted}
-
-
-def isolate(plug: Any) -> Any:  # noqa: ANN401
-    """Return the plug without what it remembers from request to request, on disk and in memory.
-
-    The encoder's cache would keep the vector of every text, and who wrote the same could tell it by the speed.
-    """
-    plug.encoder._cache = None
-    plug.splicer.cache.budget = 0
-    plug.splicer.cache.clear()
-    return plug

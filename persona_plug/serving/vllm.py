@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from persona_plug.errors import ConfigError, DataError
+from persona_plug.errors import ConfigError, DataError, first_line
 from persona_plug.export import dense
 from persona_plug.serving.engine import Answer, Call, Delta, EngineError
 from persona_plug.splice.prompts import PromptParts
@@ -243,7 +243,7 @@ class VllmServer:
                     continue
                 chunk = json.loads(line.removeprefix("data: "))
                 if "error" in chunk:
-                    raise EngineError(f"vLLM broke off: {_first_line(chunk['error'].get('message'))}")
+                    raise EngineError(f"vLLM broke off: {first_line(chunk['error'].get('message'))[:200]}")
                 if not chunk["choices"]:
                     continue
                 choice, counted = chunk["choices"][0], (chunk.get("usage") or {}).get("completion_tokens", counted)
@@ -330,8 +330,4 @@ def _refusal(status: int, content: bytes) -> str:
         message = json.loads(content)["error"]["message"]
     except (ValueError, KeyError, TypeError):
         message = content.decode(errors="replace")
-    return f"vLLM refused with status {status}: {_first_line(message)}"
-
-
-def _first_line(message: object) -> str:
-    return (str(message).strip().splitlines() or ["no reason given"])[0][:200]
+    return f"vLLM refused with status {status}: {first_line(message)[:200]}"

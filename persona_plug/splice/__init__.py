@@ -1,1 +1,1 @@
-"""The frozen LLM around soft tokens: prompts, masks, positions, states that are kept."""
+"""The frozen LLM around soft tokens: prompts, masks, positions, cached states."""

@@ -1,7 +1,7 @@
 """Running the frozen LLM around soft tokens: masks, positions, reused states; the decoder-only case.
 
 A row is [left][soft][right][answers]. Nothing in `left` depends on what is trained, so it runs without a graph and its
-keys and values (for an encoder-decoder: its encoder states) are kept under a memory budget and reused across epochs.
+keys and values (for an encoder-decoder: its encoder states) are cached under a memory budget and reused across epochs.
 Placement only decides where a prompt is split: with `suffix` the whole input is in `left`, and training costs little
 more than the soft and answer tokens.
 """
@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from persona_plug.caching import caching
 from persona_plug.clock import clock
 from persona_plug.splice.passes import pass_tokens, passes
 from persona_plug.splice.prompts import AnswerTree, PromptParts
@@ -31,15 +32,31 @@ class Splicer:
         self.groups: dict[tuple[int, ...], tuple[tuple[int, ...], ...]] = {}
         self.bill = StateBill()
 
-    reuses = True
-    """False where a prompt's states are not computed ahead and kept, but run in one pass with what is behind them:
-    while something inside the LLM is trained, and where each prompt is read once."""
+    frozen = True
+    """False where something inside the LLM is trained: then no state of a prompt outlives a step."""
+
+    prefix: Tensor | None = None
+    """Trained keys and values in front of every prompt (layers, 2, heads, P, head_dim): prefix tuning."""
 
     head: tuple[int, ...] = ()
-    """Tokens that prompts begin with (chat header, instruction); they run once, and their states are kept once."""
+    """Tokens that prompts begin with (chat header, instruction); they run once, and their states are cached once."""
+
+    @property
+    def reuses(self) -> bool:
+        """Whether a prompt's states are computed ahead and cached, and not in one pass with what is behind them."""
+        return self.frozen and self.prefix is None and caching()
+
+    @property
+    def prefix_length(self) -> int:
+        """Positions of the trained prefix."""
+        return 0 if self.prefix is None else self.prefix.shape[-2]
+
+    def keep_nothing(self) -> None:
+        """Forget all states, and cache none from now on."""
+        self.cache, self.groups, self.bill = StateCache(0), {}, StateBill()
 
     def begin_with(self, head: tuple[int, ...]) -> None:
-        """Set the head; states are kept without its positions, so those of another head are forgotten."""
+        """Set the head; states are cached without its positions, so those of another head are forgotten."""
         if head != self.head:
             self.cache.clear()
             self.groups = {}
@@ -91,11 +108,11 @@ class Splicer:
         groups = passes(sizes, pass_tokens(self.llm.device))
         if len(groups) == 1:
             return self.in_one_pass(parts, soft, trees)
-        found = [self.in_one_pass([parts[i] for i in g], [soft[i] for i in g], [trees[i] for i in g]) for g in groups]
-        count = max(total.shape[1] for total, _ in found)
-        wide = [F.pad(total, (0, count - total.shape[1]), value=float("-inf")) for total, _ in found]
+        scores = [self.in_one_pass([parts[i] for i in g], [soft[i] for i in g], [trees[i] for i in g]) for g in groups]
+        count = max(total.shape[1] for total, _ in scores)
+        wide = [F.pad(total, (0, count - total.shape[1]), value=float("-inf")) for total, _ in scores]
         back = torch.tensor([i for g in groups for i in g], device=wide[0].device).argsort()
-        return torch.cat(wide)[back], torch.cat([end for _, end in found])[back]
+        return torch.cat(wide)[back], torch.cat([end for _, end in scores])[back]
 
     def in_one_pass(
         self, parts: Sequence[PromptParts], soft: Soft, trees: Sequence[AnswerTree]
@@ -119,25 +136,27 @@ class Splicer:
 
     def states(self, lefts: Sequence[tuple[int, ...]]) -> list[Tensor]:
         """Return the frozen states of each `left`, from the cache or computed in length-sorted batches."""
-        found = {left: self.cache.get(left) for left in dict.fromkeys(lefts)}
-        missing = sorted((left for left, state in found.items() if state is None), key=len)
+        states = {left: state for left in dict.fromkeys(lefts) if (state := self.cache.get(left)) is not None}
+        missing = sorted((left for left in dict.fromkeys(lefts) if left not in states), key=len)
         unplanned = [left for left in missing if left not in self.groups]
         batches = [unplanned[i : i + self.batch_size] for i in range(0, len(unplanned), self.batch_size)]
         batches += [list(batch) for batch in dict.fromkeys(self.groups[m] for m in missing if m in self.groups)]
         for part in batches:
             start = clock(self.llm)
-            made = self._compute_states(part)
+            states.update(zip(part, self._compute_states(part), strict=True))
+            if not self.cache.budget:  # not even whose prompt it was is remembered
+                continue
             seconds = clock(self.llm) - start
             self.bill.spent += seconds
-            for left, state in zip(part, made, strict=True):
-                self.cache.put(left, state)
+            for left in part:
+                self.cache.put(left, states[left])
                 self.cache.seconds[left] = seconds / len(part)
-                found[left] = state
-        for left in dict.fromkeys(lefts):  # not the others of a planned group, which ran along
-            if left not in self.bill.used:
-                self.bill.used.add(left)
-                self.bill.owed += self.cache.seconds.get(left, 0.0)
-        return [found[left] for left in lefts]  # type: ignore[misc]
+        if self.cache.budget:
+            for left in dict.fromkeys(lefts):  # not the others of a planned group, which ran along
+                if left not in self.bill.used:
+                    self.bill.used.add(left)
+                    self.bill.owed += self.cache.seconds.get(left, 0.0)
+        return [states[left] for left in lefts]
 
     def _compute_states(self, lefts: Sequence[tuple[int, ...]]) -> list[Tensor]:
         raise NotImplementedError

@@ -25,8 +25,6 @@ class CausalSplicer(Splicer):
         super().__init__(llm, cache, batch_size)
         # Newer transformers call the argument for keys and values `cache`.
         self.cache_argument = "cache" if "cache" in inspect.signature(llm.forward).parameters else "past_key_values"
-        self.prefix: Tensor | None = None
-        """Trained keys and values in front of every prompt (layers, 2, heads, P, head_dim): prefix tuning."""
 
     def shared(self, left: tuple[int, ...]) -> int:
         """See `Splicer.shared`."""
@@ -40,15 +38,15 @@ class CausalSplicer(Splicer):
     @torch.no_grad()
     def _compute_states(self, lefts: Sequence[tuple[int, ...]]) -> list[Tensor]:
         """Return (layers, 2, heads, length, head_dim) for each left, without the positions shared with the head."""
-        made: dict[tuple[int, ...], Tensor] = {}
+        states: dict[tuple[int, ...], Tensor] = {}
         for shared in {self.shared(left) for left in lefts if left}:
             group = [left for left in lefts if left and self.shared(left) == shared]
             start = self._head_state(shared) if shared else None
-            made.update(zip(group, self._run(start, shared, [left[shared:] for left in group]), strict=True))
-        return [made[left] if left else torch.zeros(0) for left in lefts]
+            states.update(zip(group, self._run(start, shared, [left[shared:] for left in group]), strict=True))
+        return [states[left] if left else torch.zeros(0) for left in lefts]
 
     def _head_state(self, shared: int) -> Tensor:
-        key = (-1, *self.head[:shared])  # no token is -1: a prompt of the same tokens is kept without these positions
+        key = (-1, *self.head[:shared])  # no token is -1: a prompt of the same tokens is cached without these positions
         state = self.cache.get(key)
         if state is None:
             state = self._run(None, 0, [self.head[:shared]])[0]
@@ -143,7 +141,7 @@ class CausalSplicer(Splicer):
         from transformers import DynamicCache
 
         if self.prefix is not None:
-            return self._prefix_cache(len(parts))
+            return self._prefix_cache(self.prefix, len(parts))
         some = next(s for s in states if s.numel())
         layers, _, heads, _, head_dim = some.shape
         full = torch.zeros(layers, 2, len(parts), heads, past, head_dim, dtype=some.dtype, device=some.device)
@@ -156,15 +154,10 @@ class CausalSplicer(Splicer):
             full[:, :, b, :, begin + shared :] = state
         return DynamicCache([(full[i, 0], full[i, 1]) for i in range(layers)])
 
-    @property
-    def prefix_length(self) -> int:
-        """Positions of the trained prefix."""
-        return 0 if self.prefix is None else self.prefix.shape[-2]
-
-    def _prefix_cache(self, rows: int) -> Any:  # noqa: ANN401
+    def _prefix_cache(self, prefix: Tensor, rows: int) -> Any:  # noqa: ANN401
         from transformers import DynamicCache
 
-        wide = self.prefix.to(self.dtype).unsqueeze(2).expand(-1, -1, rows, -1, -1, -1)  # type: ignore[union-attr]
+        wide = prefix.to(self.dtype).unsqueeze(2).expand(-1, -1, rows, -1, -1, -1)
         return DynamicCache([(layer[0], layer[1]) for layer in wide])
 
     def _mask_for_model(self, allowed: Tensor, positions: Tensor, dtype: torch.dtype) -> Any:  # noqa: ANN401
@@ -192,7 +185,7 @@ class CausalSplicer(Splicer):
             embeds[i, width - len(row) :] = row
             mask[i, width - len(row) :] = 1
         mask[:, :first] = 1
-        past = {} if self.prefix is None else {self.cache_argument: self._prefix_cache(len(rows))}
+        past = {} if self.prefix is None else {self.cache_argument: self._prefix_cache(self.prefix, len(rows))}
         return {"inputs_embeds": embeds, "attention_mask": mask, **past}
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
@@ -10,19 +9,17 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from persona_plug.caching import uncached
 from persona_plug.config import PlugConfig
 from persona_plug.data.history import Example
-from persona_plug.embedder.batch import HistoryBatch, Tokenise, VectorTable, collate
+from persona_plug.embedder.batch import HistoryBatch, Tokenise, collate, with_request_ids
 from persona_plug.errors import ConfigError, DataError, MismatchError
 from persona_plug.models.encoder import HistoryEncoder
-from persona_plug.models.vector_cache import unkept
 from persona_plug.store.format import StoredHistory
 from persona_plug.store.rows import text_hash
 
 if TYPE_CHECKING:
     from persona_plug.store.history_store import HistoryStore
-
-logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,19 +49,14 @@ def stored_examples(
     users = [user] * len(requests) if isinstance(user, str) else list(user)
     if len(users) != len(requests):
         raise DataError(f"{len(requests)} inputs but {len(users)} users; give one user for each input")
-    held = {name: store.read(name, config.max_history) for name in dict.fromkeys(users)}
-    if config.quotes and not store.keep_text and not store.told_unquoted and any(h.total for h in held.values()):
-        store.told_unquoted = True
-        logger.warning(
-            "%s keeps no texts: this plug quotes, and does without for items out of it; "
-            "a store made with keep_text gives all the plug can do",
-            store.name,
-        )
-    return [StoredExample(name, text, "", stored=held[name]) for text, name in zip(requests, users, strict=True)]
+    histories = {name: store.read(name, config.max_history) for name in dict.fromkeys(users)}
+    if config.quotes and not store.keep_text and any(h.total for h in histories.values()):
+        store.log_missing_texts()
+    return [StoredExample(name, text, "", stored=histories[name]) for text, name in zip(requests, users, strict=True)]
 
 
-class StoredTable(VectorTable):
-    """Makes batches of stored histories; only the requests are encoded, and those are not kept in the cache."""
+class StoredTable:
+    """Makes batches of stored histories; only the requests are encoded, and those are not cached."""
 
     def __init__(
         self,
@@ -83,7 +75,7 @@ class StoredTable(VectorTable):
         """
         self.config, self.encoder, self.ids = config, encoder, ids
         self.rows = {text: row for row, text in enumerate(dict.fromkeys(e.input for e in examples))}
-        with unkept():
+        with uncached():
             self.vectors = encoder.encode(list(self.rows))
         # Without texts an answer is known by its hash: vectors of short labels may lie too close together.
         self.answers = {text_hash(a): i for i, a in enumerate(config.answers or ())}
@@ -102,8 +94,8 @@ class StoredTable(VectorTable):
             answers[b, :n] = torch.tensor([self.answers.get(h, -1) for h in history.output_hashes], dtype=torch.long)
             mask[b, :n] = True
         request = self.vectors[torch.tensor([self.rows[e.input] for e in examples], dtype=torch.long)]
-        made = collate(self.config, request, inputs, outputs, answers, mask, self._quotes(histories, shape))
-        return self._with_ids(made, examples)
+        batch = collate(self.config, request, inputs, outputs, answers, mask, self._quotes(histories, shape))
+        return with_request_ids(self.config, self.encoder, batch, examples)
 
     def _quotes(self, histories: Sequence[StoredHistory], shape: tuple[int, int]) -> Tensor | None:
         """Return the first T token ids of every output (B, n, T): none (-1) where no text is kept."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import dataclasses
+import logging
 import sqlite3
 import sys
 import time
@@ -40,6 +41,8 @@ if TYPE_CHECKING:
     from sqlalchemy import Connection
 
     from persona_plug.models.encoder import HistoryEncoder
+
+logger = logging.getLogger(__name__)
 
 __all__ = ["ForgetResult", "HistoryStore", "ImportResult", "StoreUnavailable", "StoredHistory", "UserRow"]
 
@@ -113,7 +116,7 @@ class HistoryStore:
         self.encoder = encoder
         self._engine = open_engine(url, create=encoder is not None)
         self.name = shown(self._engine)
-        self.told_unquoted = False
+        self._missing_texts_logged = False
         with alone(self._engine) as connection:
             migrate(connection)
             made_with = self._settings(connection, keep_text, vectors)
@@ -354,7 +357,7 @@ class HistoryStore:
     def _uncache(self, hashes: Iterable[bytes], rewrite: bool) -> int:
         """Delete from the encoder's cache what it holds of the texts with these hashes."""
         if self.encoder is not None:
-            cache = self.encoder._cache
+            cache = self.encoder.cache
         else:
             path = zoo.cache_dir() / "vectors" / f"{self.fingerprint}.sqlite"
             cache = VectorCache(path, self.dim) if path.is_file() else None
@@ -365,6 +368,16 @@ class HistoryStore:
             return cache.delete(prefixes, rewrite)
         except sqlite3.OperationalError as exc:
             raise StoreUnavailable(f"{cache.path}: the cache of vectors is in use ({exc}); try again") from exc
+
+    def log_missing_texts(self) -> None:
+        """Warn, once for each store that is open, that a plug which quotes finds no texts here."""
+        if not self._missing_texts_logged:
+            self._missing_texts_logged = True
+            logger.warning(
+                "%s keeps no texts: this plug quotes, and does without for items out of it; "
+                "a store made with keep_text gives all the plug can do",
+                self.name,
+            )
 
     def close(self) -> None:
         """Close all connections; the store can be opened again."""

@@ -14,11 +14,13 @@ from hypothesis import strategies as st
 
 from persona_plug.data.history import (
     Event,
+    Example,
     HistoryItem,
     by_user,
     detect_answers,
     is_twin,
     leave_one_out,
+    longest_by_user,
     parse_event,
     read_events,
     time_ordered,
@@ -420,3 +422,10 @@ def test_reading_a_file_is_told_to_no_server(tmp_path, monkeypatch):
     file.write_text('{"user_id": "a", "input": "b", "output": "c"}\n')
     assert len(read_events(file).events) == 1
     assert not asked
+
+
+def test_a_users_longest_history_is_the_first_of_equally_long_ones():
+    one, two, three = (HistoryItem("", text) for text in ("one", "two", "three"))
+    rows = [("ann", (one,)), ("bob", ()), ("ann", (two, three)), ("ann", (three, one)), ("cem", (two,))]
+    examples = [Example(user, "", "", history) for user, history in rows]
+    assert longest_by_user(examples) == {"ann": (two, three), "cem": (two,)}

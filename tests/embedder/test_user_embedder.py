@@ -1,4 +1,4 @@
-"""UserEmbedder and its aggregators: order, masks, empty histories, the paper's equations, dropout."""
+"""Embedders and their aggregators: order, masks, empty histories, the paper's equations, dropout."""
 
 import math
 
@@ -11,8 +11,8 @@ from torch.nn.functional import gelu, normalize
 from persona_plug.config import PlugConfig
 from persona_plug.data.history import Example, HistoryItem
 from persona_plug.embedder.aggregators import AttentionAggregator, MeanAggregator, PaperAggregator
+from persona_plug.embedder.architectures import make_embedder
 from persona_plug.embedder.batch import HistoryBatch, VectorTable, value_dim
-from persona_plug.embedder.user_embedder import UserEmbedder
 from persona_plug.errors import ConfigError, DataError
 
 DIM, WIDTH, NORM = 12, 16, 3.0
@@ -34,7 +34,7 @@ def make(perturb):
             **settings,
         )
         torch.manual_seed(1)
-        embedder = UserEmbedder(config, NORM).eval()
+        embedder = make_embedder(config, NORM).eval()
         return perturb(embedder) if differ else embedder
 
     return make
@@ -351,7 +351,7 @@ def test_the_gain_starts_at_the_llms_norm(make):
     embedder = make(differ=False)
     torch.testing.assert_close(embedder.log_gain.exp(), torch.full((8,), NORM))
     start = torch.randn(8, WIDTH) * 50
-    given_start = UserEmbedder(embedder.config, NORM, start)
+    given_start = make_embedder(embedder.config, NORM, start)
     torch.testing.assert_close(given_start.tokens.detach(), normalize(start, dim=-1))
 
 
@@ -365,12 +365,6 @@ def test_an_untrained_plug_hardly_depends_on_the_user(make, recipe):
     trained = make(recipe)
     soft = trained(draw_batch(trained.config, [0, 1, 9, 3], seed=3)).soft.detach()
     assert ((soft - soft[:1]).norm(dim=-1) / NORM).max() > 0.1
-
-
-def test_trainable_bytes_are_the_size_of_the_state(make):
-    embedder = make()
-    numbers = sum(t.numel() for t in embedder.state_dict().values())
-    assert embedder.trainable_bytes() == 4 * numbers
 
 
 # Dropout of histories
@@ -516,7 +510,7 @@ def test_a_fixed_scale_takes_the_place_of_learned_lengths(recipe):
     config = PlugConfig.create(
         "llm", "encoder", recipe, llm_width=WIDTH, encoder_dim=DIM, quote_tokens=0, task_tokens=2, fixed_scale=14.0
     )
-    embedder = UserEmbedder(config, NORM).eval()
+    embedder = make_embedder(config, NORM).eval()
     assert not embedder.log_gain.requires_grad
     gains = embedder.log_gain.exp()
     torch.testing.assert_close(gains, torch.tensor([2.0] * 2 + [14.0] * (len(gains) - 2)))

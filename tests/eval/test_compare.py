@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from eval.compare import compare, differences, main, read_results
+from eval.compare import compare, differences, main
+from eval.report.results import read_results
 from persona_plug.errors import CorruptFileError, DataError
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -47,7 +47,12 @@ ARGUMENTS = [
 def test_a_comparison_has_every_method_and_repeats_nothing(folder, capsys, monkeypatch):
     arguments = [*ARGUMENTS, f"data={folder}", f"out={folder / 'out'}"]
     run.main(arguments)
-    results = json.loads((folder / "out" / "results.json").read_text())
+    text = (folder / "out" / "results.json").read_text()
+    assert not [word for word in (*WORDS, "train0", "dev0", str(folder)) if word in text]  # it can be committed
+    assert len(text) < 20_000
+    results = json.loads(text)
+    assert f"out={(folder / 'out').name}" in results["command"]
+    assert {"a", "b", "metric", "delta", "ci95", "p", "p_holm"} == set(results["contrasts"][0])
     assert (results["n"], results["n_users"], results["seeds"]) == (6, 3, [0, 1])
     assert {"none", "task_prompt", "plug", "plug_shuffled", "plug_empty"} <= set(results["methods"])
     for name in ("plug", "task_prompt"):

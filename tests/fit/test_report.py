@@ -9,9 +9,10 @@ from persona_plug.data import synthetic
 from persona_plug.data.history import Example, HistoryItem
 from persona_plug.data.splits import FitData, prepare
 from persona_plug.fit.plots import plot_lift, plot_loss
-from persona_plug.fit.report import FitReport, contrasts
-from persona_plug.measure.answers import Answers, evaluate, label_answers, rating_errors
-from persona_plug.measure.metrics import METRICS
+from persona_plug.fit.report import FitReport
+from persona_plug.measure.answers import evaluate, label_answers, rating_errors
+from persona_plug.measure.contrasts import Contrast, contrasts
+from persona_plug.measure.stats import Interval
 
 
 def held(*outputs, users=None):
@@ -19,8 +20,8 @@ def held(*outputs, users=None):
 
 
 def report_with(low, high, metric="nll", b="plug_shuffled"):
-    row = {"a": "plug", "b": b, "metric": metric, "delta": (low + high) / 2, "low": low, "high": high}
-    metrics = {"plug": {"nll": (1.0, 0.9, 1.1)}, "none": {"accuracy": (0.5, 0.4, 0.6)}}
+    row = Contrast("plug", b, metric, (low + high) / 2, low, high)
+    metrics = {"plug": {"nll": Interval(1.0, 0.9, 1.1)}, "none": {"accuracy": Interval(0.5, 0.4, 0.6)}}
     return FitReport(metrics, [row], 12, 3, ["a note"])
 
 
@@ -116,27 +117,27 @@ def test_contrasts_are_positive_where_the_plug_is_better():
     names = ("nll", "accuracy", "mae", "rmse", "rouge-1")
     good = {name: np.full(8, value) for name, value in zip(names, (1.0, 1.0, 0.0, 1.0, 1.0), strict=True)}
     bad = {name: np.full(8, value) for name, value in zip(names, (3.0, 0.0, 1.0, 9.0, 0.0), strict=True)}
-    rows = contrasts({"plug": Answers(good), "plug_shuffled": Answers(bad)}, users)
-    assert {r["metric"]: r["delta"] for r in rows} == {"nll": 2, "accuracy": 1, "mae": 1, "rmse": 2, "rouge-1": 1}
-    assert all(r["low"] == r["high"] == r["delta"] for r in rows)
-    swapped = contrasts({"plug": Answers(bad), "plug_shuffled": Answers(good)}, users)
-    assert [r["delta"] for r in swapped] == [-r["delta"] for r in rows]
+    rows = contrasts({"plug": good, "plug_shuffled": bad}, users)
+    assert {r.metric: r.delta for r in rows} == {"nll": 2, "accuracy": 1, "mae": 1, "rmse": 2, "rouge-1": 1}
+    assert all(r.low == r.high == r.delta for r in rows)
+    swapped = contrasts({"plug": bad, "plug_shuffled": good}, users)
+    assert [r.delta for r in swapped] == [-r.delta for r in rows]
 
 
 def test_contrasts_name_all_methods_lift_first_and_the_task_gain():
     v = {"nll": np.arange(4.0)}
     names = ("none", "task_prompt", "plug_empty", "plug_shuffled", "plug", "user_prior: majority", "user_prior: ridge")
-    rows = contrasts({n: Answers(v) for n in names}, list("abcd"))
-    assert (rows[0]["a"], rows[0]["b"]) == ("plug", "plug_shuffled")
-    assert {r["b"] for r in rows if r["a"] == "plug"} == set(names) - {"plug"}
-    assert [(r["a"], r["b"]) for r in rows if r["a"] != "plug"] == [("task_prompt", "none")]
+    rows = contrasts(dict.fromkeys(names, v), list("abcd"))
+    assert rows[0].pair == ("plug", "plug_shuffled")
+    assert {r.b for r in rows if r.a == "plug"} == set(names) - {"plug"}
+    assert [r.pair for r in rows if r.a != "plug"] == [("task_prompt", "none")]
 
 
 def test_contrasts_compare_on_the_questions_both_have():
-    a = Answers({"rouge-1": np.array([1.0, np.nan, 0.0, 0.5])})
-    b = Answers({"rouge-1": np.array([0.0, 1.0, np.nan, 0.5])})
+    a = {"rouge-1": np.array([1.0, np.nan, 0.0, 0.5])}
+    b = {"rouge-1": np.array([0.0, 1.0, np.nan, 0.5])}
     (row,) = contrasts({"plug": a, "plug_shuffled": b}, list("abcd"))
-    assert row["delta"] == pytest.approx(0.5)
+    assert row.delta == pytest.approx(0.5)
 
 
 # --- the report as text
@@ -171,6 +172,7 @@ def test_markdown_has_a_row_a_method_and_a_column_a_metric():
     assert lines[4] == "| plug | 1.000 [0.900, 1.100] | – |"
     assert lines[5] == "| none | – | 0.500 [0.400, 0.600] |"
     assert "- a note" in lines
+    assert [line.split(":")[0] for line in lines if line.startswith(("- nll", "- accuracy"))] == ["- nll", "- accuracy"]
 
 
 def test_an_empty_report_says_that_nothing_can_be_said():
@@ -190,11 +192,12 @@ def test_json_is_strict_and_complete(tmp_path):
 
     raw = json.loads(text, parse_constant=refuse)
     assert set(raw) == {f.name for f in dataclasses.fields(FitReport)}
+    assert raw["metrics"]["plug"] == {"nll": [1.0, 0.9, 1.1]}
+    assert raw["contrasts"] == [
+        {"a": "plug", "b": "plug_shuffled", "metric": "nll", "delta": pytest.approx(0.15), "low": 0.1, "high": 0.2}
+    ]
+    assert FitReport.from_json(text) == report
     assert (tmp_path / "fit_report.md").read_text() == str(report) + "\n"
-
-
-def test_every_metric_has_a_direction():
-    assert {name for name, (lower, _) in METRICS.items() if lower} == {"nll", "mae", "rmse"}
 
 
 # --- plots
@@ -305,7 +308,7 @@ def test_both_plots_are_there(fitted):
 def test_intervals_contain_their_value_and_json_is_strict(fitted):
     report, folder, _ = fitted
     for row in report.metrics.values():
-        assert all(low <= value <= high for value, low, high in row.values())
+        assert all(i.low <= i.value <= i.high for i in row.values())
     json.loads((folder / "fit_report.json").read_text(), parse_constant=pytest.fail)
 
 

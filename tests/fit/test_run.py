@@ -157,7 +157,7 @@ def test_free_text_is_learned_and_reported(make_plug, tmp_path, llm, placement):
     assert priors <= set(report.metrics)
     assert set(report.metrics["user_prior: first_words"]) == {"rouge-1", "rouge-L"}
     assert report.examples == [] or set(report.examples[0]["weights"][0]) == {"input", "output", "weight"}
-    assert report.metrics["plug"]["nll"][0] < report.metrics["none"]["nll"][0]
+    assert report.metrics["plug"]["nll"].value < report.metrics["none"]["nll"].value
 
 
 @pytest.mark.parametrize("recipe", ["default", "mean", "paper"])
@@ -341,16 +341,15 @@ def test_calibration_happens_in_fit_and_is_saved(make_plug, data, tmp_path):
 SCRIPT = """
 import json, sys, time
 from pathlib import Path
-sys.path.insert(0, sys.argv[3])
 from persona_plug import PersonaPlug
-from persona_plug.fit import run as fit
-from test_fit import SETTINGS, labels, run
+from persona_plug.fit.trainer import PlugTrainer
+from tests.fit.test_run import SETTINGS, labels, run
 if sys.argv[2] == "slow":  # so that there is time to kill it; changes no number
-    real = fit.PlugTrainer.compute_loss
+    real = PlugTrainer.compute_loss
     def loss(*args, **kwargs):
         time.sleep(0.05)
         return real(*args, **kwargs)
-    fit.PlugTrainer.compute_loss = loss
+    PlugTrainer.compute_loss = loss
 plug = PersonaPlug.build("tiny-llama", "tiny-encoder", key_dim=16, projector_hidden=32)
 folder = Path(sys.argv[1])
 log = run(plug, labels(), folder, **SETTINGS)
@@ -371,7 +370,7 @@ def start(tmp_path):
 
     def start(folder, speed="fast", hash_seed="0"):
         folder.mkdir()
-        command = [sys.executable, str(script), str(folder), speed, str(ROOT / "tests")]
+        command = [sys.executable, str(script), str(folder), speed]
         env = os.environ | {"PYTHONPATH": str(ROOT), "PYTHONHASHSEED": hash_seed, "OMP_NUM_THREADS": "1"}
         with (folder / "output").open("wb") as out:
             begun.append(subprocess.Popen(command, env=env, stdout=out, stderr=out))

@@ -24,11 +24,13 @@ def served(make_plug, people, tmp_path_factory):
 
     from persona_plug.fit.plots import plot_lift, plot_loss
     from persona_plug.fit.report import FitReport
+    from persona_plug.measure.contrasts import Contrast
+    from persona_plug.measure.stats import Interval
 
     folder = tmp_path_factory.mktemp("demo")
     make_plug(differ=True).save_pretrained(folder / "plug")
-    lift = {"a": "plug", "b": "plug_shuffled", "metric": "nll", "delta": 0.2, "low": 0.1, "high": 0.3}
-    metrics = {name: dict.fromkeys(("nll", "rouge-1", "rouge-L"), (1.0, 0.9, 1.1)) for name in ("none", "plug")}
+    lift = Contrast("plug", "plug_shuffled", "nll", 0.2, 0.1, 0.3)
+    metrics = {name: dict.fromkeys(("nll", "rouge-1", "rouge-L"), Interval(1.0, 0.9, 1.1)) for name in ("none", "plug")}
     FitReport(metrics, [lift], 5, 2, ["a note"]).save(folder / "plug")
     plot_loss([{"step": 1, "loss": 2.0}, {"step": 2, "loss": 1.0, "eval_loss": 1.5}], folder / "plug" / "loss.png")
     from persona_plug.data.history import Example

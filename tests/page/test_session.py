@@ -5,6 +5,8 @@ import pytest
 from persona_plug.data.history import HistoryItem
 from persona_plug.errors import ConfigError, CorruptFileError, DataError
 from persona_plug.fit.report import FitReport
+from persona_plug.measure.contrasts import Contrast
+from persona_plug.measure.stats import Interval
 from persona_plug.page.session import Session, parse_pasted
 
 # --- reading what is pasted
@@ -156,8 +158,8 @@ def test_no_report(open_session, tmp_path):
 
 
 def test_report_is_read_with_its_plots(open_session, tmp_path):
-    lift = {"a": "plug", "b": "plug_shuffled", "metric": "nll", "delta": 0.2, "low": 0.1, "high": 0.3}
-    made = FitReport({"plug": {"nll": (1.0, 0.9, 1.1)}}, [lift], 5, 2, ["a note"])
+    lift = Contrast("plug", "plug_shuffled", "nll", 0.2, 0.1, 0.3)
+    made = FitReport({"plug": {"nll": Interval(1.0, 0.9, 1.1)}}, [lift], 5, 2, ["a note"])
     made.save(tmp_path)
     (tmp_path / "loss.png").write_bytes(b"png")
     report, plots = open_session(folder=tmp_path).report()
@@ -165,7 +167,15 @@ def test_report_is_read_with_its_plots(open_session, tmp_path):
     assert [plot.name for plot in plots] == ["loss.png"]
 
 
-@pytest.mark.parametrize("text", ["{", "[]", '{"metrics": {}, "surprise": 1}'])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "{",
+        "[]",
+        '{"metrics": {}, "surprise": 1}',
+        '{"metrics": {}, "contrasts": [], "n": 0, "n_users": 0, "surprise": 1}',
+    ],
+)
 def test_broken_report_is_one_line(open_session, tmp_path, text):
     (tmp_path / "fit_report.json").write_text(text)
     with pytest.raises(CorruptFileError, match=r"^fit_report\.json is no report .*fit the plug again$"):

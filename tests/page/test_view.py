@@ -6,6 +6,8 @@ import pytest
 
 from persona_plug.data.history import HistoryItem
 from persona_plug.fit.report import FitReport
+from persona_plug.measure.contrasts import Contrast
+from persona_plug.measure.stats import Interval
 from persona_plug.page import view
 from persona_plug.page.answers import Answer
 from persona_plug.page.places import UserMap
@@ -49,7 +51,7 @@ def weighed(*weights):
 
 
 def everything_users_write():
-    item, report = HistoryItem(EVIL, EVIL), FitReport({EVIL: {"nll": (1, 0, 2)}}, [], 1, 1, [EVIL])
+    item, report = HistoryItem(EVIL, EVIL), FitReport({EVIL: {"nll": Interval(1, 0, 2)}}, [], 1, 1, [EVIL])
     where = UserMap([EVIL, "b"], [1, 2], np.eye(2), "PCA")
     evil = answer(user=EVIL, text=EVIL, notes=[EVIL], probabilities={EVIL: 1.0}, weights=[(item, 0.5)])
     return {
@@ -198,8 +200,11 @@ def test_nearest_and_found_in_words():
 def test_report_shows_verdict_table_and_plots(tmp_path):
     plot = tmp_path / "lift.png"
     plot.write_bytes(b"png")
-    lift = {"a": "plug", "b": "plug_shuffled", "metric": "nll", "delta": 0.2, "low": 0.1, "high": 0.3}
-    metrics = {"none": {"nll": (2.0, 1.9, 2.1)}, "plug": {"nll": (1.0, 0.9, 1.1), "rouge-1": (0.5, 0.4, 0.6)}}
+    lift = Contrast("plug", "plug_shuffled", "nll", 0.2, 0.1, 0.3)
+    metrics = {
+        "none": {"nll": Interval(2.0, 1.9, 2.1)},
+        "plug": {"nll": Interval(1.0, 0.9, 1.1), "rouge-1": Interval(0.5, 0.4, 0.6)},
+    }
     page = Page(view.report(FitReport(metrics, [lift], 5, 2, ["a note"]), [plot]))
     for part in ("Personal lift: yes", "5 questions of 2 held-out users", "nll ↓ rouge-1 ↑", "2.000 [1.900, 2.100] –"):
         assert part in page.text

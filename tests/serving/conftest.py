@@ -14,10 +14,11 @@ import pytest
 def serving_plug(make_plug):
     """A plug that keeps nothing from request to request, with an encoder of its own."""
     from persona_plug.models.encoder import HistoryEncoder
-    from persona_plug.serving.gateway import isolate
 
     encoder = HistoryEncoder("tiny-encoder", device="cpu")
-    return isolate(make_plug(differ=True, encoder=encoder, max_input_tokens=256))
+    plug = make_plug(differ=True, encoder=encoder, max_input_tokens=256)
+    plug.keep_nothing()
+    return plug
 
 
 @pytest.fixture(scope="session")

@@ -228,21 +228,20 @@ def test_salts_differ_between_users_and_tenants(served):
 
 
 def test_nothing_of_a_request_stays(gateway, serving_plug, monkeypatch, tmp_path):
-    """No vector of it on disk, no state of it in memory; `isolate` sees to both."""
+    """No vector of it on disk, no state of it in memory; `keep_nothing` sees to both."""
     import copy
 
     from persona_plug.models.encoder import HistoryEncoder
-    from persona_plug.serving.gateway import isolate
 
     def folder_size(encoder):
-        return len(encoder._cache) if encoder._cache else 0
+        return len(encoder.cache) if encoder.cache else 0
 
     encoder = HistoryEncoder("tiny-encoder", device="cpu", cache_dir=tmp_path)
     encoder.encode(["control"])
     assert folder_size(encoder) == 1
     plug = copy.copy(serving_plug)
     object.__setattr__(plug, "encoder", encoder)
-    isolate(plug)
+    plug.keep_nothing()
     encoder.encode(["a request"])
     encoder = HistoryEncoder("tiny-encoder", device="cpu", cache_dir=tmp_path)
     assert folder_size(encoder) == 1

@@ -117,7 +117,7 @@ def test_encoder_states_are_reused_too(load_parts):
         with torch.no_grad():
             expected = llm.get_encoder()(input_ids=torch.tensor([left])).last_hidden_state[0]
         torch.testing.assert_close(state, expected, atol=1e-4, rtol=1e-4)
-    assert len(splicer.cache._kept) == 3
+    assert len(splicer.cache._states) == 3
     assert splicer.cache.hits == 0
     assert [s.numel() for s in splicer.states([(), ()])] == [0, 0]
 
@@ -263,7 +263,7 @@ def test_rows_run_apart_say_the_same_and_pass_the_same_gradients_on(load_parts, 
     for fixed in (10**6, 0):  # all in one pass, and each length by itself
         monkeypatch.setattr(parting, "PASS_TOKENS", {"cpu": fixed})
         splicer = (Seq2SeqSplicer if name == "tiny-t5" else CausalSplicer)(llm, StateCache(1 << 30))
-        splicer.reuses = reuses
+        splicer.frozen = reuses
         soft = start.clone().requires_grad_()
         loglik, end = splicer.loglik(parts, soft, trees)
         (loglik[loglik.isfinite()].sum() + end.sum()).backward()

@@ -59,7 +59,7 @@ def items_of(user, count, start=0):
 @pytest.mark.parametrize("keep_text", [True, False])
 def test_no_byte_of_a_forgotten_user_is_left(tmp_path, own_cache, kind, keep_text):
     """Many appends by turns make SQLite split and balance its pages, which leaves copies behind."""
-    cache = own_cache._cache.path.parent
+    cache = own_cache.cache.path.parent
     with HistoryStore(f"sqlite:///{tmp_path}/users.db", own_cache, keep_text=keep_text, vectors=kind) as store:
         people = [f"person-{kind}-{keep_text}-{i:02d}" for i in range(12)]
         for part in range(0, 24, 3):
@@ -106,7 +106,7 @@ def test_an_item_is_deleted_from_rows_log_and_cache(tmp_path, own_cache):
         del marks["id -"]
         assert len(seen(files(tmp_path), marks)) >= 4
         store.delete("deleter", items[1]["id"])
-        assert seen(files(tmp_path, own_cache._cache.path.parent), marks) == []
+        assert seen(files(tmp_path, own_cache.cache.path.parent), marks) == []
 
 
 def test_requests_of_stored_users_are_not_kept(tmp_path, own_cache, make_plug):
@@ -116,10 +116,10 @@ def test_requests_of_stored_users_are_not_kept(tmp_path, own_cache, make_plug):
         store.append("asker", items_of("asker", 3))
         plug.generate(request, user="asker", store=store, max_new_tokens=2)
         marks = {"hash": text_hash(request), "vector": own_cache.encode([request])[0].numpy().astype("<f2").tobytes()}
-        assert seen(files(own_cache._cache.path.parent), marks)  # an ordinary encode keeps them
-        own_cache._cache.delete([text_hash(request)])
+        assert seen(files(own_cache.cache.path.parent), marks)  # an ordinary encode keeps them
+        own_cache.cache.delete([text_hash(request)])
         plug.soft_prompt(request, user="asker", store=store)
-        assert seen(files(own_cache._cache.path.parent, tmp_path), marks) == []
+        assert seen(files(own_cache.cache.path.parent, tmp_path), marks) == []
 
 
 def test_forgetting_without_encoder_reaches_its_usual_cache(tmp_path):

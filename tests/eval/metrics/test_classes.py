@@ -1,4 +1,4 @@
-"""Metric classes, calibration and comparisons over users."""
+"""Metric classes and calibration."""
 
 import socket
 import statistics
@@ -32,29 +32,41 @@ def test_classes_give_the_scores_without_network_or_traces(monkeypatch, tmp_path
         task, (FOUND, GOLD)
     )
     for name, value in score(task, found, gold).items():
-        metric = metrics.METRICS[name](cache_dir=str(tmp_path))
+        metric = metrics.TextMetric(name, cache_dir=str(tmp_path))
         options = {"answers": list(load_task(task).answers)} if name in ("f1", "mae", "rmse") else {}
         assert metric.compute(predictions=found, references=gold, **options) == {name: value}
     assert not [p for p in tmp_path.rglob("*") if p.is_file()]
 
 
 def test_classes_take_batches_and_a_seed():
-    metric = metrics.Rouge1()
+    metric = metrics.TextMetric("rouge-1")
     metric.add_batch(predictions=FOUND[:2], references=GOLD[:2])
     metric.add(prediction=FOUND[2], reference=GOLD[2])
     assert metric.compute() == {"rouge-1": pytest.approx(rouge("rouge-1", FOUND[:3], GOLD[:3]).mean())}
-    official = metrics.RougeL().compute(predictions=FOUND, references=GOLD, seed=3)
+    official = metrics.TextMetric("rouge-L").compute(predictions=FOUND, references=GOLD, seed=3)
     assert official["rouge-L"] == score("LaMP_4", FOUND, GOLD, official_rouge=True, seed=3)["rouge-L"]
 
 
 def test_options_of_classes_are_checked():
     # The scale's ends are those of the given answers.
-    found = metrics.RootMeanSquaredError().compute(predictions=["x"], references=["3"], answers=["2", "4"])
+    found = metrics.TextMetric("rmse").compute(predictions=["x"], references=["3"], answers=["2", "4"])
     assert found == {"rmse": 1.0}
     with pytest.raises(ConfigError, match=r"f1: answers=\[...\] is missing"):
-        metrics.MacroF1().compute(predictions=["a"], references=["a"])
+        metrics.TextMetric("f1").compute(predictions=["a"], references=["a"])
     with pytest.raises(ConfigError, match="accuracy: unknown option 'colour'; known are none"):
-        metrics.Accuracy().compute(predictions=["a"], references=["a"], colour=1)
+        metrics.TextMetric("accuracy").compute(predictions=["a"], references=["a"], colour=1)
+    with pytest.raises(ConfigError, match="no metric 'colour' of texts; known are accuracy"):
+        metrics.TextMetric("colour")
+
+
+def test_every_rule_has_a_direction_and_a_description():
+    from eval.metrics.lamp import QUESTION_RULES, SET_RULES
+    from persona_plug.measure.metrics import METRICS
+
+    names = [*QUESTION_RULES, *SET_RULES]
+    assert set(names) | {"nll", "ece"} == set(METRICS)
+    for name in names:
+        assert metrics.TextMetric(name).description == METRICS[name].description
 
 
 # Calibration
@@ -104,48 +116,3 @@ def test_calibration_error_as_defined(n, classes, seed, bins):
 def test_what_is_no_probability_is_refused(rows, gold, message):
     with pytest.raises(DataError, match=message):
         metrics.expected_calibration_error(rows, gold)
-
-
-# Users
-
-
-def test_win_rate_counts_users_not_questions():
-    users = ["a", "a", "a", "b", "c", "c"]
-    plug, other = [1, 1, 1, 0, 1, 0], [0, 0, 0, 1, 0, 1]
-    assert metrics.user_win_rate("accuracy", plug, other, users) == pytest.approx((1 + 0 + 0.5) / 3)
-    assert metrics.user_win_rate("nll", plug, other, users) == pytest.approx((0 + 1 + 0.5) / 3)
-    # Equal up to rounding is a tie.
-    assert metrics.user_win_rate("nll", [0.1, 0.2, 0.0], [0.0, 0.0, 0.3], ["a"] * 3) == 0.5
-
-
-def test_lift_and_gain_are_positive_where_the_first_is_better():
-    users = [f"u{i // 2}" for i in range(8)]
-    good, bad = [1.0] * 8, [4.0] * 8
-    for function in (metrics.personal_lift, metrics.task_gain):
-        assert function("accuracy", bad, good, users).value == pytest.approx(3)
-        assert function("nll", good, bad, users).value == pytest.approx(3)
-        assert function("rmse", good, bad, users).value == pytest.approx(1)  # of roots
-        assert function("nll", bad, good, users).value == pytest.approx(-3)
-        found = function("nll", good, bad, users, seed=4)
-        assert found.low == pytest.approx(3)
-        assert found.high == pytest.approx(3)
-
-
-def test_lift_is_paired_over_users():
-    rng = np.random.default_rng(0)
-    hard = rng.normal(0, 10, 40)
-    lift = metrics.personal_lift("nll", hard, hard + 0.1, [f"u{i}" for i in range(40)])
-    assert lift.low == pytest.approx(0.1)
-    assert lift.high == pytest.approx(0.1)
-
-
-@pytest.mark.parametrize("function", [metrics.user_win_rate, metrics.paired_gain])
-def test_comparisons_need_one_value_each(function):
-    with pytest.raises(DataError, match="2 and 1 values for 2 users"):
-        function("nll", [1.0, 2.0], [1.0], ["a", "b"])
-    with pytest.raises(DataError, match="1 questions lack a value"):
-        function("nll", [1.0, float("nan")], [1.0, 1.0], ["a", "b"])
-    with pytest.raises(DataError, match="0 and 0 values"):
-        function("nll", [], [], [])
-    with pytest.raises(ConfigError, match="'colour' has no direction"):
-        function("colour", [1.0], [1.0], ["a"])

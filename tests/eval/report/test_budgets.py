@@ -7,8 +7,10 @@ import torch
 from eval.clock import LLMClock, reading_seconds
 from eval.methods import METHODS, method
 from eval.report.budgets import budget_note, budget_table
-from eval.session import _reading_once, _reads_request
+from eval.session import _reads_request
+from persona_plug.caching import uncached
 from persona_plug.data.history import Example, HistoryItem
+from persona_plug.embedder.task_prompt import NoTokens
 from persona_plug.measure.answers import evaluate
 from training.recipes import make
 
@@ -48,33 +50,54 @@ def test_the_clock_tells_the_llms_share(make_plug, monkeypatch):
     plug = make_plug()
     ticks = iter([0.0, 2.0, 5.0, 10.0])  # start, into the LLM, out of it, stop
     monkeypatch.setattr("eval.clock.clock", lambda _: next(ticks))
-    watch = LLMClock(plug)
-    plug.llm(input_ids=plug.llm.dummy_inputs["input_ids"])
-    assert watch.stop() == (10.0, 0.7)
+    with LLMClock(plug) as watch:
+        plug.llm(input_ids=plug.llm.dummy_inputs["input_ids"])
+    assert watch.cost() == (10.0, 0.7)
     plug.llm(input_ids=plug.llm.dummy_inputs["input_ids"])  # the hooks are gone: no tick is left to take
+
+
+@pytest.mark.parametrize("llm", ["tiny-llama", "tiny-t5"])
+def test_the_clock_leaves_llm_and_splicer_as_they_were_after_an_exception(make_plug, llm):
+    plug = make_plug(llm)
+    bill = plug.splicer.bill
+    parts = [plug.llm, plug.llm.get_encoder()] if llm == "tiny-t5" else [plug.llm]
+
+    def hooks():
+        return [len(part._forward_hooks) + len(part._forward_pre_hooks) for part in parts]
+
+    def block():
+        with LLMClock(plug):
+            assert hooks() == [2] * len(parts)
+            raise RuntimeError("in the middle")
+
+    with pytest.raises(RuntimeError, match="in the middle"):
+        block()
+    assert hooks() == [0] * len(parts)
+    assert plug.splicer.bill is bill
 
 
 def test_an_encoders_passes_are_the_llms_and_count_once(make_plug, monkeypatch):
     llm = (plug := make_plug("tiny-t5")).llm
     ticks = iter([0.0, 1.0, 3.0, 4.0, 9.0, 10.0])  # the encoder alone 1 to 3, then both 4 to 9
     monkeypatch.setattr("eval.clock.clock", lambda _: next(ticks))
-    watch = LLMClock(plug)
     ids = torch.tensor([[5, 6, 7]])
-    llm.get_encoder()(input_ids=ids)
-    llm(input_ids=ids, decoder_input_ids=ids)
-    assert watch.stop() == (10.0, pytest.approx(0.3))
+    with LLMClock(plug) as watch:
+        llm.get_encoder()(input_ids=ids)
+        llm(input_ids=ids, decoder_input_ids=ids)
+    assert watch.cost() == (10.0, pytest.approx(0.3))
 
 
 @pytest.mark.parametrize("answers", [("good", "bad"), None])
 @pytest.mark.parametrize("llm", ["tiny-llama", "tiny-gpt2", "tiny-t5"])
-def test_prompts_read_once_say_the_same_and_keep_nothing(make_plug, people, llm, answers):
+def test_prompts_read_once_say_the_same_and_leave_no_state(make_plug, people, llm, answers):
     plug = make_plug(llm, answers=answers)
     held = [Example(f"u{i}", text, "good" if i % 2 else "bad") for i, text in enumerate(people.requests)]
-    kept = evaluate(plug, held, 0, personal=False)
-    plug.splicer = once = _reading_once(plug)
-    alone = evaluate(plug, held, 0, personal=False)
-    np.testing.assert_allclose(alone.values["nll"], kept.values["nll"], atol=1e-4)
-    assert (once.cache.misses, once.cache.used) == (0, 0)
+    with uncached():
+        once = evaluate(plug, held, 0, personal=False)
+    assert (plug.splicer.cache.misses, plug.splicer.cache.used) == (0, 0)
+    ahead = evaluate(plug, held, 0, personal=False)
+    np.testing.assert_allclose(once.values["nll"], ahead.values["nll"], atol=1e-4)
+    assert plug.splicer.cache.used > 0
 
 
 def test_the_clock_charges_for_states_that_were_there_already(make_plug, monkeypatch):
@@ -84,9 +107,9 @@ def test_the_clock_charges_for_states_that_were_there_already(make_plug, monkeyp
     for module in ("persona_plug.splice.base", "eval.clock"):
         monkeypatch.setattr(f"{module}.clock", lambda _: next(ticks))
     plug.splicer.states([left])
-    watch = LLMClock(plug)
-    plug.splicer.states([left, left])
-    seconds, outside = watch.stop()
+    with LLMClock(plug) as watch:
+        plug.splicer.states([left, left])
+    seconds, outside = watch.cost()
     assert seconds == 2.0 + 4.0
     assert outside == pytest.approx(2.0 / 6.0)
 
@@ -96,9 +119,9 @@ def test_encoding_items_is_no_questions_cost_and_reading_the_request_is(make_plu
     ticks = iter([0.0, 1.0, 8.0, 10.0])  # start, into the encoder, out of it, stop
     for module in ("persona_plug.models.encoder", "eval.clock"):
         monkeypatch.setattr(f"{module}.clock", lambda _: next(ticks))
-    watch = LLMClock(plug)
-    plug.encoder.encode(["an item nobody has encoded yet"])
-    assert watch.stop(reading=1.0) == (10.0 - 7.0 + 1.0, 1.0)
+    with LLMClock(plug) as watch:
+        plug.encoder.encode(["an item nobody has encoded yet"])
+    assert watch.cost(reading=1.0) == (10.0 - 7.0 + 1.0, 1.0)
 
 
 def test_reading_requests_is_measured_past_the_cache(make_plug, monkeypatch):
@@ -133,11 +156,11 @@ def test_what_is_said_to_see_no_request_does_not(make_plug):
         if not recipe or method(name).prompt:
             continue
         plug = make(recipe, base, {}, 0)
-        if not hasattr(plug.embedder, "tokens") or plug.config.train_request:
+        if isinstance(plug.embedder, NoTokens) or plug.config.train_request:
             continue
         torch.manual_seed(0)
         with torch.no_grad():  # an untrained plug says the same to everyone
-            for numbers in plug.embedder.parameters():
-                numbers.normal_()
+            for parameter in plug.embedder.parameters():
+                parameter.normal_()
         one, other = (plug.soft_prompt(text, history) for text in ("a film about love", "the price of coal"))
         assert _reads_request(method(name), plug) != torch.equal(one, other) or name == "task_prompt"

@@ -7,12 +7,14 @@ from html.parser import HTMLParser
 import numpy as np
 import pytest
 
-from eval.report import figures
+from eval.report import drawings, figures
 from eval.report import page as report
 from eval.report.figures import Bar, Point, Scale
-from eval.report.significance import contrasts, difference
+from eval.report.results import contrast_row
+from persona_plug.measure.contrasts import contrasts, difference
 
 METHODS = ("none", "task_prompt", "plug_empty", "plug_shuffled", "plug", "user_prior: label frequencies")
+COMMAND = "python -m eval.run configs/compare.yaml split=dev"
 VOID = {"meta", "circle", "line", "path", "br"}
 
 
@@ -77,7 +79,11 @@ def run():
         "task": "LaMP_2", "split": "dev", "n": len(owners), "n_users": 9, "llm": "tiny 12ab", "encoder": "enc 34cd",
         "seeds": [0, 1], "git": "abc123", "versions": {"torch": "2.13.0"}, "settings": {"lr": 0.001},
         "date": "2026-11-24", "machine": "x86_64, 2 cores", "methods": methods,
-        "contrasts": contrasts(found, owners, [("plug", "plug_shuffled"), ("task_prompt", "none"), ("none", "plug")]),
+        "contrasts": [
+            contrast_row(row)
+            for row in contrasts(found, owners, [("plug", "plug_shuffled"), ("task_prompt", "none"), ("none", "plug")])
+        ],
+        "command": COMMAND,
     }  # fmt: skip
     examples = [
         {"input": f"request {i}", "reference": "right", "answers": {"plug": f"own {i}", "plug_shuffled": f"other {i}"}}
@@ -97,14 +103,11 @@ def row(markdown, start):
     return next(line for line in markdown.splitlines() if line.startswith(f"| {start}"))
 
 
-COMMAND = "python -m eval.run configs/compare.yaml split=dev"
-
-
 def test_the_two_controls_come_first_and_are_explained(run):
     results, details = run
     lift = results["contrasts"][0]
     interval = f"{lift['delta']:+.3f} [{lift['ci95'][0]:+.3f}, {lift['ci95'][1]:+.3f}]"
-    for text in (report.markdown(results, COMMAND), Page(report.html(results, COMMAND, details)).text):
+    for text in (report.markdown(results), Page(report.html(results, details)).text):
         flat = " ".join(text.split())
         explained, control = flat.index("Personal lift is plug"), flat.index("personal lift (plug")
         assert flat.index("Lift and gain") < explained < control < flat.index("task gain (task_prompt")
@@ -115,7 +118,7 @@ def test_the_two_controls_come_first_and_are_explained(run):
 
 def test_markdown_holds_values_costs_contrasts_and_how_to_repeat_them(run):
     results, _ = run
-    text = report.markdown(results, COMMAND)
+    text = report.markdown(results)
     rmse = results["methods"]["plug"]["metrics"]["rmse"]["value"]
     assert row(text, "plug |") == f"| plug | 0.444 [0.100, 0.900] | {rmse:.3f} [0.100, 0.900] | 0.290; 0.500 |"
     assert "| method | accuracy ↑ | rmse ↓ | accuracy by seed |" in text
@@ -139,30 +142,28 @@ def test_markdown_holds_values_costs_contrasts_and_how_to_repeat_them(run):
 
 def test_what_was_cut_is_told(run):
     results, details = run
-    assert row(report.markdown(results, COMMAND).partition("## What was cut")[2], "nothing")
+    assert row(report.markdown(results).partition("## What was cut")[2], "nothing")
     results["data_notes"] = ["7 training samples left out"]
     results["notes"] = {"plug": {"items that found no room in a prompt": 12}}
     results["methods"]["none"]["prompts_cut"] = 3.5
-    text = report.markdown(results, COMMAND)
+    text = report.markdown(results)
     assert "| samples | 7 training samples left out | – |" in text
     assert "| plug | items that found no room in a prompt | 12 |" in text
     assert "| none | questions that were cut to fit the prompt (mean over seeds) | 3.5 |" in text
-    page = section(report.html(results, COMMAND, details), "What was cut or left out")
+    page = section(report.html(results, details), "What was cut or left out")
     assert "7 training samples left out" in page
     assert "items that found no room in a prompt" in page
 
 
 def test_what_so_few_users_can_show_is_said(run):
     results, _ = run
-    assert "The smallest p that 9 users can give is 0.0039, 0.0234 after the correction." in report.markdown(
-        results, ""
-    )
+    assert "The smallest p that 9 users can give is 0.0039, 0.0234 after the correction." in report.markdown(results)
     few = {**results, "n_users": 4}
-    assert "4 users can give is 0.1250, 0.7500 after the correction: too few users" in report.markdown(few, "")
+    assert "4 users can give is 0.1250, 0.7500 after the correction: too few users" in report.markdown(few)
 
 
 def test_the_page_needs_nothing_from_outside_and_fits_a_phone(run):
-    page = report.html(run[0], COMMAND, run[1])
+    page = report.html(run[0], run[1])
     parsed = Page(page)
     assert not {"script", "link", "iframe", "img", "object"} & set(parsed.tags)
     assert not {"src", "href", "onload", "onerror", "style"} & {name for name, _ in parsed.attributes}
@@ -186,7 +187,7 @@ HOSTILE = '<script>alert(1)</script>"><img src=x onerror=alert(1)> | `a` [l](jav
 
 def test_what_others_wrote_is_never_markup(run):
     results, details = copy.deepcopy(run)
-    for key in ("task", "split", "llm", "encoder", "git", "date", "machine"):
+    for key in ("task", "split", "llm", "encoder", "git", "date", "machine", "command"):
         results[key] = HOSTILE
     results["versions"][HOSTILE] = HOSTILE
     results["settings"][HOSTILE] = HOSTILE
@@ -200,12 +201,12 @@ def test_what_others_wrote_is_never_markup(run):
             input=HOSTILE, reference=HOSTILE, answers={"plug": HOSTILE, "plug_shuffled": HOSTILE, HOSTILE: HOSTILE}
         )
     details["users"] = [f"{HOSTILE}{u}" for u in details["users"]]
-    page = Page(report.html(results, HOSTILE, details))
+    page = Page(report.html(results, details))
     assert not {"script", "img", "a"} & set(page.tags)
     assert not {"src", "onerror", "href"} & {name for name, _ in page.attributes}
     assert page.text.count("<script>alert(1)</script>") > 20
 
-    text = report.markdown(results, HOSTILE)
+    text = report.markdown(results)
     code = f"`` {' '.join(HOSTILE.split())} ``"  # a span of code shows everything as it is
     assert code in text
     rest = text.replace(code, "")
@@ -222,7 +223,7 @@ def test_what_was_not_recorded_is_said(run, missing):
     for m in results["methods"].values():
         m.pop("seconds_per_query")
     given = {k: v for k, v in details.items() if k != missing} if missing else None
-    page = report.html(results, COMMAND, given)
+    page = report.html(results, given)
     Page(page)
     absent = missing is None
     needs_values = absent or missing in ("users", "values")
@@ -238,29 +239,29 @@ def test_what_was_not_recorded_is_said(run, missing):
 
 def test_results_of_an_older_run_still_make_a_report():
     bare = {"methods": {"none": {"metrics": {"nll": {"value": None, "ci95": [None, None]}}}}}
-    assert "| none | – | – |" in report.markdown(bare, "x")
-    page = Page(report.html(bare, "x"))
+    assert "| none | – | – |" in report.markdown(bare)
+    page = Page(report.html(bare))
     assert page.text.count("not recorded") + page.text.count("Not recorded") > 8
 
 
 def test_lifts_are_the_recorded_ones_turned_around_or_computed(run):
     results, details = run
-    lifts = section(report.html(results, COMMAND, details), "Lifts")
+    lifts = section(report.html(results, details), "Lifts")
     recorded = next(c for c in results["contrasts"] if (c["a"], c["metric"]) == ("none", "accuracy"))
-    assert f"<td>plug − none</td><td>{-recorded['delta']:+.3f} [{-recorded['ci95'][1]:+.3f}" in lifts
+    assert f">plug − none</th><td>{-recorded['delta']:+.3f} [{-recorded['ci95'][1]:+.3f}" in lifts
     v, users = details["values"], details["users"]
-    computed = difference(v["plug_empty"]["rmse"], v["none"]["rmse"], users, True, np.sqrt)
-    assert f"<td>plug_empty − none</td><td>{computed.value:+.3f} [{computed.low:+.3f}" in lifts
+    computed = difference(v["plug_empty"]["rmse"], v["none"]["rmse"], users, "rmse")
+    assert f">plug_empty − none</th><td>{computed.value:+.3f} [{computed.low:+.3f}" in lifts
     for a in METHODS[1:]:
-        assert f"<td>{a} − none</td>" in lifts
+        assert f">{a} − none</th>" in lifts
     for b in METHODS:
-        assert (f"<td>plug − {b}</td>" in lifts) == (b != "plug")
+        assert (f">plug − {b}</th>" in lifts) == (b != "plug")
 
 
 def test_lift_by_terciles_of_history_and_by_user(run):
     results, details = run
-    text = section(report.html(results, COMMAND, details), "Lift by history length")
-    cells = re.findall(r"<tr><td>(.*?)</td><td>(\d+)</td><td>(\d+)</td><td>(.*?)</td>", text)[:3]
+    text = section(report.html(results, details), "Lift by history length")
+    cells = re.findall(r'<tr><th scope="row">(.*?)</th><td>(\d+)</td><td>(\d+)</td><td>(.*?)</td>', text)[:3]
     assert [c[:3] for c in cells] == [("4–12 items", "12", "3"), ("16–24 items", "12", "3"), ("28–36 items", "12", "3")]
     assert cells[0][3] == "+0.000 [+0.000, +0.000]"
     assert cells[1][3].startswith("+0.333 [")
@@ -269,13 +270,13 @@ def test_lift_by_terciles_of_history_and_by_user(run):
     assert text.count('class="point"') == 2 * 9  # for either metric
     assert "Of 9 users the lift is above 0 for 9, below for 0, 0 for 0." in text  # RMSE fell for everyone
     alike = {**details, "history_lengths": [7] * len(details["users"])}
-    text = section(report.html(results, COMMAND, alike), "Lift by history length")
-    assert re.findall(r"<tr><td>(.*?)</td><td>(\d+)</td>", text)[0] == ("7 items", "36")
+    text = section(report.html(results, alike), "Lift by history length")
+    assert re.findall(r'<tr><th scope="row">(.*?)</th><td>(\d+)</td>', text)[0] == ("7 items", "36")
 
 
 def test_the_frontier_is_marked_in_plot_and_table(run):
     results, details = run
-    text = section(report.html(results, COMMAND, details), "Quality against cost")
+    text = section(report.html(results, details), "Quality against cost")
     tokens = text[: text.index("against seconds")]
     marked = re.findall(r"<td>([^<]*)</td><td>\d+</td><td>[\d.]+</td><td>yes</td>", tokens)
     quality = {m: r["metrics"]["accuracy"]["value"] for m, r in results["methods"].items()}
@@ -298,13 +299,13 @@ def test_pareto(lower, expected):
 
 def test_examples_won_and_lost_by_the_run_s_own_metric(run):
     results, details = run
-    text = section(report.html(results, COMMAND, details), "Examples")
+    text = section(report.html(results, details), "Examples")
     assert "judged by accuracy of each question: 16 won, 0 lost, 20 even" in text
-    assert text.count("<blockquote>") == report.SHOWN
+    assert text.count("<blockquote>") == drawings.EXAMPLES
     assert "<blockquote>request 20</blockquote>" in text  # the sixth user's first question
     assert "Lost: none." in text
     chosen = [{**details["examples"][i], "index": i} for i in (30, 2)]
-    text = section(report.html(results, COMMAND, {**details, "examples": chosen}), "Examples")
+    text = section(report.html(results, {**details, "examples": chosen}), "Examples")
     assert "1 won, 0 lost, 1 even" in text
 
 
@@ -315,7 +316,7 @@ def test_examples_without_a_place_are_judged_by_words(run):
         {"input": f"q{i}", "reference": "right", "answers": {"plug": a, "plug_shuffled": b}}
         for i, (a, b) in enumerate(answers)
     ]
-    text = section(report.html(results, COMMAND, details), "Examples")
+    text = section(report.html(results, details), "Examples")
     assert "judged by the words shared with the reference (F1): 1 won, 1 lost, 1 even" in text
     assert text.index("q0") < text.index("<h3>Lost</h3>") < text.index("q1")
 

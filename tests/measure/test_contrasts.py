@@ -7,20 +7,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from eval.report.significance import (
-    EXACT_USERS,
-    FLIPS,
-    METRICS,
-    contrast,
-    contrasts,
-    direction,
-    holm,
-    sign_flip,
-    smallest_p,
-    usual_pairs,
-)
 from persona_plug.errors import ConfigError, DataError
-from persona_plug.fit import report
+from persona_plug.measure.contrasts import contrasts, difference, estimate, usual_pairs
+from persona_plug.measure.metrics import METRICS, describe, find_metric, heading
+from persona_plug.measure.significance import EXACT_USERS, FLIPS, holm, sign_flip, smallest_p
 from persona_plug.measure.stats import identity, user_bootstrap
 
 
@@ -60,9 +50,9 @@ def test_ties_count_as_extreme(pairs, n_users):
 def test_swaps_are_of_users_not_of_questions():
     """A hundred questions of two users are two observations."""
     users = ["ann"] * 50 + ["bob"] * 50
-    found = contrast(np.ones(100), np.zeros(100), users, "accuracy", False)
-    assert found["p"] == 0.5
-    assert found["delta"] == 1
+    (row,) = contrasts({"a": {"accuracy": np.ones(100)}, "b": {"accuracy": np.zeros(100)}}, users, [("a", "b")])
+    assert row.p == 0.5
+    assert row.delta == 1
 
 
 @pytest.mark.parametrize("n", [1, 5, EXACT_USERS, EXACT_USERS + 1, 40])
@@ -83,7 +73,7 @@ def test_drawn_swaps_agree_with_all_swaps(monkeypatch):
     users = people(12)
     a, b = rng.normal(0.25, 1, len(users)), rng.normal(0, 1, len(users))
     exact = sign_flip(a, b, users)
-    monkeypatch.setattr("eval.report.significance.EXACT_USERS", 0)
+    monkeypatch.setattr("persona_plug.measure.significance.EXACT_USERS", 0)
     drawn = sign_flip(a, b, users)
     assert 0.02 < exact < 0.9
     assert drawn != exact
@@ -112,27 +102,35 @@ def test_positive_where_a_is_better_and_paired(metric, sign):
     users = people(30)
     hard = np.repeat(rng.random(30) * 5, 3)  # users differ far more than methods
     a, b = hard + 0.5 + rng.random(90) * 0.1, hard + rng.random(90) * 0.1
-    lower, transform = METRICS[metric]
-    found = contrast(a, b, users, metric, lower, transform)
-    assert np.sign(found["delta"]) == sign
-    assert abs(found["delta"]) == pytest.approx(abs(transform(a.mean()) - transform(b.mean())))
-    low, high = found["ci95"]
-    assert low <= found["delta"] <= high
-    alone = user_bootstrap(a, users, transform=transform)
-    assert high - low < (alone.high - alone.low) / 3
-    assert found["p"] == pytest.approx(1 / (FLIPS + 1))
-    assert found["metric"] == metric
+    transform = METRICS[metric].transform
+    (row,) = contrasts({"a": {metric: a}, "b": {metric: b}}, users, [("a", "b")])
+    assert (row.pair, row.metric) == (("a", "b"), metric)
+    assert np.sign(row.delta) == sign
+    assert abs(row.delta) == pytest.approx(abs(transform(a.mean()) - transform(b.mean())))
+    assert row.low <= row.delta <= row.high
+    alone = estimate(a, users, metric)
+    assert alone == user_bootstrap(a, users, transform=transform)
+    assert row.high - row.low < (alone.high - alone.low) / 3
+    assert row.p == row.p_holm == pytest.approx(1 / (FLIPS + 1))
 
 
 def test_unmeasured_questions_are_left_out_of_both():
     users = ["a", "a", "b", "c"]
-    found = contrast([1, None, 3, 9], [0.5, 7, 2, float("nan")], users, "bleu", False)
-    assert found["delta"] == pytest.approx(0.75)
-    assert found["p"] == 0.5  # two users are left
+    values = {"a": {"bleu": [1, None, 3, 9]}, "b": {"bleu": [0.5, 7, 2, float("nan")]}}
+    (row,) = contrasts(values, users, [("a", "b")])
+    assert row.delta == difference(values["a"]["bleu"], values["b"]["bleu"], users, "bleu").value == 0.75
+    assert row.p == 0.5  # two users are left
+    assert estimate(values["a"]["bleu"], users, "bleu").value == pytest.approx(13 / 3)
     with pytest.raises(DataError, match="accuracy: no question was answered by both"):
-        contrast([1, None], [None, 1], ["a", "b"], "accuracy", False)
+        difference([1, None], [None, 1], ["a", "b"], "accuracy")
+    with pytest.raises(DataError, match="accuracy: no question was measured"):
+        estimate([None, float("nan")], ["a", "b"], "accuracy")
     with pytest.raises(DataError, match="accuracy: 2 and 3 values for 2 questions"):
-        contrast([1, 2], [1, 2, 3], ["a", "b"], "accuracy", False)
+        difference([1, 2], [1, 2, 3], ["a", "b"], "accuracy")
+    with pytest.raises(DataError, match="accuracy: 2 and 3 values for 2 questions"):
+        contrasts({"a": {"accuracy": [1, 2]}, "b": {"accuracy": [1, 2, 3]}}, ["a", "b"], [("a", "b")])
+    with pytest.raises(DataError, match="mae: 1 values for 2 questions"):
+        estimate([1.0], ["a", "b"], "mae")
 
 
 @pytest.mark.parametrize(
@@ -156,14 +154,18 @@ def test_all_contrasts_of_a_report_are_corrected_together():
     values["user_prior: majority"].pop("nll")
     values["none"]["accuracy"] = [None] * 24  # not measured
     rows = contrasts(values, users)
-    assert [(r["a"], r["b"]) for r in rows[:3]] == [("plug", "plug_shuffled")] * 2 + [("task_prompt", "none")]
-    assert ("plug", "none", "accuracy") not in {(r["a"], r["b"], r["metric"]) for r in rows}
+    assert [row.pair for row in rows[:3]] == [("plug", "plug_shuffled")] * 2 + [("task_prompt", "none")]
+    assert ("plug", "none", "accuracy") not in {(*row.pair, row.metric) for row in rows}
     assert len(rows) == 7
-    assert all(set(r) == {"a", "b", "metric", "delta", "ci95", "p", "p_holm"} for r in rows)
-    assert [r["p_holm"] for r in rows] == holm([r["p"] for r in rows])
-    assert max(r["p_holm"] for r in rows) > max(r["p"] for r in rows)
-    gain = next(r for r in rows if r["a"] == "task_prompt")
-    assert gain["delta"] > 0  # nll falls with the index
+    assert [row.p_holm for row in rows] == holm([row.p for row in rows])
+    assert max(row.p_holm for row in rows) > max(row.p for row in rows)
+    gain = next(row for row in rows if row.a == "task_prompt")
+    assert gain.delta > 0  # nll falls with the index
+    without = contrasts(values, users, test=False)
+    assert [(row.pair, row.metric, row.delta, row.low) for row in without] == [
+        (row.pair, row.metric, row.delta, row.low) for row in rows
+    ]
+    assert {(row.p, row.p_holm) for row in without} == {(None, None)}
     with pytest.raises(ConfigError, match="no method 'lora' to compare; there are none, task_prompt"):
         contrasts(values, users, [("lora", "none")])
     with pytest.raises(ConfigError, match="metric 'perplexity' has no direction; known are nll"):
@@ -174,8 +176,12 @@ def test_all_contrasts_of_a_report_are_corrected_together():
     ]  # fmt: skip
 
 
-def test_directions_agree_with_the_library():
-    assert {m: METRICS[m] for m in report.METRICS} == report.METRICS
-    assert (direction("ece")[0], direction("f1")[0], direction("meteor")[0], direction("bleu")[0]) == (
-        True, False, False, False,
-    )  # fmt: skip
+def test_every_metric_is_described_with_its_direction():
+    lower = {"nll", "mae", "rmse", "ece"}
+    assert {name for name, metric in METRICS.items() if metric.lower_is_better} == lower
+    assert {name for name, metric in METRICS.items() if metric.transform is not identity} == {"rmse"}
+    assert [line.partition(": ")[0] for line in describe([*METRICS, "unknown"])] == list(METRICS)
+    assert (heading("nll"), heading("bleu"), heading("unknown")) == ("nll ↓", "bleu ↑", "unknown")
+    assert METRICS["nll"].gain(1.0, 3.0) == METRICS["bleu"].gain(3.0, 1.0) == 2.0
+    with pytest.raises(ConfigError, match="metric 'colour' has no direction; known are nll"):
+        find_metric("colour")

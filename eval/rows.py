@@ -1,0 +1,158 @@
+"""A comparison's rows: each method's values with their intervals, seed by seed, and what it cost."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from eval.metrics.classes import expected_calibration_error
+from eval.metrics.lamp import SET_RULES, question_values
+from eval.outcomes import Outcome
+from eval.report.results import interval_row
+from persona_plug.data.splits import FitData
+from persona_plug.measure.contrasts import estimate
+from persona_plug.measure.metrics import find_metric
+from persona_plug.measure.stats import Interval, set_bootstrap
+from training.tasks import Task
+
+Merged = dict[str, np.ndarray]  # metric -> (N,) means over seeds
+
+# Cost in a row of results.json -> attribute of `Costs`.
+COSTS = {
+    "prompt_tokens_mean": "prompt_tokens",
+    "generated_tokens_mean": "generated_tokens",
+    "trainable_params": "trainable_params",
+    "fit_seconds": "fit_seconds",
+    "seconds_per_query": "seconds",
+    "flops_per_query": "flops",
+    "prompts_cut": "cut",
+    "outside_llm": "outside_llm",
+    "lr": "lr",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Questions:
+    """What every method is asked.
+
+    Attributes:
+        task: The task.
+        data: Its data; `held_out` are the N questions.
+        texts: Indices of the M questions whose answers an outcome holds as texts.
+    """
+
+    task: Task
+    data: FitData
+    texts: Sequence[int]
+
+    @property
+    def users(self) -> list[str]:
+        """The owner of each question, (N,)."""
+        return [e.user_id for e in self.data.held_out]
+
+    @property
+    def references(self) -> list[str]:
+        """What the users wrote, (M,)."""
+        return [self.data.held_out[i].output.strip() for i in self.texts]
+
+
+def add_official_values(outcome: Outcome, questions: Questions) -> None:
+    """Add the official rules' values per question of free text, which need its texts and no model."""
+    texts = outcome.answers.texts
+    if texts is None or questions.data.answers:
+        return
+    references = [questions.data.held_out[i].output for i in questions.texts]
+    for metric, some in question_values(questions.task, texts, references).items():
+        values = np.full(len(questions.data.held_out), np.nan)
+        values[list(questions.texts)] = some
+        outcome.answers.values[metric] = values
+
+
+def mean_values(outcomes: Sequence[Outcome]) -> Merged:
+    """Return the mean over seeds of each question's value in each metric."""
+    runs = [outcome.answers.values for outcome in outcomes]
+    return {metric: np.mean([run[metric] for run in runs], axis=0) for metric in runs[0]}
+
+
+def method_row(merged: Merged, outcomes: Sequence[Outcome], questions: Questions) -> dict[str, Any]:
+    """Return a method's row of results.json.
+
+    Args:
+        merged: Its means over seeds.
+        outcomes: One per seed.
+        questions: What was asked.
+    """
+    users = questions.users
+    intervals = {metric: estimate(values, users, metric) for metric, values in merged.items()}
+    intervals |= {m: _over_users(rule, questions) for m, rule in _set_rules(outcomes, questions).items()}
+    costs = {key: _mean([getattr(o.costs, name) for o in outcomes]) for key, name in COSTS.items()}
+    return {
+        "metrics": {metric: interval_row(interval) for metric, interval in intervals.items()},
+        "per_seed": [_seed_row(outcome, list(merged)) for outcome in outcomes],
+        **costs,
+        "curve": outcomes[0].costs.curve,
+    }
+
+
+def details(
+    merged: Mapping[str, Merged], outcomes: Mapping[str, Sequence[Outcome]], questions: Questions
+) -> dict[str, Any]:
+    """Return what the page draws beside the results; the first seed's texts are shown."""
+    texts = {name: runs[0].answers.texts for name, runs in outcomes.items()}
+    held_out = questions.data.held_out
+    examples = []
+    for at, i in enumerate(questions.texts):
+        answers = {name: written[at] for name, written in texts.items() if written is not None}
+        examples.append({"input": held_out[i].input, "reference": held_out[i].output, "answers": answers})
+    return {
+        "users": questions.users,
+        "history_lengths": [len(e.history) for e in held_out],
+        "values": merged,
+        "examples": examples,
+    }
+
+
+# From the indices of questions, among those with texts, to a metric's value for each seed.
+SetRule = Callable[[np.ndarray], list[float]]
+
+
+def _set_rules(outcomes: Sequence[Outcome], questions: Questions) -> dict[str, SetRule]:
+    """Return the metrics that are no means over questions."""
+    texts = [o.answers.texts for o in outcomes if o.answers.texts]
+    tables = [o.answers.probabilities for o in outcomes if o.answers.probabilities is not None]
+    answers = questions.data.answers or ()
+    rules: dict[str, SetRule] = {}
+    if len(texts) == len(outcomes):
+        for name in questions.task.metrics:
+            if name in SET_RULES:
+                rules[name] = _text_rule(name, texts, questions.references, answers)
+    if answers and len(tables) == len(outcomes):
+        gold = np.array([answers.index(text) for text in questions.references])
+        rules["ece"] = lambda rows: [expected_calibration_error(table[rows], gold[rows]) for table in tables]
+    return rules
+
+
+def _text_rule(name: str, runs: Sequence[Sequence[str]], references: Sequence[str], answers: Sequence[str]) -> SetRule:
+    def measure(rows: np.ndarray) -> list[float]:
+        gold = [references[i] for i in rows]
+        return [SET_RULES[name]([run[i] for i in rows], gold, answers) for run in runs]
+
+    return measure
+
+
+def _over_users(rule: SetRule, questions: Questions) -> Interval:
+    users = questions.users
+    return set_bootstrap(lambda rows: float(np.mean(rule(rows))), [users[i] for i in questions.texts])
+
+
+def _seed_row(outcome: Outcome, metrics: Sequence[str]) -> dict[str, float]:
+    values = outcome.answers.values
+    return {m: float(find_metric(m).transform(np.nanmean(values[m]))) for m in metrics}
+
+
+def _mean(values: Sequence[float | None]) -> float | None:
+    known = [value for value in values if value is not None]
+    return float(np.mean(known)) if known else None

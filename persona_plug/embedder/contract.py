@@ -1,0 +1,94 @@
+"""What every embedder offers, whatever its architecture."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from persona_plug.config import PlugConfig
+from persona_plug.embedder.batch import HistoryBatch
+from persona_plug.errors import ConfigError
+from persona_plug.splice.soft import Soft
+
+
+@dataclass(frozen=True, slots=True)
+class Embedded:
+    """What an embedder makes of B requests and their histories.
+
+    Attributes:
+        soft: (B, m + T + k, H) soft tokens [task; quoted; user]; with `uem` B tensors of different lengths.
+        bias: (B, C) what request and answer frequencies add to the scores of the C answers without the LLM, or None.
+        weights: (B, n) mean weight of each history item over the heads (quoting is one more), or None where items have
+            no weights.
+    """
+
+    soft: Soft
+    bias: Tensor | None
+    weights: Tensor | None
+
+
+class Embedder(nn.Module, ABC):
+    """Maps requests and histories to soft tokens. It is the only part of a plug that is trained and saved.
+
+    Attributes:
+        config: Architecture.
+        score_temperature: () Divides log-likelihoods of candidate answers; fitted on held-out users.
+        has_answer_head: Whether scores have a part that does not come from the LLM.
+        reads_request: Whether the output depends on the frozen encoder's vectors of the requests.
+    """
+
+    score_temperature: Tensor
+    has_answer_head = False
+    reads_request = False
+
+    def __init__(self, config: PlugConfig) -> None:
+        """Create what all embedders have: the temperature of scores."""
+        super().__init__()
+        self.config = config
+        self.register_buffer("score_temperature", torch.ones(()))
+
+    @abstractmethod
+    def forward(self, batch: HistoryBatch, vocabulary: Tensor | None = None) -> Embedded:
+        """Embed a batch.
+
+        Args:
+            batch: Requests and histories.
+            vocabulary: (V, H) the LLM's input embeddings, needed where the config quotes.
+
+        Raises:
+            DataError: A vector is not finite, or what quoting needs is missing.
+        """
+
+    @abstractmethod
+    def soft_count(self, items: int) -> int:
+        """Return how many soft tokens a request of a user with `items` history items has."""
+
+    def combine(self, loglik: Tensor, bias: Tensor | None) -> Tensor:
+        """Return scores (B, C) from the LLM's log-likelihoods and the bias of the same answers."""
+        return loglik
+
+    def set_dropout(self, history_dropout: float, empty_history: float, dropout: float) -> None:
+        """Set what training leaves out; an embedder that reads no history leaves out nothing.
+
+        Args:
+            history_dropout: The largest share of a row's items that is left out.
+            empty_history: The share of rows that lose their whole history.
+            dropout: The share of the projector's features that is set to 0.
+        """
+
+    def set_answer_head(self, weight: Tensor, offset: Tensor, frequency_weight: float, population: Tensor) -> None:
+        """Set the answer head, which is fitted before training.
+
+        Args:
+            weight: (C, d) of the linear map of the request's vector.
+            offset: (C,) of that map.
+            frequency_weight: Weight of the user's log answer frequencies.
+            population: (C,) answer frequencies over all users.
+
+        Raises:
+            ConfigError: This embedder has no answer head.
+        """
+        raise ConfigError("this plug has no answer head: build it with answer_head=True and answers")

@@ -1,0 +1,87 @@
+"""The contract of embedders: one class per architecture, each saying for itself what it reads and gives."""
+
+import pytest
+import torch
+
+from persona_plug import UserEmbedder
+from persona_plug.config import AGGREGATORS, PlugConfig
+from persona_plug.data.history import Example, HistoryItem
+from persona_plug.embedder.architectures import ARCHITECTURES, make_embedder
+from persona_plug.embedder.task_prompt import NoTokens, TaskPrompt
+from persona_plug.errors import ConfigError
+
+HISTORY = (HistoryItem("what was asked", "4"), HistoryItem("a song", "no, thank you"))
+EXAMPLES = [Example("u", request, "", HISTORY) for request in ("a film about love", "the price of coal")]
+SETTINGS = [
+    {},
+    {"recipe": "mean"},
+    {"recipe": "paper"},
+    {"recipe": "uem", "max_history": 4},
+    {"recipe": "persoma"},
+    {"recipe": "persoma_mlp", "answers": ("4", "5"), "answer_head": True},
+    {"user_tokens": 0},
+    {"answers": ("4", "5")},
+]
+
+
+def config_of(aggregator, **settings):
+    fields = {"quote_tokens": 0, "llm_width": 16, "encoder_dim": 12, "aggregator": aggregator, **settings}
+    return PlugConfig.create("llm", "encoder", **fields)
+
+
+def test_every_aggregator_that_a_config_may_name_has_a_class():
+    assert set(ARCHITECTURES) == set(AGGREGATORS)
+    for name in AGGREGATORS:
+        embedder = make_embedder(config_of(name), 1.0)
+        assert type(embedder) is ARCHITECTURES[name]
+        assert isinstance(embedder, UserEmbedder)
+        assert type(make_embedder(config_of(name, user_tokens=0), 1.0)) is TaskPrompt
+
+
+@pytest.mark.parametrize("settings", SETTINGS)
+def test_an_embedder_counts_the_soft_tokens_that_it_gives(make_plug, people, settings):
+    plug = make_plug(**settings)
+    for history in (people.none, people.one, people.many):
+        assert len(plug.soft_prompt("x", history)) == plug.embedder.soft_count(len(history))
+
+
+def test_no_tokens_are_none(make_plug):
+    plug = make_plug()
+    plug.embedder = NoTokens(plug.config)
+    batch = plug.table(EXAMPLES).batch(EXAMPLES)
+    assert plug.embed(batch).soft.shape == (2, 0, plug.config.llm_width)
+    assert plug.embedder.soft_count(3) == 0
+    assert not plug.embedder.reads_request
+
+
+@pytest.mark.parametrize("settings", SETTINGS)
+def test_an_embedder_reads_the_requests_vector_or_says_that_it_does_not(make_plug, settings):
+    plug = make_plug(**settings, differ=True)
+    with torch.no_grad():
+        output = plug.embed(plug.table(EXAMPLES).batch(EXAMPLES))
+    pairs = [output.soft] if output.bias is None else [output.soft, output.bias]
+    assert plug.embedder.reads_request == any(not torch.equal(one, other) for one, other in pairs)
+
+
+@pytest.mark.parametrize("aggregator", [n for n, kind in ARCHITECTURES.items() if kind is not ARCHITECTURES["mean"]])
+def test_an_architecture_that_cannot_quote_refuses_to(aggregator):
+    with pytest.raises(ConfigError, match=rf"^aggregator='{aggregator}' quotes nothing: set quote_tokens=0$"):
+        make_embedder(config_of(aggregator, quote_tokens=3), 1.0)
+    make_embedder(config_of(aggregator, quote_tokens=3, answers=("a", "b")), 1.0)  # labels are not quoted
+
+
+@pytest.mark.parametrize("settings", [{"user_tokens": 0}, {"answer_head": False}, {"aggregator": "uem"}])
+def test_a_head_that_is_not_there_cannot_be_set(settings):
+    embedder = make_embedder(config_of(**{"aggregator": "mean", **settings}), 1.0)
+    with pytest.raises(ConfigError, match=r"^this plug has no answer head: build it with answer_head=True"):
+        embedder.set_answer_head(torch.zeros(2, 12), torch.zeros(2), 1.0, torch.full((2,), 0.5))
+
+
+def test_an_answer_head_is_what_was_fitted():
+    embedder = make_embedder(config_of("mean", answers=("a", "b")), 1.0)
+    weight, offset, population = torch.randn(2, 12), torch.randn(2), torch.tensor([0.9, 0.1])
+    embedder.set_answer_head(weight, offset, 0.5, population)
+    torch.testing.assert_close(embedder.answer_head(torch.eye(12)), weight.T + offset)
+    torch.testing.assert_close(embedder.null_answers.softmax(0), population)
+    assert float(embedder.frequency_weight) == 0.5
+    torch.testing.assert_close(embedder.population, population)
