@@ -15,10 +15,10 @@ from pathlib import Path
 from typing import Any
 
 from eval.report.results import intervals, read_results
-from persona_plug.errors import PersonaPlugError
 from persona_plug.measure.metrics import METRICS, heading
 from persona_plug.measure.stats import Interval
 from persona_plug.measure.tables import UNKNOWN, Table, cell, interval_text, number_text
+from training.config import run_command
 
 SHARED = ("task", "split", "n", "n_users", "llm", "encoder")
 
@@ -77,8 +77,4 @@ def _change(metric: str, a: Interval | None, b: Interval | None) -> tuple[str, s
 
 
 if __name__ == "__main__":
-    try:
-        main(sys.argv[1:])
-    except PersonaPlugError as error:
-        sys.stderr.write(f"error: {error}\n")
-        sys.exit(2)
+    run_command(main, failure=2)

@@ -75,8 +75,15 @@ METHODS: dict[str, Method] = {
     "lora_user": Method("lora", user_adapter=True),
     "plug_lora": Method("plug_lora"),
 }
+READ_WITH = {
+    "plug": ("plug_shuffled", "plug_empty"),
+    "lora_user": ("lora_user_shuffled",),
+    "plug_lora": ("plug_lora_shuffled",),
+}
 CONTROLS = {"_shuffled": "other", "_empty": "none"}  # whose history any trained method is shown, by its name's end
 PRIOR = "user_prior"  # the LLM-free family, reported row by row
+# Every method, followed by those of its controls that its row is read with.
+ALL = (*(name for stem in METHODS for name in (stem, *READ_WITH.get(stem, ()))), PRIOR)
 
 
 def method(name: str) -> Method:

@@ -7,36 +7,41 @@ per-question values averaged over seeds, and differences are paired. A run that 
 
 from __future__ import annotations
 
+import dataclasses
 import datetime
 import importlib.metadata
 import json
-import logging
 import os
 import platform
 import shlex
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from eval.methods import PRIOR, method
-from eval.outcomes import Outcome
+from eval.questions import with_questions
 from eval.report.page import html, markdown
 from eval.report.results import contrast_row, portable, to_json
-from eval.rows import Questions, add_official_values, details, mean_values, method_row
-from eval.session import Session, expected_texts, ordered
-from persona_plug.errors import ConfigError, PersonaPlugError
+from eval.settings import ComparisonSettings
+from persona_plug.data.splits import FitData
+from persona_plug.errors import ConfigError
 from persona_plug.files import write_atomically
 from persona_plug.measure.contrasts import contrasts, usual_pairs
-from persona_plug.measure.priors import is_rating
 from persona_plug.measure.truncation import truncation_notes
 from training.claim import claim
-from training.run import TRAINED, prepare, settle
+from training.config import load, run_command
+from training.data import load_data
+from training.run import TRAINED, build_plug
+from training.tasks import Task, load_task
 
-logger = logging.getLogger("eval.run")
+if TYPE_CHECKING:
+    from eval.outcomes import Outcome
+    from eval.rows import Questions
+    from persona_plug.plug import PersonaPlug
 
 # What finished outcomes depend on; methods, seeds and threads may change from run to run in one folder.
 FIXED = (*TRAINED, "split", "user_steps", "beams", "questions", "generated", "generator")
@@ -44,14 +49,8 @@ FIXED = (*TRAINED, "split", "user_steps", "beams", "questions", "generated", "ge
 
 def main(arguments: Sequence[str]) -> None:
     """Run a comparison from the command line."""
-    settings = settle(arguments)
-    for name in [*settings["methods"], *settings["one_seed"]]:
-        if name != PRIOR:
-            method(name)
-    for pair in settings["pairs"]:
-        if not (isinstance(pair, list) and len(pair) == 2 and all(isinstance(name, str) for name in pair)):
-            raise ConfigError(f"pairs: {pair!r} does not name two methods; write pairs=[[lora, lora_user]]")
-    out = Path(settings["out"])
+    settings = load(arguments, ComparisonSettings)
+    out = Path(settings.out)
     out.mkdir(parents=True, exist_ok=True)
     results, extra = compare(settings, out)
     results["command"] = shlex.join(["python", "-m", "eval.run", *portable(arguments)])
@@ -62,26 +61,40 @@ def main(arguments: Sequence[str]) -> None:
     sys.stdout.write(report)
 
 
-def compare(settings: dict[str, Any], out: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+def prepare(settings: ComparisonSettings) -> tuple[Task, FitData, PersonaPlug, Mapping[str, Any]]:
+    """Return the task, its data with the questions, an untrained plug, and the fields of plugs that share models."""
+    task = load_task(settings.task_name)
+    if settings.generator == "vllm" and task.no_repeat_ngram:
+        raise ConfigError(f"generator=vllm writes greedily: it knows no no_repeat_ngram, which {task.name} asks for")
+    data = with_questions(load_data(settings, task), settings, task)
+    base, plug = build_plug(settings, task, data)
+    base.llm.generation_config.num_beams = settings.beams
+    return task, data, base, plug
+
+
+def compare(settings: ComparisonSettings, out: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     """Run every method for every seed; what is finished is read back from `out`, not computed again."""
+    from eval.rows import Questions, add_official_values, details, mean_values, method_row
+    from eval.session import Session, expected_texts, ordered
+
     git = _git()  # before, not after: sources may change while it runs
-    task, data, base, chosen = prepare(settings)
-    claim(out, settings, FIXED, task, ("train", settings["split"]))
-    session = Session(task, data, base, {**settings, "plug": chosen}, out)
+    task, data, base, plug = prepare(settings)
+    claim(out, settings, FIXED, task, ("train", settings.split))
+    session = Session(task, data, base, dataclasses.replace(settings, plug=plug), out)
     found: dict[str, list[Outcome]] = {}
-    repeats = {} if data.answers else {n: why for n in settings["methods"] if (why := _repeats(n))}
+    repeats = {} if data.answers else {n: why for n in settings.methods if (why := _repeats(n))}
     notes = [f"{name} not run: for free text {why}" for name, why in repeats.items()]
-    runnable = [n for n in settings["methods"] if n not in repeats]
+    runnable = [n for n in settings.methods if n not in repeats]
     if not runnable:
-        raise ConfigError("; ".join(notes) or "methods=[] names none; give at least one, such as methods=[none, plug]")
+        raise ConfigError("; ".join(notes))
     for name in ordered(runnable):
-        for seed in settings["seeds"][: 1 if name in settings["one_seed"] else None]:
+        for seed in settings.seeds[: 1 if name in settings.one_seed else None]:
             for row, outcome in session.outcomes(name, seed).items():
                 found.setdefault(row, []).append(outcome)
     session.close()
-    listed = [n for n in settings["methods"] if n in found] + [n for n in found if n not in settings["methods"]]
+    listed = [n for n in settings.methods if n in found] + [n for n in found if n not in settings.methods]
     found = {name: found[name] for name in listed}
-    questions = Questions(task, data, expected_texts(data.held_out, data.answers, settings["generated"]))
+    questions = Questions(task, data, expected_texts(data.held_out, data.answers, settings.generated))
     users = questions.users
     for outcomes in found.values():
         for outcome in outcomes:
@@ -89,19 +102,19 @@ def compare(settings: dict[str, Any], out: Path) -> tuple[dict[str, Any], dict[s
     merged = {name: mean_values(outcomes) for name, outcomes in found.items()}
     for name, outcomes in found.items():
         _write_predictions(out / "predictions", name, outcomes[0], questions)
-    pairs = dict.fromkeys([*usual_pairs(merged), *map(tuple, settings["pairs"])])
+    pairs = dict.fromkeys([*usual_pairs(merged), *settings.pairs])
     results = {
         "task": task.name,
         "task_version": task.version,
-        "split": settings["split"],
+        "split": settings.split,
         "n": len(users),
         "n_users": len(set(users)),
-        "llm": f"{portable(settings['llm'])} {base.config.llm_fingerprint}",
-        "encoder": f"{portable(settings['encoder'])} {base.config.encoder_fingerprint}",
-        "seeds": list(settings["seeds"]),
+        "llm": f"{portable(settings.llm)} {base.config.llm_fingerprint}",
+        "encoder": f"{portable(settings.encoder)} {base.config.encoder_fingerprint}",
+        "seeds": list(settings.seeds),
         "git": git,
         "versions": _versions(),
-        "settings": portable(settings),
+        "settings": portable(dataclasses.asdict(settings)),
         "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
         "machine": f"{platform.machine()}, {os.cpu_count()} cores, {platform.python_implementation()}",
         "data_notes": [*data.notes, *truncation_notes(base, data), *notes],
@@ -123,6 +136,8 @@ def _repeats(name: str) -> str | None:
 
 def _write_predictions(folder: Path, name: str, outcome: Outcome, questions: Questions) -> None:
     """Write the first seed's answers in LaMP's shape; for ratings also the distribution's means, which RMSE is of."""
+    from persona_plug.measure.priors import is_rating
+
     folder.mkdir(parents=True, exist_ok=True)
     stem = name.replace(": ", "=").replace("/", "_")
     data, answers = questions.data, outcome.answers
@@ -153,8 +168,4 @@ def _versions() -> dict[str, str]:
 
 
 if __name__ == "__main__":
-    logging.basicConfig(level=logging.WARNING)
-    try:
-        main(sys.argv[1:])
-    except PersonaPlugError as error:
-        sys.exit(f"error: {error}")
+    run_command(main, ComparisonSettings)

@@ -16,11 +16,12 @@ from eval.methods import METHODS, PRIOR, Method, method
 from eval.outcomes import Costs, Outcome, read_outcome, write_outcome
 from eval.prompts.lamp import render
 from eval.prompts.summaries import Summaries, fitting, profile_text, with_profile
+from eval.settings import ComparisonSettings
 from persona_plug.data.history import Example, HistoryItem, longest_by_user
 from persona_plug.data.splits import FitData
-from persona_plug.errors import ConfigError
 from persona_plug.fit.config import FitConfig
 from persona_plug.measure.answers import Answers, evaluate, prior_answers, spread, with_other_history
+from persona_plug.model import PlugModel
 from persona_plug.models.caching import uncached
 from persona_plug.plug import PersonaPlug
 from persona_plug.retrieval import Retriever, neighbours
@@ -30,21 +31,20 @@ from training.tasks import Task
 
 logger = logging.getLogger(__name__)
 
-GENERATORS = ("transformers", "vllm")
 NEIGHBOURS = 4  # users whose items help out where the own history is short
 
 
 class Session:
     """Runs methods; what is finished is read back from the folder, and models are shared between methods."""
 
-    def __init__(self, task: Task, data: FitData, base: PersonaPlug, settings: dict[str, Any], out: Path) -> None:
+    def __init__(self, task: Task, data: FitData, base: PersonaPlug, settings: ComparisonSettings, out: Path) -> None:
         """Join the parts.
 
         Args:
             task: The task's definition.
             data: Train, validation, and the questions as `held_out`.
             base: An untrained plug with the data's template and answers: gives LLM, encoder and kept states.
-            settings: The run's, see `training.run.DEFAULTS`.
+            settings: The run's; `plug` with the task's lengths.
             out: The run's folder.
         """
         self.task, self.data, self.base, self.settings, self.out = task, data, base, settings, out
@@ -52,10 +52,6 @@ class Session:
         self._fitted: tuple[tuple[Any, ...], Fitted] | None = None  # the last one: methods are ordered by it
         self._summaries: Summaries | None = None
         self._vllm: Any = None
-        if settings["generator"] not in GENERATORS:
-            raise ConfigError(f"generator={settings['generator']!r} is not one of {', '.join(GENERATORS)}")
-        if settings["generator"] == "vllm" and (settings["beams"] > 1 or task.no_repeat_ngram):
-            raise ConfigError(f"generator=vllm writes greedily: it knows no beams and no no_repeat_ngram ({task.name})")
 
     def outcomes(self, name: str, seed: int) -> dict[str, Outcome]:
         """Return the outcome of a method (of each of the family for `user_prior`) with a seed."""
@@ -78,7 +74,7 @@ class Session:
             stored = {p.stem: read_outcome(p.with_suffix("")) for p in sorted(folder.glob(f"{PRIOR}=*.npz"))}
             return {name.replace("=", ": "): outcome for name, outcome in stored.items() if outcome is not None}
         with LLMClock(self.base) as watch:
-            answers = prior_answers(self.base, self.data, self.settings["generated"])
+            answers = prior_answers(self.base, self.data, self.settings.generated)
         seconds = watch.cost()[0]  # of the whole family, which is fitted together
         costs = Costs(prompt_tokens=0.0, generated_tokens=0.0, fit_seconds=seconds)
         outcomes = {f"{PRIOR}: {name}": Outcome(a, costs) for name, a in answers.items()}
@@ -89,7 +85,7 @@ class Session:
 
     def _run(self, chosen: Method, seed: int) -> Outcome:
         self.notes = {}
-        config = FitConfig.of({**self.settings["fit"], "seed": seed})
+        config = self.settings.fit_config(seed)
         fitted = self._fit(chosen, config) if chosen.recipe else None
         plug = fitted.plug if fitted else self.base
         held: list[Example] = list(self.data.held_out)
@@ -145,9 +141,9 @@ class Session:
                 parts = [self._prompted(chosen, part, config.seed) for part in (data.train, data.valid)]
                 data = replace(data, train=parts[0], valid=parts[1])
                 self.notes = {f"training: {what}": count for what, count in self.notes.items()}
-            common = str(chosen.recipe), self.base, self.settings["plug"], data
-            first = replace(config, seed=self.settings["seeds"][0])  # every seed learns at the same rate
-            grid, steps = self.settings["lr_grid"], self.settings["lr_steps"]
+            common = str(chosen.recipe), self.base, self.settings.plug, data
+            first = replace(config, seed=self.settings.seeds[0])  # every seed learns at the same rate
+            grid, steps = self.settings.lr_grid, self.settings.lr_steps
             lr = choose_lr(*common, first, self.out / "lr" / name, grid, steps)
             folder = self.out / f"seed-{config.seed}" / "fitted" / name
             found = fit(*common, replace(config, lr=lr), folder)
@@ -155,18 +151,19 @@ class Session:
         return self._fitted[1]
 
     def _answers(self, plug: PersonaPlug, held: Sequence[Example], personal: bool, head: bool = True) -> Answers:
-        return evaluate(plug, held, self.settings["generated"], personal, head, self._write)
+        return evaluate(plug, held, self.settings.generated, personal, head, self._write)
 
-    def _write(self, plug: PersonaPlug, examples: Sequence[Example], personal: bool) -> list[str]:
+    def _write(self, plug: PlugModel, examples: Sequence[Example], personal: bool) -> list[str]:
         """Write answers by the generator of the settings; what is trained inside the LLM only transformers can run."""
         plain = plug.llm is self.base.llm and not plug.splicer.prefix_length
-        if self.settings["generator"] == "vllm" and plain:
+        if self.settings.generator == "vllm" and plain:
             if self._vllm is None:
                 from persona_plug.serving.offline import VllmOffline
 
-                self._vllm = VllmOffline(self.settings["llm"], **self.settings["vllm"])
+                self._vllm = VllmOffline(self.settings.llm, **self.settings.vllm)
             return self._vllm.answer(plug, examples, personal=personal)
-        options = {"no_repeat_ngram_size": self.task.no_repeat_ngram} if self.task.no_repeat_ngram else {}
+        size = self.task.no_repeat_ngram
+        options: dict[str, Any] = {"no_repeat_ngram_size": size} if size else {}
         return plug.generate(examples, personal=personal, **options)
 
     def close(self) -> None:
@@ -179,8 +176,8 @@ class Session:
         merged: dict[str, np.ndarray] = {}
         texts: dict[int, str] = {}
         rows: dict[int, np.ndarray] = {}
-        budget = set(expected_texts(held, plug.config.answers, self.settings["generated"]))
-        for indices, own in for_each_user(plug, held, config, self.settings["user_steps"]):
+        budget = set(expected_texts(held, plug.config.answers, self.settings.generated))
+        for indices, own in for_each_user(plug, held, config, self.settings.user_steps):
             asked = [at for at, i in enumerate(indices) if i in budget]
             found = evaluate(own, [held[i] for i in indices], asked, write=self._write)
             for metric, values in found.values.items():

@@ -7,17 +7,16 @@ user, no method may show a lift.
 
 from __future__ import annotations
 
+import dataclasses
 import json
-import logging
-import sys
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
-from persona_plug.errors import PersonaPlugError
-from training.config import load
+from persona_plug.errors import ConfigError
+from training.config import Settings, load, run_command
 
 WORDS = ("storm", "river", "engine", "castle", "forest", "market", "violin", "desert", "lantern", "harbour", "meadow")
 # Shape -> task, instruction, and a profile item's fields.
@@ -29,13 +28,31 @@ SHAPES: dict[str, tuple[str, str, tuple[str, str]]] = {
 }
 LABELS = {"label": ("comedy", "action", "classic"), "rating": ("1", "3", "5")}
 CONFIG = Path(__file__).parent.parent / "configs" / "tiny" / "all_methods.yaml"
-DEFAULTS: dict[str, Any] = {
-    "out": "build/bench-tiny",
-    "shapes": list(SHAPES),
-    "users": 8,
-    "dev_users": 4,
-    "personal": True,
-}
+
+
+@dataclass(frozen=True, kw_only=True)
+class TinySettings(Settings):
+    """Settings of `python -m eval.tiny [key=value ...]`; those of a comparison may be given, too (`eval.run --help`).
+
+    Attributes:
+        out: Folder with a subfolder for each task shape.
+        shapes: Task shapes: `label`, `rating`, `text`, `own_text`.
+        users: Training users.
+        dev_users: Users whose questions are asked.
+        personal: Whether answers follow the user's taste; else they are drawn alike for all.
+    """
+
+    out: str = "build/bench-tiny"
+    shapes: tuple[str, ...] = tuple(SHAPES)
+    users: int = 8
+    dev_users: int = 4
+    personal: bool = True
+
+    def check(self) -> None:
+        """Refuse values that cannot work, naming the field."""
+        self.require_at_least(2, "users", "dev_users")
+        if unknown := [shape for shape in self.shapes if shape not in SHAPES]:
+            raise ConfigError(f"shapes: {unknown[0]!r} is not one of {', '.join(SHAPES)}")
 
 
 def write(
@@ -94,21 +111,23 @@ def write(
 def main(arguments: Sequence[str]) -> None:
     """Run all methods on all shapes."""
     from eval import run
+    from eval.settings import ComparisonSettings
 
-    own = [a for a in arguments if a.partition("=")[0] in DEFAULTS]
-    settings = load(own, DEFAULTS)
+    fields = {field.name for field in dataclasses.fields(TinySettings)}
+    own = [a for a in arguments if a.partition("=")[0] in fields]
+    settings = load(own, TinySettings)
     more = [a for a in arguments if a not in own]
-    out = Path(settings["out"])
-    for shape in settings["shapes"]:
-        folder = out / shape
-        write(folder / "data", shape, settings["users"], personal=settings["personal"], dev_users=settings["dev_users"])
-        task = f"task={SHAPES[shape][0]}"
-        run.main([str(CONFIG), f"data={folder / 'data'}", task, f"out={folder / 'run'}", *more])
+    runs = []
+    for shape in settings.shapes:
+        folder = Path(settings.out) / shape
+        paths = [f"data={folder / 'data'}", f"task={SHAPES[shape][0]}", f"out={folder / 'run'}"]
+        runs.append([str(CONFIG), *paths, *more])
+        load(runs[-1], ComparisonSettings)  # refuses what is wrong before anything is run
+    for shape, of_shape in zip(settings.shapes, runs, strict=True):
+        data = Path(settings.out) / shape / "data"
+        write(data, shape, settings.users, personal=settings.personal, dev_users=settings.dev_users)
+        run.main(of_shape)
 
 
 if __name__ == "__main__":
-    logging.basicConfig(level=logging.WARNING)
-    try:
-        main(sys.argv[1:])
-    except PersonaPlugError as error:
-        sys.exit(f"error: {error}")
+    run_command(main, TinySettings)

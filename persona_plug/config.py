@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
 
-from persona_plug.errors import ConfigError, CorruptFileError
+from persona_plug.errors import ConfigError, CorruptFileError, unknown_setting
 
 FORMAT_VERSION = 2
 CONFIG_NAME = "config.json"
@@ -167,7 +167,7 @@ class PlugConfig:
         _one_of("recipe", recipe, tuple(RECIPES))
         known = {f.name for f in dataclasses.fields(cls)}
         if unknown := sorted(set(overrides) - known):
-            raise ConfigError(f"unknown setting {unknown[0]!r}; known are {', '.join(sorted(known))}")
+            raise unknown_setting(unknown[0], sorted(known))
         changes = {k: v for k, v in overrides.items() if v is not None}
         return cls(**{"llm": llm, "encoder": encoder, "recipe": recipe, **RECIPES[recipe], **changes})
 

@@ -1,5 +1,10 @@
 """Errors a user can meet: one line each, naming the cause and the remedy."""
 
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
 
 class PersonaPlugError(Exception):
     """Base of every error that persona_plug raises on purpose; the CLI prints it as one line."""
@@ -23,6 +28,14 @@ class MismatchError(PersonaPlugError):
 
 class CorruptFileError(PersonaPlugError):
     """A saved file is truncated, altered or not what its name says."""
+
+
+def unknown_setting(name: str, known: Iterable[str]) -> ConfigError:
+    """Return the error about a setting that does not exist; it names the nearest one, if any is near, and all."""
+    names = list(known)
+    near = difflib.get_close_matches(name, names, n=1, cutoff=0.75)
+    hint = f", did you mean {near[0]!r}?" if near else ";"
+    return ConfigError(f"unknown setting {name!r}{hint} known are {', '.join(names)}")
 
 
 def first_line(message: object) -> str:

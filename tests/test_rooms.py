@@ -33,7 +33,7 @@ ROOMS = {
     "page": "data errors fit measure model persistence plug retrieval store",
     "cli": "data errors export models page persistence plug serving store",
     "training": "config data dataset embedder errors files fit models plug splice",
-    "eval": "clock data errors files fit measure models plug retrieval serving splice store training",
+    "eval": "clock config data errors files fit measure model models plug retrieval serving splice store training",
 }
 ROOT_MODULES = 12  # modules at the root of persona_plug, at most
 

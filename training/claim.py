@@ -5,18 +5,19 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from persona_plug.errors import ConfigError
 from persona_plug.files import write_atomically
+from training.settings import RunSettings
 from training.tasks import Task
 
 FILE = "settings.json"
 
 
-def claim(out: Path, settings: Mapping[str, Any], keys: Sequence[str], task: Task, parts: Sequence[str]) -> None:
+def claim(out: Path, settings: RunSettings, keys: Sequence[str], task: Task, parts: Sequence[str]) -> None:
     """Write down what a folder's results depend on, or check that it is the same as when they were made.
 
     A training writes less than a comparison, which adds what it depends on besides.
@@ -24,7 +25,7 @@ def claim(out: Path, settings: Mapping[str, Any], keys: Sequence[str], task: Tas
     Args:
         out: The folder; it is made if it is not there.
         settings: The run's.
-        keys: Settings that matter.
+        keys: Names of settings that matter.
         task: The task, which matters as a whole.
         parts: Parts of the data that matter, such as `train`.
 
@@ -33,9 +34,9 @@ def claim(out: Path, settings: Mapping[str, Any], keys: Sequence[str], task: Tas
     """
     mine: dict[str, Any] = {"task": dataclasses.asdict(task)}
     for part in parts:
-        files = [Path(settings["data"]) / f"{part}_{kind}.json" for kind in ("questions", "outputs")]
+        files = [Path(settings.data) / f"{part}_{kind}.json" for kind in ("questions", "outputs")]
         mine[f"data ({part})"] = hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()
-    mine = json.loads(json.dumps({**mine, **{key: settings[key] for key in keys}}))
+    mine = json.loads(json.dumps({**mine, **{key: getattr(settings, key) for key in keys}}))
     file = out / FILE
     kept = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
     for key, value in mine.items():

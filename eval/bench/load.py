@@ -21,56 +21,43 @@ import tempfile
 import threading
 import time
 from collections import Counter
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import httpx
 import torch
 
-from persona_plug.errors import ConfigError, PersonaPlugError
+from eval.bench.settings import LoadSettings
+from persona_plug.errors import ConfigError
 from persona_plug.plug import PersonaPlug
-from training.config import load
+from training.config import load, run_command
 
-DEFAULTS: dict[str, Any] = {
-    "llm": "tiny-llama",
-    "encoder": "tiny-encoder",
-    "requests": 10_000,
-    "connections": 32,
-    "users": 20,
-    "items": 8,
-    "tokens": 8,
-    "pending": 64,
-    "max_batch": 16,
-    "overhead": False,
-    "pairs": 15,
-    "out": None,
-}
 TEXTS = ["rate this", "a long evening with friends", "the bread of the small bakery", "what now?"]
 
 
-def main() -> None:
+def main(arguments: Sequence[str]) -> None:
     """Run what was asked for, and print it as JSON."""
-    settings = load(sys.argv[1:], DEFAULTS)
+    settings = load(arguments, LoadSettings)
     with tempfile.TemporaryDirectory() as scratch:
-        found = overhead(settings, Path(scratch)) if settings["overhead"] else run(settings, Path(scratch))
+        found = overhead(settings, Path(scratch)) if settings.overhead else run(settings, Path(scratch))
     text = json.dumps(found, indent=2)
     sys.stdout.write(text + "\n")
-    if settings["out"]:
-        Path(settings["out"]).write_text(text + "\n", encoding="utf-8")
+    if settings.out:
+        Path(settings.out).write_text(text + "\n", encoding="utf-8")
 
 
 def different(plug: PersonaPlug) -> PersonaPlug:
     """Return the plug with random weights under which users' answers differ, as those of a trained one do."""
     noise = torch.Generator().manual_seed(7)
     with torch.no_grad():
-        weight = plug.embedder.out.weight
+        weight = plug.get_parameter("embedder.out.weight")
         size = plug.config.projector_hidden * plug.config.llm_width
         weight.copy_(torch.randn(weight.shape, generator=noise) * 4 / size**0.5)
     return plug
 
 
-def histories(settings: dict[str, Any]) -> dict[str, list[dict[str, str]]]:
+def histories(settings: LoadSettings) -> dict[str, list[dict[str, str]]]:
     """Return each user's items, whose outputs only this user writes."""
 
     def output(user: int, item: int) -> str:
@@ -79,15 +66,15 @@ def histories(settings: dict[str, Any]) -> dict[str, list[dict[str, str]]]:
     return {
         f"user-{u}": [
             {"input": f"{TEXTS[i % len(TEXTS)]} {i}", "output": output(u, i), "id": str(i)}
-            for i in range(settings["items"])
+            for i in range(settings.items)
         ]
-        for u in range(settings["users"])
+        for u in range(settings.users)
     }
 
 
-def run(settings: dict[str, Any], scratch: Path) -> dict[str, Any]:
+def run(settings: LoadSettings, scratch: Path) -> dict[str, Any]:
     """Start a server, load it, and return counts, latencies and memory."""
-    plug = different(PersonaPlug.build(settings["llm"], settings["encoder"], max_input_tokens=64))
+    plug = different(PersonaPlug.build(settings.llm, settings.encoder, max_input_tokens=64))
     plug.save_pretrained(scratch / "plug")
     url, process = _serve(settings, scratch)
     try:
@@ -97,12 +84,12 @@ def run(settings: dict[str, Any], scratch: Path) -> dict[str, Any]:
         process.wait(60)
 
 
-def _serve(settings: dict[str, Any], scratch: Path) -> tuple[str, subprocess.Popen[bytes]]:
+def _serve(settings: LoadSettings, scratch: Path) -> tuple[str, subprocess.Popen[bytes]]:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    options = {"store": f"sqlite:///{scratch}/users.db", "port": port, "pending": settings["pending"]}
-    options |= {"max-batch": settings["max_batch"]}
+    options = {"store": f"sqlite:///{scratch}/users.db", "port": port, "pending": settings.pending}
+    options |= {"max-batch": settings.max_batch}
     command = [str(Path(sys.executable).parent / "persona-plug"), "serve", str(scratch / "plug"), "--keep-text"]
     for name, value in options.items():
         command += [f"--{name}", str(value)]
@@ -122,13 +109,13 @@ def _serve(settings: dict[str, Any], scratch: Path) -> tuple[str, subprocess.Pop
     raise ConfigError("the server was not ready within two minutes")
 
 
-async def _load(settings: dict[str, Any], url: str, pid: int) -> dict[str, Any]:
+async def _load(settings: LoadSettings, url: str, pid: int) -> dict[str, Any]:
     people = histories(settings)
-    limits = httpx.Limits(max_connections=settings["connections"], max_keepalive_connections=settings["connections"])
+    limits = httpx.Limits(max_connections=settings.connections, max_keepalive_connections=settings.connections)
     async with httpx.AsyncClient(base_url=url, timeout=120, limits=limits) as http:
 
         async def ask(user: str, text: str) -> tuple[int, str]:
-            body = {"model": "plug", "prompt": text, "user": user, "max_tokens": settings["tokens"]}
+            body = {"model": "plug", "prompt": text, "user": user, "max_tokens": settings.tokens}
             answer = await http.post("/v1/completions", json=body)
             return answer.status_code, answer.json()["choices"][0]["text"] if answer.status_code == 200 else ""
 
@@ -140,7 +127,7 @@ async def _load(settings: dict[str, Any], url: str, pid: int) -> dict[str, Any]:
         wrong: Counter[str] = Counter()
         seconds: list[float] = []
         memory = [_rss(pid)]
-        todo = iter(range(settings["requests"]))
+        todo = iter(range(settings.requests))
         pairs = list(right)
 
         async def connection() -> None:
@@ -156,27 +143,27 @@ async def _load(settings: dict[str, Any], url: str, pid: int) -> dict[str, Any]:
                 statuses[str(status)] += 1
                 if status == 200 and answer != right[user, text]:
                     wrong["wrong_user" if (text, answer) in owners else "other_text"] += 1
-                if number % max(1, settings["requests"] // 10) == 0:
+                if number % max(1, settings.requests // 10) == 0:
                     memory.append(_rss(pid))
 
         began = time.perf_counter()
-        await asyncio.gather(*(connection() for _ in range(settings["connections"])))
+        await asyncio.gather(*(connection() for _ in range(settings.connections)))
         total = time.perf_counter() - began
         memory.append(_rss(pid))
     return {
-        "requests": settings["requests"],
-        "connections": settings["connections"],
+        "requests": settings.requests,
+        "connections": settings.connections,
         "answers_that_tell_the_user": f"{len(owners)} of {len(right)}",
         "statuses": dict(statuses),
         "wrong_user": wrong["wrong_user"],
         "other_text": wrong["other_text"],
-        "requests_per_second": round(settings["requests"] / total, 1),
+        "requests_per_second": round(settings.requests / total, 1),
         "seconds": _percentiles(seconds),
         "rss_mb": memory,
     }
 
 
-def overhead(settings: dict[str, Any], scratch: Path) -> dict[str, Any]:
+def overhead(settings: LoadSettings, scratch: Path) -> dict[str, Any]:
     """Compare HTTP with direct calls of the same engine in one process, in turn, at 1 and 8 at once."""
     import uvicorn
 
@@ -187,7 +174,7 @@ def overhead(settings: dict[str, Any], scratch: Path) -> dict[str, Any]:
     from persona_plug.serving.schema import CompletionRequest
     from persona_plug.store.history_store import HistoryStore
 
-    plug = different(PersonaPlug.build(settings["llm"], settings["encoder"], max_input_tokens=64))
+    plug = different(PersonaPlug.build(settings.llm, settings.encoder, max_input_tokens=64))
     plug.keep_nothing()
     store = HistoryStore(f"sqlite:///{scratch}/users.db", plug.encoder, keep_text=True)
     people = histories(settings)
@@ -199,7 +186,7 @@ def overhead(settings: dict[str, Any], scratch: Path) -> dict[str, Any]:
 
     def body(i: int) -> dict[str, Any]:
         user, text = names[i % len(names)], TEXTS[i % len(TEXTS)]
-        return {"model": "plug", "prompt": text, "user": user, "max_tokens": settings["tokens"]}
+        return {"model": "plug", "prompt": text, "user": user, "max_tokens": settings.tokens}
 
     async def direct(i: int) -> None:
         prepared = await gateway.prepare(CompletionRequest.model_validate(body(i)), "local")
@@ -216,12 +203,12 @@ def overhead(settings: dict[str, Any], scratch: Path) -> dict[str, Any]:
                 await asyncio.sleep(0.05)
             loop, found = asyncio.get_running_loop(), {}
             for count in (1, 8):
-                found[str(count)] = await asyncio.to_thread(_compare, loop, url, body, direct, count, settings["pairs"])
+                found[str(count)] = await asyncio.to_thread(_compare, loop, url, body, direct, count, settings.pairs)
             server.should_exit = True
             await serving
         return found
 
-    return {"llm": settings["llm"], "tokens": settings["tokens"], "at_once": asyncio.run(measure())}
+    return {"llm": settings.llm, "tokens": settings.tokens, "at_once": asyncio.run(measure())}
 
 
 def _compare(
@@ -298,7 +285,4 @@ def _rss(pid: int) -> float:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except PersonaPlugError as error:
-        sys.exit(f"error: {error}")
+    run_command(main, LoadSettings)

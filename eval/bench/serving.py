@@ -8,54 +8,25 @@ encoded anew.
 
 from __future__ import annotations
 
+import dataclasses
 import datetime
 import os
-import statistics
 import sys
 import time
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Sequence
 
 import torch
 
-from eval.bench.timing import Ratio
+from eval.bench.settings import ServingSettings
+from eval.bench.timing import Ratio, paired
 from persona_plug.data.history import Example, HistoryItem
-from persona_plug.errors import PersonaPlugError
 from persona_plug.plug import PersonaPlug
 from persona_plug.retrieval import Retriever
 from persona_plug.serving.offline import VllmOffline
 from persona_plug.serving.vllm import Sampling, prompt_embeds
-from training.config import load
+from training.config import load, run_command
 
-DEFAULTS: dict[str, Any] = {
-    "llm": "smollm2-135m",
-    "encoder": "minilm-l6",
-    "prompts": 32,  # of the batch, each of another user
-    "new_tokens": 16,
-    "input_tokens": 64,  # of a prompt without soft tokens, chat header included
-    "item_tokens": 64,  # of a retrieved item in a prompt
-    "items": 32,  # of a user's history
-    "retrieved": 4,
-    "pairs": 5,
-    "dtype": "float32",
-    "max_model_len": 1024,
-}
 WORDS = ["quick", "brown", "fox", "jumps", "over", "a", "lazy", "dog", "while", "rain", "falls", "on", "roofs", "today"]
-
-
-def wall(a: Callable[[], object], b: Callable[[], object], pairs: int) -> Ratio:
-    """Run a and b in turn, ABBA, and return the ratio of their wall times."""
-    a(), b()
-    kept: tuple[list[float], list[float]] = ([], [])
-    for i in range(pairs):
-        for which in (0, 1) if i % 2 == 0 else (1, 0):
-            start = time.perf_counter()
-            (a, b)[which]()
-            kept[which].append(time.perf_counter() - start)
-    ratios = [x / y for x, y in zip(*kept, strict=True)]
-    middle = (statistics.median(values) for values in (ratios, *kept))
-    median, first, second = middle
-    return Ratio(median, min(ratios), max(ratios), first, second, pairs)
 
 
 class Texts:
@@ -80,15 +51,15 @@ class Texts:
         ]  # fmt: skip
 
 
-def throughput(plug: PersonaPlug, engine: VllmOffline, texts: Texts, settings: dict[str, Any]) -> Ratio:
+def throughput(plug: PersonaPlug, engine: VllmOffline, texts: Texts, settings: ServingSettings) -> Ratio:
     """Compare seconds of plain prompts to those of as many soft prompts of the same lengths."""
     from vllm import SamplingParams
 
-    histories = texts.users(settings["prompts"], settings["items"], settings["item_tokens"])
-    body = settings["input_tokens"] - len(plug.prompter.before) - len(plug.prompter.after)
+    histories = texts.users(settings.prompts, settings.items, settings.item_tokens)
+    body = settings.input_tokens - len(plug.prompter.before) - len(plug.prompter.after)
     examples = [Example(str(i), texts.of(body - i % 8), "", items) for i, items in enumerate(histories)]
     parts = [plug.prompter.parts(e.input) for e in examples]
-    sampling = SamplingParams(temperature=0, max_tokens=settings["new_tokens"], ignore_eos=True)
+    sampling = SamplingParams(temperature=0, max_tokens=settings.new_tokens, ignore_eos=True)
     lengths = [len(p.left) + plug.config.soft_tokens + len(p.right) for p in parts]
     noise = torch.Generator().manual_seed(0)
     plain = [{"prompt_token_ids": torch.randint(10, 40_000, (n,), generator=noise).tolist()} for n in lengths]
@@ -99,13 +70,15 @@ def throughput(plug: PersonaPlug, engine: VllmOffline, texts: Texts, settings: d
         prompts = [{"prompt_embeds": e} for e in prompt_embeds(plug, parts, told.soft)]
         engine.llm.generate(prompts, sampling, use_tqdm=False)
 
-    return wall(lambda: engine.llm.generate(plain, sampling, use_tqdm=False), soft, settings["pairs"])
+    return paired(
+        lambda: engine.llm.generate(plain, sampling, use_tqdm=False), soft, settings.pairs, clock=time.perf_counter
+    )
 
 
-def first_token(plug: PersonaPlug, engine: VllmOffline, texts: Texts, settings: dict[str, Any]) -> Ratio:
+def first_token(plug: PersonaPlug, engine: VllmOffline, texts: Texts, settings: ServingSettings) -> Ratio:
     """Compare seconds to the first token: retrieved items in the prompt to soft tokens, for new requests each time."""
-    (items,) = texts.users(1, settings["items"], settings["item_tokens"])
-    body = settings["input_tokens"] - len(plug.prompter.before) - len(plug.prompter.after)
+    (items,) = texts.users(1, settings.items, settings.item_tokens)
+    body = settings.input_tokens - len(plug.prompter.before) - len(plug.prompter.after)
     retriever, one = Retriever(plug.encoder), Sampling(1)
     retriever.rank("dense", texts.of(8), items, 1)  # vectors of the history are cached on both sides
 
@@ -114,25 +87,26 @@ def first_token(plug: PersonaPlug, engine: VllmOffline, texts: Texts, settings: 
 
     def retrieved() -> None:
         request = texts.of(body)
-        found = [items[i] for i in retriever.rank("dense", request, items, settings["retrieved"])]
+        found = [items[i] for i in retriever.rank("dense", request, items, settings.retrieved)]
         prompt = "\n".join([*(f"{i.input} {i.output}" for i in found), request])
         engine.answer(plug, [Example("u", request, "", items, prompt=prompt)], one, personal=False)
 
-    return wall(retrieved, soft, settings["pairs"])
+    return paired(retrieved, soft, settings.pairs, clock=time.perf_counter)
 
 
-def main() -> None:
+def main(arguments: Sequence[str]) -> None:
     """Measure both and show a table."""
-    settings = load(sys.argv[1:], DEFAULTS)
-    plug = PersonaPlug.build(settings["llm"], settings["encoder"], max_input_tokens=settings["max_model_len"])
+    settings = load(arguments, ServingSettings)
+    plug = PersonaPlug.build(settings.llm, settings.encoder, max_input_tokens=settings.max_model_len)
     texts = Texts(plug)
-    options = {"dtype": settings["dtype"], "max_model_len": settings["max_model_len"], "enforce_eager": True}
-    with VllmOffline(settings["llm"], **options) as engine:
+    options = {"dtype": settings.dtype, "max_model_len": settings.max_model_len, "enforce_eager": True}
+    with VllmOffline(settings.llm, **options) as engine:
         batch = throughput(plug, engine, texts, settings)
         first = first_token(plug, engine, texts, settings)
+    settings_text = ", ".join(f"{k}={v}" for k, v in dataclasses.asdict(settings).items())
     sys.stdout.write(
         f"{datetime.datetime.now(datetime.UTC).date()}, {os.cpu_count()} cores, load {os.getloadavg()[1]:.1f}, "
-        f"{', '.join(f'{k}={v}' for k, v in settings.items())}; median of pairs [min, max], wall time\n\n"
+        f"{settings_text}; median of pairs [min, max], wall time\n\n"
         "| what | ratio | plain or retrieved, s | soft, s |\n|---|---|---|---|\n"
         f"| throughput, soft / plain prompts | {batch} | {batch.a_seconds:.3f} | {batch.b_seconds:.3f} |\n"
         f"| first token, retrieved items / soft | {first} | {first.a_seconds:.3f} | {first.b_seconds:.3f} |\n"
@@ -140,7 +114,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except PersonaPlugError as error:
-        sys.exit(f"error: {error}")
+    run_command(main, ServingSettings)

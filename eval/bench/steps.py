@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from eval.bench.settings import BenchSettings
 from eval.bench.timing import paired
 from persona_plug.data.history import Example, HistoryItem
 from persona_plug.models.caching import uncached
@@ -19,17 +20,17 @@ from persona_plug.splice.prompts import AnswerTree, PromptParts
 UNLIKE = (12, 20, 28, 36, 44, 60, 96, 176)
 
 
-def steps(settings: dict[str, Any]) -> dict[str, Any]:
+def steps(settings: BenchSettings) -> dict[str, Any]:
     """Compare training steps: suffix to prefix, and prefix to the bare frozen forward and input-backward."""
     plugs = {
-        place: PersonaPlug.build(settings["llm"], settings["encoder"], placement=place, max_input_tokens=1024)
+        place: PersonaPlug.build(settings.llm, settings.encoder, placement=place, max_input_tokens=1024)
         for place in ("suffix", "prefix")
     }
     generator = torch.Generator().manual_seed(0)
-    bodies = [_ids(plugs["suffix"], settings["input_tokens"], generator) for _ in range(settings["batch"])]
-    tree = _answer(plugs["suffix"], settings["answer_tokens"], generator)
+    bodies = [_ids(plugs["suffix"], settings.input_tokens, generator) for _ in range(settings.batch)]
+    tree = _answer(plugs["suffix"], settings.answer_tokens, generator)
     items = tuple(HistoryItem(f"an earlier text number {i}", f"an answer {i}") for i in range(32))
-    examples = [Example("u", f"request {i}", "", items) for i in range(settings["batch"])]
+    examples = [Example("u", f"request {i}", "", items) for i in range(settings.batch)]
 
     def stepper(place: str, keep: bool) -> Any:  # noqa: ANN401
         plug = plugs[place].train()
@@ -53,20 +54,20 @@ def steps(settings: dict[str, Any]) -> dict[str, Any]:
     llm = plugs["prefix"].llm
     before, after = plugs["prefix"].prompter.before, plugs["prefix"].prompter.after
     soft = plugs["prefix"].config.soft_tokens
-    length = len(before) + soft + settings["input_tokens"] + len(after) + settings["answer_tokens"] - 1
-    embeds = torch.randn(settings["batch"], length, plugs["prefix"].config.llm_width)
+    length = len(before) + soft + settings.input_tokens + len(after) + settings.answer_tokens - 1
+    embeds = torch.randn(settings.batch, length, plugs["prefix"].config.llm_width)
 
     def floor() -> None:
         """Bare model on the same number of positions, with the gradient to its inputs."""
         inputs = embeds.clone().requires_grad_()
-        logits = llm(inputs_embeds=inputs, logits_to_keep=settings["answer_tokens"]).logits
+        logits = llm(inputs_embeds=inputs, logits_to_keep=settings.answer_tokens).logits
         logits.logsumexp(-1).sum().backward()
 
     suffix, suffix_first, prefix = stepper("suffix", True), stepper("suffix", False), stepper("prefix", True)
     found: dict[str, Any] = {
-        "suffix step, states kept / prefix step": paired(suffix, prefix, settings["pairs"]),
-        "suffix step, first epoch / prefix step": paired(suffix_first, prefix, settings["pairs"]),
-        "prefix step / bare forward + input-backward": paired(prefix, floor, settings["pairs"]),
+        "suffix step, states kept / prefix step": paired(suffix, prefix, settings.pairs),
+        "suffix step, first epoch / prefix step": paired(suffix_first, prefix, settings.pairs),
+        "prefix step / bare forward + input-backward": paired(prefix, floor, settings.pairs),
     }
     flops = {name: _flops(f) for name, f in (("suffix", suffix), ("prefix", prefix), ("floor", floor))}
     found["FLOPs: suffix step, states kept / prefix step"] = flops["suffix"] / flops["prefix"]
@@ -74,11 +75,11 @@ def steps(settings: dict[str, Any]) -> dict[str, Any]:
     return found
 
 
-def rows(settings: dict[str, Any]) -> dict[str, Any]:
+def rows(settings: BenchSettings) -> dict[str, Any]:
     """Compare rows run apart with one padded pass, and reading a prompt once with computing its states ahead."""
-    plug = PersonaPlug.build(settings["llm"], settings["encoder"], max_input_tokens=1024)
+    plug = PersonaPlug.build(settings.llm, settings.encoder, max_input_tokens=1024)
     generator = torch.Generator().manual_seed(0)
-    left = [_ids(plug, settings["input_tokens"], generator) for _ in UNLIKE]
+    left = [_ids(plug, settings.input_tokens, generator) for _ in UNLIKE]
     trees = [_answer(plug, count, generator) for count in UNLIKE]
     parts = [PromptParts(ids, tuple(plug.prompter.after)) for ids in left]
     start = torch.randn(len(parts), plug.config.soft_tokens, plug.config.llm_width, generator=generator)
@@ -94,7 +95,7 @@ def rows(settings: dict[str, Any]) -> dict[str, Any]:
     apart, together = step(plug.splicer.loglik), step(plug.splicer.in_one_pass)
 
     def reader(context: Callable[[], AbstractContextManager[None]]) -> Callable[[], None]:
-        alike = [_answer(plug, settings["answer_tokens"], generator)] * len(parts)
+        alike = [_answer(plug, settings.answer_tokens, generator)] * len(parts)
 
         def call() -> None:
             plug.splicer.cache.clear()
@@ -104,9 +105,9 @@ def rows(settings: dict[str, Any]) -> dict[str, Any]:
         return call
 
     return {
-        "step on answers of unlike length, rows apart / one pass": paired(apart, together, settings["pairs"]),
+        "step on answers of unlike length, rows apart / one pass": paired(apart, together, settings.pairs),
         "FLOPs: rows apart / one pass": _flops(apart) / _flops(together),
-        "prompts read once, one pass / states ahead": paired(reader(uncached), reader(nullcontext), settings["pairs"]),
+        "prompts read once, one pass / states ahead": paired(reader(uncached), reader(nullcontext), settings.pairs),
     }
 
 

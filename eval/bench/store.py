@@ -14,38 +14,22 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
+from eval.bench.settings import StoreSettings
 from persona_plug import HistoryStore, PersonaPlug
 from persona_plug.data.history import HistoryItem, by_user, read_events
-from persona_plug.errors import PersonaPlugError
 from persona_plug.measure.stats import user_bootstrap
 from persona_plug.models.encoder import HistoryEncoder
 from persona_plug.models.vector_cache import scrub
 from persona_plug.store.batches import stored_examples
-from training.config import load
+from training.config import load, run_command
 
-DEFAULTS: dict[str, Any] = {
-    "url": None,  # default an SQLite file in a temporary folder
-    "encoder": "tiny-encoder",
-    "llm": None,
-    "vectors": "fp16",
-    "keep_text": False,
-    "users": 1000,
-    "events": 20_000,
-    "reads": 2000,
-    "appends": 50,
-    "forgets": 3,
-    "history": 500,  # items of the user whose soft tokens are made
-    "threads": 1,
-    "plug": None,
-    "data": None,
-    "samples": 100,  # users whose last output is scored
-}
 WORDS = [f"word{i}" for i in range(2000)]
 
 
@@ -66,49 +50,52 @@ class RandomEncoder:
 
 def main(arguments: Sequence[str]) -> None:
     """Measure, and print one JSON object."""
-    settings = load(arguments, DEFAULTS)
-    torch.set_num_threads(settings["threads"])
+    settings = load(arguments, StoreSettings)
+    torch.set_num_threads(settings.threads)
     with tempfile.TemporaryDirectory() as folder:
-        found = (rounding if settings["plug"] else measure)(settings, Path(folder))
-    sys.stdout.write(json.dumps(found, indent=1) + "\n")
+        if settings.plug and settings.data:
+            figures = rounding(settings.plug, Path(settings.data), settings.samples, Path(folder))
+        else:
+            figures = measure(settings, Path(folder))
+    sys.stdout.write(json.dumps(figures, indent=1) + "\n")
 
 
-def measure(settings: dict[str, Any], folder: Path) -> dict[str, Any]:
+def measure(settings: StoreSettings, folder: Path) -> dict[str, Any]:
     """Return the figures: seconds, milliseconds and bytes as their names say."""
     encoder: Any = RandomEncoder()
-    if settings["encoder"] != "random":
-        encoder = HistoryEncoder(settings["encoder"], use_cache=False)
+    if settings.encoder != "random":
+        encoder = HistoryEncoder(settings.encoder, use_cache=False)
     spent = _watch(encoder)
     file = folder / "events.jsonl"
-    _write(file, settings["users"], settings["events"])
-    url = settings["url"] or f"sqlite:///{folder / 'users.db'}"
-    found: dict[str, Any] = {k: settings[k] for k in ("encoder", "vectors", "keep_text", "users", "events")}
-    with HistoryStore(url, encoder, settings["keep_text"], settings["vectors"]) as store:
+    _write(file, settings.users, settings.events)
+    url = settings.url or f"sqlite:///{folder / 'users.db'}"
+    found: dict[str, Any] = {k: getattr(settings, k) for k in ("encoder", "vectors", "keep_text", "users", "events")}
+    with HistoryStore(url, encoder, settings.keep_text, settings.vectors) as store:
         start = time.perf_counter()
         store.load_file(file, progress=False)
         seconds = time.perf_counter() - start
-        found |= {"import_s": seconds, "import_events_per_s": settings["events"] / seconds}
+        found |= {"import_s": seconds, "import_events_per_s": settings.events / seconds}
         found["import_share_encoder"] = spent["seconds"] / seconds
         start = time.perf_counter()
         again = store.load_file(file, progress=False)
         found |= {"import_again_s": time.perf_counter() - start, "import_again_new": again.new}
-        if settings["url"] is None:
+        if settings.url is None:
             scrub(folder / "users.db", rewrite=False)  # what is still in the log comes into the file
-            found["bytes_per_event"] = (folder / "users.db").stat().st_size / settings["events"]
+            found["bytes_per_event"] = (folder / "users.db").stat().st_size / settings.events
         rng = np.random.default_rng(0)
-        names = [f"user-{i}" for i in rng.integers(settings["users"], size=settings["reads"])]
-        found["read_ms"] = _quantiles([_seconds(lambda n=name: store.read(n)) for name in names])
-        found |= _appends(store, encoder, settings["appends"], names)
-        if settings["llm"]:
-            found |= _soft(store, settings)
-        found["forget_s"] = [_seconds(lambda i=i: store.forget(f"user-{i}")) for i in range(settings["forgets"])]
+        names = [f"user-{i}" for i in rng.integers(settings.users, size=settings.reads)]
+        found["read_ms"] = _quantiles([_seconds(partial(store.read, name)) for name in names])
+        found |= _appends(store, encoder, settings.appends, names)
+        if settings.llm:
+            found |= _soft(store, encoder, settings.llm, settings.history)
+        found["forget_s"] = [_seconds(partial(store.forget, f"user-{i}")) for i in range(settings.forgets)]
     return found
 
 
-def rounding(settings: dict[str, Any], folder: Path) -> dict[str, Any]:
+def rounding(saved: str, data: Path, samples: int, folder: Path) -> dict[str, Any]:
     """Return the mean log-likelihood with vectors of either kind, and the paired difference over users."""
-    plug = PersonaPlug.from_pretrained(settings["plug"])
-    people = list(by_user(read_events(Path(settings["data"])).events).items())[: settings["samples"]]
+    plug = PersonaPlug.from_pretrained(saved)
+    people = list(by_user(read_events(data).events).items())[:samples]
     said: dict[str, np.ndarray] = {}
     for kind in ("fp16", "int8"):
         rows = []
@@ -157,18 +144,18 @@ def _appends(store: HistoryStore, encoder: Any, count: int, names: Sequence[str]
     for name in names[:count]:
         words = rng.integers(len(WORDS), size=20)
         item = HistoryItem(_text(words[:7]), _text(words[7:10]))
-        ours.append(_seconds(lambda item=item, name=name: store.append(name, [item])))
-        alone.append(_seconds(lambda w=words: encoder.encode([_text(w[10:17]), _text(w[17:])], progress=False)))
+        ours.append(_seconds(partial(store.append, name, [item])))
+        alone.append(_seconds(partial(encoder.encode, [_text(words[10:17]), _text(words[17:])], progress=False)))
     append, encode = float(np.median(ours)), float(np.median(alone))
     return {"append_ms": 1000 * append, "encode_ms": 1000 * encode, "append_over_encode": append / encode}
 
 
 @torch.no_grad()
-def _soft(store: HistoryStore, settings: dict[str, Any]) -> dict[str, float]:
+def _soft(store: HistoryStore, encoder: Any, llm: str, history: int) -> dict[str, float]:  # noqa: ANN401
     """Read, pool and project one user's history, against the prefill of 64 tokens; processor time."""
-    plug = PersonaPlug.build(settings["llm"], store.encoder, answers=("1", "2", "3", "4", "5"))
+    plug = PersonaPlug.build(llm, encoder, answers=("1", "2", "3", "4", "5"))
     rng = np.random.default_rng(2)
-    items = [HistoryItem(_text(rng.integers(len(WORDS), size=7)), str(1 + i % 5)) for i in range(settings["history"])]
+    items = [HistoryItem(_text(rng.integers(len(WORDS), size=7)), str(1 + i % 5)) for i in range(history)]
     store.append("long", items)
     table = plug.table(stored_examples(plug.config, ["a request"], "long", store))  # the request's own encoding is not
 
@@ -195,7 +182,4 @@ def _quantiles(seconds: Sequence[float]) -> dict[str, float]:
 
 
 if __name__ == "__main__":
-    try:
-        main(sys.argv[1:])
-    except PersonaPlugError as error:
-        sys.exit(f"error: {error}")
+    run_command(main, StoreSettings)

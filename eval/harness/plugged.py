@@ -22,6 +22,7 @@ from persona_plug.data.history import Example, HistoryItem, by_user, read_events
 from persona_plug.errors import DataError
 from persona_plug.plug import PersonaPlug
 from persona_plug.splice.prompts import AnswerTree, PromptParts
+from persona_plug.splice.soft import Soft
 
 LOOKBACK = 16  # tokens beyond a stop text's own letters that are decoded to find it
 
@@ -60,7 +61,7 @@ class Plugged:
 
     def batches(
         self, rows: Sequence[Row], size: int, quiet: bool, what: str
-    ) -> Iterator[tuple[list[Row], list[PromptParts], Tensor]]:
+    ) -> Iterator[tuple[list[Row], list[PromptParts], Soft]]:
         """Yield rows, their prompts, and their soft tokens (B, S, H), with a progress bar.
 
         Args:
@@ -115,7 +116,7 @@ class Plugged:
         return 0
 
     def score(
-        self, parts: Sequence[PromptParts], soft: Tensor, trees: Sequence[AnswerTree]
+        self, parts: Sequence[PromptParts], soft: Soft, trees: Sequence[AnswerTree]
     ) -> tuple[list[list[float]], list[list[bool]]]:
         """Return each row's log-likelihoods, and whether each continuation is what greedy decoding gives.
 
@@ -151,7 +152,7 @@ class Plugged:
         return scores.float().tolist(), greedy
 
     def write(
-        self, parts: Sequence[PromptParts], soft: Tensor, stops: list[str], new: int, options: dict[str, Any]
+        self, parts: Sequence[PromptParts], soft: Soft, stops: list[str], new: int, options: dict[str, Any]
     ) -> list[str]:
         """Return the texts that the LLM writes behind B prompts, up to the first of `stops`.
 

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from eval.report.record import record
-from persona_plug.errors import PersonaPlugError
+from training.config import run_command
 
 
 def main(arguments: Sequence[str]) -> None:
@@ -23,8 +23,4 @@ def main(arguments: Sequence[str]) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main(sys.argv[1:])
-    except PersonaPlugError as error:
-        sys.stderr.write(f"error: {error}\n")
-        sys.exit(2)
+    run_command(main, failure=2)

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
+from numbers import Integral, Real
 from typing import Any
 
-from persona_plug.errors import ConfigError
+from persona_plug.errors import ConfigError, unknown_setting
+
+_KINDS: dict[str, type] = {"int": Integral, "float": Real, "bool": bool, "str": str}
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,6 +54,10 @@ class FitConfig:
 
     def __post_init__(self) -> None:
         """Refuse values that cannot work, naming the field."""
+        for field in dataclasses.fields(self):
+            value, kind = getattr(self, field.name), _KINDS[str(field.type)]
+            if not isinstance(value, kind) or isinstance(value, bool) != (kind is bool):
+                raise ConfigError(f"{field.name}={value!r} must be of type {field.type}")
         for name in ("steps", "batch_size", "gradient_accumulation", "eval_every", "patience", "eval_samples"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name}={getattr(self, name)!r} must be at least 1")
@@ -68,5 +75,5 @@ class FitConfig:
         """Build from keyword settings, naming an unknown one."""
         known = [f.name for f in dataclasses.fields(cls)]
         if unknown := sorted(set(settings) - set(known)):
-            raise ConfigError(f"unknown setting {unknown[0]!r}; known are {', '.join(known)}")
+            raise unknown_setting(unknown[0], known)
         return cls(**settings)

@@ -5,10 +5,10 @@ from pathlib import Path
 import pytest
 
 from eval.methods import PRIOR, method
+from eval.settings import ComparisonSettings
 from persona_plug.config import PlugConfig
-from persona_plug.fit.config import FitConfig
+from training.config import load
 from training.recipes import RECIPES
-from training.run import settle
 from training.tasks import TASKS, load_task
 
 CONFIGS = sorted(p for p in TASKS.parent.rglob("*.yaml") if p.parent.name not in ("tasks", "accelerate"))
@@ -25,16 +25,16 @@ def test_there_is_a_config_of_each_size_and_a_task_for_each_set():
 
 @pytest.mark.parametrize("config", CONFIGS, ids=lambda c: str(Path(c).relative_to(TASKS.parent)))
 def test_a_config_names_only_what_there_is(config):
-    settings = settle([str(config), "data=nowhere", "threads=null"])
-    FitConfig.of(settings["fit"])
-    assert set(settings["recipes"]) <= set(RECIPES)
-    for name in settings["methods"]:
+    settings = load([str(config), "data=nowhere"], ComparisonSettings)
+    assert settings.fit_config(3).seed == 3
+    assert set(settings.recipes) <= set(RECIPES)
+    for name in settings.methods:
         assert name == PRIOR or method(name)
     for name in SETS:
         task = load_task(name)
         lengths = {"max_answer_tokens": task.max_answer_tokens, "max_input_tokens": task.max_input_tokens}
-        chosen = {**lengths, **settings["plug"]}
-        made = PlugConfig.create(settings["llm"], settings["encoder"], chosen.pop("recipe", "default"), **chosen)
+        chosen = {**lengths, **settings.plug}
+        made = PlugConfig.create(settings.llm, settings.encoder, chosen.pop("recipe", "default"), **chosen)
         assert made.replace(answers=task.answers).answers == task.answers
 
 
@@ -42,5 +42,5 @@ def test_a_config_names_only_what_there_is(config):
 def test_every_method_is_in_the_configs_that_say_so(size):
     from eval.methods import METHODS
 
-    listed = settle([str(TASKS.parent / size / "all_methods.yaml"), "data=nowhere", "threads=null"])["methods"]
+    listed = load([str(TASKS.parent / size / "all_methods.yaml"), "data=nowhere"], ComparisonSettings).methods
     assert {*METHODS, "plug_shuffled", "plug_empty", PRIOR} <= set(listed)

@@ -8,11 +8,12 @@ import pytest
 from eval import methods, run, tiny
 from eval.methods import METHODS, Method, method
 from eval.metrics.lamp import score
+from eval.questions import sample_questions
 from eval.session import Session, ordered
 from persona_plug.data.history import Example
 from persona_plug.errors import ConfigError
-from training.data import sample_questions
 from training.recipes import RECIPES
+from training.tasks import TASKS
 
 EVERY = [*METHODS, "plug_shuffled", "plug_empty"]
 FIT = "fit={steps: 2, batch_size: 4, eval_every: 1, eval_samples: 4}"
@@ -169,7 +170,7 @@ def test_any_two_methods_can_be_contrasted(everything):
     for before, now in zip(usual, found, strict=False):
         assert before["delta"] == now["delta"]
         assert before["p_holm"] <= now["p_holm"]  # asking more costs certainty
-    for pairs, message in (("[lora]", "does not name two"), ("[[lora, 3]]", "does not name"), ("[[a, none]]", "'a'")):
+    for pairs, message in (("[lora]", "lists of 2 texts"), ("[[lora, 3]]", "lists of 2 texts"), ("[[a, none]]", "'a'")):
         with pytest.raises(ConfigError, match=message):
             compare(folder, "label", names, f"pairs={pairs}")
 
@@ -233,9 +234,12 @@ def test_a_sample_of_questions_keeps_every_user_and_their_order():
 
 def test_a_generator_that_cannot_do_what_is_asked_is_refused(tmp_path):
     tiny.write(tmp_path / "data", "text")
+    repeats = tmp_path / "titles.yaml"
+    repeats.write_text((TASKS / "LaMP_5.yaml").read_text() + "no_repeat_ngram: 2\n")
     for more, words in (
         (["generator=pigeon"], "generator='pigeon' is not one of transformers, vllm"),
         (["generator=vllm", "beams=4"], "no beams"),
+        (["generator=vllm", f"task={repeats}"], "no no_repeat_ngram"),
     ):
         with pytest.raises(ConfigError, match=words):
             compare(tmp_path, "text", ["none"], *more, f"out={tmp_path / words[:9]}")

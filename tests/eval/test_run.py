@@ -6,11 +6,12 @@ import pytest
 
 from eval import run
 from eval.bench.timing import paired
+from eval.questions import with_questions
+from eval.session import Session
+from eval.settings import ComparisonSettings
 from persona_plug.errors import ConfigError
 from training import run as training_run
-from training.config import load
 from training.data import load_data
-from training.run import DEFAULTS
 from training.tasks import load_task
 
 WORDS = ["storm", "river", "engine", "castle", "forest", "market", "violin", "desert"]
@@ -69,8 +70,13 @@ def test_a_comparison_has_every_method_and_repeats_nothing(folder, capsys, monke
     assert again["methods"] == results["methods"]
 
 
+def read(folder, **changes):
+    settings, task = ComparisonSettings(data=str(folder), **changes), load_task("LaMP_3")
+    return with_questions(load_data(settings, task), settings, task)
+
+
 def test_training_never_sees_the_split_it_reports_on(folder):
-    data = load_data({**DEFAULTS, "data": str(folder)}, load_task("LaMP_3"))
+    data = read(folder)
     users = [{e.user_id for e in part} for part in (data.train, data.valid, data.held_out)]
     assert not users[0] & users[1]
     assert not (users[0] | users[1]) & users[2]
@@ -83,7 +89,7 @@ def test_training_never_sees_the_split_it_reports_on(folder):
 def test_what_was_not_learned_from_or_asked_is_told(folder):
     path = folder / "train_outputs.json"
     path.write_text(path.read_text().replace('"output": "3"', '"output": "9"'))
-    data = load_data({**DEFAULTS, "data": str(folder), "profile_targets": 20, "questions": 4}, load_task("LaMP_3"))
+    data = read(folder, profile_targets=20, questions=4)
     told = "\n".join(data.notes)
     assert "2 training samples left out: their output is none of the task's answers" in told
     assert f"{len(data.train)} training samples of 5 users, {len(data.valid)} of 1 users held back" in told
@@ -93,33 +99,14 @@ def test_what_was_not_learned_from_or_asked_is_told(folder):
 
 def test_dear_methods_may_have_one_seed(folder, monkeypatch):
     asked = []
-    monkeypatch.setattr(run.Session, "outcomes", lambda self, name, seed: asked.append((name, seed)) or {})
+    monkeypatch.setattr(Session, "outcomes", lambda self, name, seed: asked.append((name, seed)) or {})
     names = ["plug", "prefix_tuning", "lora", "none"]
-    settings = {**DEFAULTS, "task": "LaMP_3", "llm": "tiny-llama", "encoder": "tiny-encoder", "data": str(folder)}
-    settings |= {"methods": names, "seeds": [5, 1], "one_seed": ["prefix_tuning", "lora"]}
+    models = {"llm": "tiny-llama", "encoder": "tiny-encoder"}
+    methods = {"methods": names, "seeds": [5, 1], "one_seed": ["prefix_tuning", "lora"]}
+    settings = ComparisonSettings(task="LaMP_3", data=str(folder), **models, **methods)
     (folder / "out").mkdir()
     run.compare(settings, folder / "out")
     assert sorted(asked) == [("lora", 5), ("none", 1), ("none", 5), ("plug", 1), ("plug", 5), ("prefix_tuning", 5)]
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (["nonsense=1"], "unknown setting 'nonsense'; known are .*data"),
-        (["missing.yaml"], r"missing.yaml: no such config file"),
-        (["data=x", "stray"], "'stray' is neither"),
-    ],
-)
-def test_wrong_settings_are_named(arguments, message):
-    with pytest.raises(ConfigError, match=message):
-        load(arguments, DEFAULTS)
-
-
-def test_a_file_is_read_and_arguments_win(tmp_path):
-    path = tmp_path / "c.yaml"
-    path.write_text("seeds: [3]\nsplit: test\n")
-    settings = load([str(path), "split=dev"], DEFAULTS)
-    assert (settings["seeds"], settings["split"], settings["valid"]) == ([3], "dev", 0.15)
 
 
 def test_no_data_and_unknown_names_are_refused(folder):
@@ -143,15 +130,6 @@ def test_paired_timing_alternates_and_divides():
     assert ratio.pairs == 4
     assert ratio.low <= ratio.median <= ratio.high
     assert ratio.median > 1
-
-
-def test_numbers_with_an_exponent_are_numbers(tmp_path):
-    """PyYAML reads 1e-3 as a text; a learning rate is a number."""
-    file = tmp_path / "run.yaml"
-    file.write_text("lr_grid: [3e-4, 1E-3, 2.5e+1, 1e]\n")
-    found = load([str(file), "fit={lr: 2e-3}"], DEFAULTS)
-    assert found["lr_grid"] == [3e-4, 1e-3, 25.0, "1e"]
-    assert found["fit"] == {"lr": 2e-3}
 
 
 def test_a_training_is_not_taken_for_one_with_other_settings_or_data(folder, monkeypatch):

@@ -77,6 +77,8 @@ def run(plug, data, folder, resume=False, **settings):
         *(("lr", v) for v in (0.0, -1e-3, math.nan, math.inf)),
         ("weight_decay", -0.1),
         ("token_weight", -0.1),
+        *((n, v) for n in ("steps", "lr", "bf16") for v in ("x", None, [1])),
+        *((n, v) for n, v in (("steps", 1.5), ("steps", True), ("lr", False), ("bf16", 1), ("report_to", 3))),
     ],
 )
 def test_a_setting_out_of_range_is_named(setting, value):

@@ -6,9 +6,10 @@ from pathlib import Path
 import pytest
 import yaml
 
+from eval import run as eval_run
 from eval import tiny
+from eval.settings import ComparisonSettings
 from persona_plug import PersonaPlug
-from persona_plug.fit.config import FitConfig
 from training import run
 from training.config import load
 from training.recipes import RECIPES
@@ -19,20 +20,20 @@ QUESTIONS = {"LaMP_1": 6542, "LaMP_2": 5073, "LaMP_3": 20000, "LaMP_4": 12500, "
 
 @pytest.fixture(scope="module")
 def settings():
-    return load([str(PAPER)], run.DEFAULTS)
+    return load([str(PAPER), "data=nowhere"], ComparisonSettings)
 
 
 def test_it_holds_the_papers_settings(settings):
-    fit = FitConfig.of(settings["fit"])
-    assert (settings["llm"], settings["encoder"]) == ("google/flan-t5-xxl", "BAAI/bge-base-en-v1.5")
+    fit = settings.fit_config(0)
+    assert (settings.llm, settings.encoder) == ("google/flan-t5-xxl", "BAAI/bge-base-en-v1.5")
     config = yaml.safe_load((PAPER.parent / "accelerate" / "ddp4.yaml").read_text())
     assert fit.batch_size * fit.gradient_accumulation * config["num_processes"] == 64
     assert (fit.lr, fit.weight_decay, fit.warmup, fit.bf16) == (1e-4, 1e-4, 0.05, True)
-    assert (settings["plug"]["max_input_tokens"], settings["plug"]["max_history"]) == (256, 512)
-    assert settings["beams"] == 4
+    assert (settings.plug["max_input_tokens"], settings.plug["max_history"]) == (256, 512)
+    assert settings.beams == 4
     assert fit.eval_every == fit.steps // 10
     assert fit.patience * fit.eval_every + fit.eval_every > fit.steps  # no early stop
-    assert set(settings["recipes"]) <= set(RECIPES)
+    assert set(settings.recipes) <= set(RECIPES)
 
 
 @pytest.mark.parametrize("task", QUESTIONS)
@@ -42,15 +43,15 @@ def test_the_steps_it_names_are_two_epochs(task, settings):
     plain, copied = (round(epochs * QUESTIONS[task] * times / 64) for times in (1, 11))
     assert f"{task} {plain}/{copied}" in PAPER.read_text()
     if task == "LaMP_2":
-        assert (settings["fit"]["steps"], settings["augment"]) == (copied, 10)
+        assert (settings.fit["steps"], settings.augment) == (copied, 10)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("scale", [0.0, 5.0])
 def test_it_runs_with_tiny_models(tmp_path, settings, scale):
     tiny.write(tmp_path / "data", "label", 8, personal=True)
-    fit = {**settings["fit"], "steps": 2, "eval_every": 1, "gradient_accumulation": 2, "bf16": False}
-    plug = {**settings["plug"], "projector_hidden": 32, "fixed_scale": scale}
+    fit = {**settings.fit, "steps": 2, "eval_every": 1, "gradient_accumulation": 2, "bf16": False}
+    plug = {**settings.plug, "projector_hidden": 32, "fixed_scale": scale}
     run.main(
         [
             str(PAPER),
@@ -74,7 +75,8 @@ def test_it_runs_with_tiny_models(tmp_path, settings, scale):
 def test_answers_are_searched_with_as_many_beams_as_asked(tmp_path):
     tiny.write(tmp_path / "own_text", "own_text", 4, personal=True)
     arguments = [f"data={tmp_path / 'own_text'}", f"task={tiny.SHAPES['own_text'][0]}", "llm=tiny-t5"]
-    _, data, base, _ = run.prepare(run.settle([*arguments, "encoder=tiny-encoder", "beams=3"]))
+    settings = load([*arguments, "encoder=tiny-encoder", "beams=3"], ComparisonSettings)
+    _, data, base, _ = eval_run.prepare(settings)
     asked = data.held_out[0].input
     greedy, searched = (base.generate(asked, max_new_tokens=12, **o) for o in ({"num_beams": 1}, {}))
     assert searched == base.generate(asked, max_new_tokens=12, num_beams=3)

@@ -5,7 +5,8 @@ import dataclasses
 import pytest
 import torch
 
-from eval import tiny
+from eval import run, tiny
+from eval.settings import ComparisonSettings
 from persona_plug.data.history import Example, HistoryItem
 from persona_plug.data.splits import FitData
 from persona_plug.errors import ConfigError
@@ -13,7 +14,8 @@ from persona_plug.fit.config import FitConfig
 from persona_plug.models.fingerprint import full_digest
 from persona_plug.models.llm import loaded_as
 from persona_plug.splice.prompts import AnswerTree, PromptParts
-from training import recipes, run
+from training import recipes
+from training.config import load
 from training.lora import RANK, for_each_user, with_lora
 from training.prefix import with_prefix
 from training.recipes import RECIPES, choose_lr, fit, make
@@ -104,7 +106,7 @@ def test_recipes_train_on_the_llm_as_the_settings_load_it(tmp_path, kind, dtype)
     tiny.write(tmp_path / "data", "label", 6, personal=True)
     asked = [f"data={tmp_path / 'data'}", f"task={tiny.SHAPES['label'][0]}", "llm=tiny-llama", "encoder=tiny-encoder"]
     asked += [f"dtype={dtype}", *([f"quantization={kind}"] if kind else [])]
-    _, data, base, chosen = run.prepare(run.settle(asked))
+    _, data, base, chosen = run.prepare(load(asked, ComparisonSettings))
     before = full_digest(base.llm)
     for name in ("plug", "prefix_tuning", "lora") if kind else sorted(RECIPES, key="lora".__eq__):
         plug = fit(name, base, chosen, data, CONFIG, tmp_path / name).plug

@@ -2,16 +2,10 @@
 
 import pytest
 
+from eval.bench.settings import BenchSettings
 from eval.bench.steps import rows, steps
 
-SETTINGS = {
-    "llm": "tiny-llama",
-    "encoder": "tiny-encoder",
-    "batch": 2,
-    "input_tokens": 64,
-    "answer_tokens": 4,
-    "pairs": 1,
-}
+SETTINGS = BenchSettings(llm="tiny-llama", encoder="tiny-encoder", batch=2, input_tokens=64, answer_tokens=4, pairs=1)
 
 
 def test_rows_of_unlike_length_cost_less_apart():
