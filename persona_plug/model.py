@@ -217,7 +217,6 @@ class PlugModel(nn.Module):
         store: HistoryStore | None = None,
         personal: bool = True,
         head: bool = True,
-        words: bool = True,
         batch_size: int = 16,
     ) -> Tensor:
         """Return log-scores (B, C) of candidate answers, float32 on the CPU.
@@ -235,7 +234,6 @@ class PlugModel(nn.Module):
             store: Where the users' histories are.
             personal: False for the plain LLM, without soft tokens.
             head: Whether the answer head counts beside the LLM.
-            words: Whether the user's own words are mixed in, where the plug remembers them.
             batch_size: Rows at a time.
 
         Raises:
@@ -253,7 +251,7 @@ class PlugModel(nn.Module):
         rows = []
         columns = [known.index(c) for c in candidates] if all(c in known for c in candidates) else []
         for batch, embedded, parts in self._batches(examples, personal, batch_size):
-            readers = self.readers(batch) if personal and words else None
+            readers = self.readers(batch) if personal else None
             scores = self.splicer.loglik(parts, embedded.soft, [tree] * len(batch), readers)[0]
             if head and columns and embedded.bias is not None:
                 scores = self.embedder.combine(scores, embedded.bias[:, columns])

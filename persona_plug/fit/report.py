@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+WORDLESS = "plug: without words"  # the row of the soft tokens alone
+
 
 NO_USERS = "No users were held out: nothing can be said about the lift."
 CONTRAST_FIELDS = ("a", "b", "metric", "delta", "low", "high")  # of a row in fit_report.json
@@ -151,6 +153,8 @@ def make_report(
     details = {"fit": asdict(config), "steps_done": max([int(r["step"]) for r in log if "step" in r], default=0)}
     details["score_temperature"] = float(plug.embedder.score_temperature)
     notes = list(data.notes)
+    if task_prompt is plug:
+        notes.append("task_prompt is the plug without its words memory: its soft tokens know no user")
     if task_prompt is None:
         result = FitReport({}, [], 0, 0, notes, [], details)
         result.save(folder)
@@ -181,15 +185,18 @@ def run_methods(
 
     Args:
         plug: A trained plug.
-        task_prompt: See `make_report`; None leaves this control out.
+        task_prompt: See `make_report`; None leaves this control out, the plug itself is asked without its words.
         data: `held_out` is asked, the baselines learn from the rest.
         seed: Of the draw of other users' histories.
         generated: See `make_report`.
     """
     questions = data.held_out
     result = {"none": evaluate(plug, questions, generated, personal=False)}
-    if task_prompt is not None:
+    if task_prompt is not None and task_prompt is not plug:
         result["task_prompt"] = evaluate(task_prompt, questions, generated)
+    if plug.recollection is not None:
+        with plug.recollection.paused():
+            result["task_prompt" if task_prompt is plug else WORDLESS] = evaluate(plug, questions, generated)
     result["plug_empty"] = evaluate(plug, [replace(e, history=()) for e in questions], generated)
     result["plug_shuffled"] = evaluate(plug, with_other_history(questions, seed), generated)
     result["plug"] = evaluate(plug, questions, generated)

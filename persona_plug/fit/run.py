@@ -19,7 +19,7 @@ from persona_plug.model import PlugModel
 
 def task_prompt(plug: PlugModel, seed: int) -> PlugModel:
     """Return an untrained twin with as many soft tokens as the plug has, none of which knows the user."""
-    config = plug.config.replace(user_tokens=0, task_tokens=plug.config.soft_tokens)
+    config = plug.config.replace(user_tokens=0, task_tokens=plug.config.soft_tokens, words=False)
     return plug.twin(config, seed=seed)
 
 
@@ -40,6 +40,15 @@ def _train(plug: PlugModel, data: FitData, config: FitConfig, folder: Path, resu
     log = train(plug, dataclasses.replace(data, train=soft), config, folder, resume)
     fit_words(plug, gate, data.valid, config.seed)
     return log
+
+
+def _trained_task_prompt(plug: PlugModel, data: FitData, config: FitConfig, folder: Path, resume: bool) -> PlugModel:
+    """Return the task prompt to compare with: the plug itself where none of its soft tokens knows the user."""
+    if plug.config.remembers and not plug.config.user_tokens:
+        return plug
+    twin = task_prompt(plug, config.seed)
+    train(twin, data, config, folder, resume)
+    return twin
 
 
 def fit(
@@ -110,7 +119,7 @@ def fit(
         plug.seed = config.seed
         plug.reset(plug.config.replace(template=made.template, answers=made.answers))
         log = _train(plug, made, config, folder / "plug", resume)
-        twin = task_prompt(plug, config.seed) if report and made.held_out else None
-        if twin is not None:
-            train(twin, made, config, folder / "task_prompt", resume)
+        twin = None
+        if report and made.held_out:
+            twin = _trained_task_prompt(plug, made, config, folder / "task_prompt", resume)
         return make_report(plug, twin, made, config, log, folder, generated=generated, examples=examples)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 
@@ -46,6 +47,16 @@ class Recollection:
         self.head, self.splicer, self.prompter, self.encoder = head, splicer, prompter, encoder
         self.soft_tokens = soft_tokens
         self._cache: OrderedDict[tuple[str, Pair], ItemWords] = OrderedDict()
+        self._paused = False
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Mix no words in for the block of a `with`: what the soft tokens do alone."""
+        before, self._paused = self._paused, True
+        try:
+            yield
+        finally:
+            self._paused = before
 
     def forget(self, owner: str | None = None) -> None:
         """Drop the words of one owner; by default all, since a head or soft tokens that change make them stale."""
@@ -91,11 +102,11 @@ class Recollection:
             )
 
     def readers(self, examples: Sequence[Example]) -> list[WordsReader] | None:
-        """Return what reads each example's words, or None before the head is fitted.
+        """Return what reads each example's words, or None before the head is fitted and while paused.
 
         Items out of a store count where it keeps their texts; of long histories the latest items do.
         """
-        if not bool(self.head.fitted):
+        if self._paused or not bool(self.head.fitted):
             return None
         limit = self.prompter.config.max_words
         histories = [texts_of(e)[-limit:] for e in examples]

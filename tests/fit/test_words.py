@@ -116,7 +116,35 @@ def test_a_saved_plug_remembers_alike(plug, data, tmp_path):
     request = data.held_out[0]
     before, after = (p.score([request], [request.output]) for p in (plug, loaded))
     assert torch.equal(before, after)
-    assert not torch.equal(before, plug.score([request], [request.output], words=False))
+
+
+def test_a_pause_ends_after_an_error_too(plug, data):
+    sample = data.held_out[0]
+    mixed = plug.score([sample], [sample.output])
+    with plug.recollection.paused():
+        assert not torch.equal(mixed, plug.score([sample], [sample.output]))
+
+    def fail():
+        with plug.recollection.paused():
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        fail()
+    assert torch.equal(mixed, plug.score([sample], [sample.output]))
+
+
+def test_fit_trains_both_parts_and_reports_what_each_adds(make_plug, data, tmp_path):
+    plug = make_plug(recipe="words", task_tokens=2, max_answer_tokens=40)
+    settings = {"steps": 2, "batch_size": 4, "eval_every": 2, "eval_samples": 4}
+    report = plug.fit(data, output_dir=tmp_path, generated=4, examples=1, **settings)
+    rows = {name: row["nll"].value for name, row in report.metrics.items() if "nll" in row}
+    assert rows["plug"] < rows["plug_shuffled"] - 0.05
+    assert rows["plug"] < rows["task_prompt"] - 0.5
+    assert rows["plug_empty"] == pytest.approx(rows["task_prompt"], abs=0.3)
+    assert any("without its words memory" in note for note in report.notes)
+    both = make_plug(recipe="words", user_tokens=1, task_tokens=1, max_answer_tokens=40)
+    names = both.fit(data, output_dir=tmp_path / "both", generated=0, examples=0, **settings).metrics
+    assert {"task_prompt", "plug: without words"} <= set(names)
 
 
 def test_nothing_is_mixed_before_the_head_is_fitted(make_plug, data):
