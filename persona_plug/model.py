@@ -16,12 +16,11 @@ from persona_plug.embedder.user_embedder import Embedded, UserEmbedder
 from persona_plug.errors import ConfigError
 from persona_plug.models.encoder import HistoryEncoder, RequestEncoder
 from persona_plug.models.fingerprint import llm_fingerprint
-from persona_plug.models.llm import embedding_norm, freeze, sample_embeddings
+from persona_plug.models.llm import Limits, embedding_norm, freeze, sample_embeddings
 from persona_plug.pairing import History, Requests, pair
 from persona_plug.splice.base import Splicer
-from persona_plug.splice.causal import CausalSplicer
-from persona_plug.splice.prompts import AnswerTree, Prompter, PromptParts
-from persona_plug.splice.seq2seq import Seq2SeqSplicer
+from persona_plug.splice.families import end_with, splicer_for
+from persona_plug.splice.prompts import AnswerTree, Prompter, PromptParts, template_day
 from persona_plug.splice.states import StateCache
 from persona_plug.store.batches import StoredExample, StoredTable
 
@@ -74,8 +73,7 @@ class PlugModel(nn.Module):
         parts: dict[str, Any] = {"llm": freeze(llm), "tokenizer": tokenizer, "encoder": encoder}
         for name, part in parts.items():
             object.__setattr__(self, name, part)  # past nn.Module: frozen parts are not registered
-        seq2seq = bool(llm.config.is_encoder_decoder)
-        self.splicer: Splicer = (Seq2SeqSplicer if seq2seq else CausalSplicer)(llm, StateCache(state_budget))
+        self.splicer: Splicer = splicer_for(llm, StateCache(state_budget))
         self.seed = seed
         self.reset(config)
 
@@ -85,8 +83,9 @@ class PlugModel(nn.Module):
 
     def reset(self, config: PlugConfig) -> None:
         """Start over with an untrained embedder for `config`, drawn from the plug's seed."""
-        self.config = config
-        self.prompter = Prompter(self.tokenizer, config, bool(self.llm.config.is_encoder_decoder))
+        self.prompter = Prompter(self.tokenizer, config, bool(self.llm.config.is_encoder_decoder), Limits.of(self.llm))
+        self.config = config = config.replace(prompt_digest=self.prompter.digest)
+        end_with(self.llm, self.prompter.eos)
         start = sample_embeddings(self.llm, config.soft_tokens, self.seed)
         if config.quotes:
             lead = self.prompter.ids(QUOTE_LEAD)[-config.task_tokens :] if config.task_tokens else []
@@ -115,6 +114,7 @@ class PlugModel(nn.Module):
             encoder_dim=encoder.dim,
             llm_fingerprint=llm_fingerprint(llm, quantization),
             encoder_fingerprint=encoder.fingerprint,
+            template_day=config.template_day or template_day(tokenizer),
         )
         return cls(config, llm, tokenizer, encoder, seed, state_budget)
 
@@ -190,7 +190,7 @@ class PlugModel(nn.Module):
             raise ConfigError(f"candidates must be a list of texts, not the text {candidates!r:.60}")
         if not candidates:
             raise ConfigError("no candidates to score: pass candidates=[...] or fit the plug on a labelling task")
-        ids = [tuple(self.prompter.ids(c)) for c in candidates]
+        ids = self.prompter.candidates(candidates)
         tree = AnswerTree.build(ids, self.prompter.eos)
         examples = self._examples(inputs, history, user, store)
         rows = []
@@ -248,18 +248,26 @@ class PlugModel(nn.Module):
         """
         examples = self._examples(inputs, history, user, store)
         options = {"max_new_tokens": self.config.max_answer_tokens, "do_sample": False, **generation}
+        if options.get("stop_strings"):
+            options["tokenizer"] = self.tokenizer
         if not options["do_sample"]:
             options |= {"temperature": None, "top_p": None, "top_k": None}
         pad = self.tokenizer.pad_token_id if self.tokenizer.pad_token_id is not None else self.prompter.eos
         results: list[Generation] = []
         for batch, embedded, parts in self._batches(examples, personal, batch_size):
-            inputs_for_llm = self.splicer.generation_inputs(parts, embedded.soft)
-            out = self.llm.generate(**inputs_for_llm, pad_token_id=pad, **options)
-            texts = self.tokenizer.batch_decode(out.reshape(-1, out.shape[-1]), skip_special_tokens=True)
-            share = len(texts) // len(batch)  # num_return_sequences
+            texts: dict[int, list[str]] = {}
+            for rows in self.splicer.together(parts, embedded.soft):
+                inputs_for_llm = self.splicer.generation_inputs(
+                    [parts[i] for i in rows], [embedded.soft[i] for i in rows]
+                )
+                out = self.llm.generate(**inputs_for_llm, pad_token_id=pad, **options)
+                ids = out if isinstance(out, Tensor) else out.sequences  # return_dict_in_generate
+                written = self.tokenizer.batch_decode(ids, skip_special_tokens=True)
+                share = len(written) // len(rows)  # num_return_sequences
+                texts |= {i: written[at * share : (at + 1) * share] for at, i in enumerate(rows)}
             for i, example in enumerate(batch):
                 weights = None if embedded.weights is None else embedded.weights[i]
-                for text in texts[i * share : (i + 1) * share]:
+                for text in texts[i]:
                     results.append(self._details(text.strip(), example, parts[i], len(embedded.soft[i]), weights))
         if return_details:
             return results[0] if isinstance(inputs, str) and len(results) == 1 else results

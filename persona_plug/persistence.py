@@ -150,6 +150,15 @@ def check_llm(config: PlugConfig, llm: Any, quantization: str | None) -> None:  
         )
 
 
+def check_prompt(saved: PlugConfig, present: PlugConfig) -> None:
+    """Refuse a chat template that writes something else around a request than when the plug was saved."""
+    if saved.prompt_digest not in ("", present.prompt_digest):
+        raise MismatchError(
+            f"the chat template or tokenizer of {saved.llm} writes another prompt than when the plug was saved "
+            f"({saved.prompt_digest}, now {present.prompt_digest}); pass the LLM's folder as it was then"
+        )
+
+
 def push(folder: Path, repo_id: str, *, private: bool, token: str | None) -> str:
     """Upload a saved plug's folder to the Hub and return its address."""
     from huggingface_hub import HfApi

@@ -101,6 +101,7 @@ class PersonaPlug(PlugModel):
         model, tokenizer = load_llm(llm or config.llm, dtype=dtype, quantization=quantization, device=device)
         persistence.check_llm(config, model, quantization)
         plug = cls(config, model, tokenizer, made, state_budget=state_budget)
+        persistence.check_prompt(config, plug.config)
         persistence.apply_weights(plug.embedder, weights, path)
         return plug
 

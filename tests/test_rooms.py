@@ -15,7 +15,7 @@ ROOMS = {
     "config": "errors",
     "data": "errors",
     "models": "clock errors",
-    "splice": "clock config errors",
+    "splice": "clock config errors models",
     "embedder": "config data errors models splice",
     "retrieval": "data errors models",
     "store": "config data embedder errors models",

@@ -69,7 +69,6 @@ def with_lora(plug: PersonaPlug, soft: bool, rank: int = RANK, alpha: int = ALPH
         raise ConfigError("LoRA needs peft: pip install 'persona-plug[lora]'") from exc
 
     llm, tokenizer = load_llm(plug.config.llm, **loaded_as(plug.llm))
-    llm.generation_config.num_beams = plug.llm.generation_config.num_beams
     names = sorted({name.rsplit(".", 1)[-1] for name, _ in llm.named_modules()} & TARGETS)
     if not names:
         raise ConfigError(f"{plug.config.llm} has none of the layers {', '.join(sorted(TARGETS))} that LoRA adapts")
@@ -79,6 +78,7 @@ def with_lora(plug: PersonaPlug, soft: bool, rank: int = RANK, alpha: int = ALPH
         inject_adapter_in_model(LoraConfig(r=rank, lora_alpha=alpha, target_modules=names, **options), llm)
     config = plug.config if soft else plug.config.replace(user_tokens=0, task_tokens=1)
     made = PersonaPlug(config, llm, tokenizer, plug.encoder, plug.seed)
+    made.llm.generation_config.num_beams = plug.llm.generation_config.num_beams
     made.splicer.reuses = False
     adapters = [p.requires_grad_() for name, p in llm.named_parameters() if "lora_" in name]
     if not soft:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
@@ -84,6 +85,21 @@ def pick_device(device: str | torch.device | None) -> torch.device:
         raise ConfigError(f"device={device!r} is not one torch knows, such as cpu or cuda:0") from exc
 
 
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """What an LLM can read: token ids below `rows`, and `positions` of them (None: as many as memory holds)."""
+
+    rows: int
+    positions: int | None
+
+    @classmethod
+    def of(cls, llm: Any) -> Limits:  # noqa: ANN401
+        """Return the limits of an LLM."""
+        config = llm.config.get_text_config(decoder=True)
+        positions = getattr(config, "max_position_embeddings", None)
+        return cls(int(llm.get_input_embeddings().weight.shape[0]), positions if positions and positions > 0 else None)
+
+
 def freeze(llm: Any) -> Any:  # noqa: ANN401
     """Put an LLM in eval mode and take gradients off all its parameters."""
     return llm.eval().requires_grad_(False)
@@ -100,7 +116,16 @@ def sample_embeddings(llm: Any, count: int, seed: int = 0) -> torch.Tensor:  # n
     table = llm.get_input_embeddings()
     size = table.weight.shape[0]
     ids = torch.randint(0, size, (count,), generator=torch.Generator().manual_seed(seed))
-    return table(ids.to(table.weight.device)).float().cpu()
+    return table(ids.to(table.weight.device)).float().cpu() * embedding_scale(llm)
+
+
+def embedding_scale(llm: Any) -> float:  # noqa: ANN401
+    """Return what the LLM multiplies its embeddings by outside of their table: Pegasus and Marian do, for ids only."""
+    stack = llm.get_encoder() if llm.config.is_encoder_decoder else llm.base_model
+    if hasattr(llm.get_input_embeddings(), "embed_scale"):  # the table does it by itself
+        return 1.0
+    scale = getattr(stack, "embed_scale", 1.0)
+    return float(scale) if isinstance(scale, int | float) else 1.0
 
 
 def _bitsandbytes(kind: str, dtype: torch.dtype) -> Any:  # noqa: ANN401

@@ -183,7 +183,9 @@ class TransformersEngine:
             if self.seen:
                 self.seen(len(jobs))
             try:
-                self._batch(jobs)
+                calls = [job.call for job in jobs]
+                for rows in self.plug.splicer.together([c.parts for c in calls], [c.soft for c in calls]):
+                    self._batch([jobs[i] for i in rows])
             except Exception as exc:
                 # Its message may quote a text, so it goes no further; one bad call must not end the worker.
                 logger.error("a batch of %d calls failed: %s", len(jobs), type(exc).__name__)

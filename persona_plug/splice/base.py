@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from persona_plug.clock import clock
+from persona_plug.models.llm import embedding_scale
 from persona_plug.splice.passes import pass_tokens, passes
 from persona_plug.splice.prompts import AnswerTree, PromptParts
 from persona_plug.splice.soft import Soft
@@ -30,6 +31,7 @@ class Splicer:
         self.llm, self.cache, self.batch_size = llm, cache, batch_size
         self.groups: dict[tuple[int, ...], tuple[tuple[int, ...], ...]] = {}
         self.bill = StateBill()
+        self.scale = embedding_scale(llm)
 
     reuses = True
     """False where a prompt's states are not computed ahead and kept, but run in one pass with what is behind them:
@@ -103,8 +105,12 @@ class Splicer:
         """Return what `loglik` does, of all rows at once."""
         raise NotImplementedError
 
+    def together(self, parts: Sequence[PromptParts], soft: Soft) -> list[list[int]]:
+        """Return which rows `generation_inputs` may take at once, as lists of their indices."""
+        return [list(range(len(parts)))]
+
     def generation_inputs(self, parts: Sequence[PromptParts], soft: Soft) -> dict[str, Any]:
-        """Return what the LLM's own `generate` takes."""
+        """Return what the LLM's own `generate` takes, for rows that `together` puts together."""
         raise NotImplementedError
 
     @property
@@ -115,7 +121,15 @@ class Splicer:
     def embed(self, ids: Sequence[int]) -> Tensor:
         """Return the LLM's input embeddings (len, H)."""
         table = self.llm.get_input_embeddings()
-        return table(torch.tensor(list(ids), dtype=torch.long, device=self.llm.device))
+        embedded = table(torch.tensor(list(ids), dtype=torch.long, device=self.llm.device))
+        return embedded if self.scale == 1.0 else embedded * self.scale
+
+    def _prompts(self, parts: Sequence[PromptParts], soft: Soft) -> list[Tensor]:
+        """Return each row's embeddings (L, H), soft tokens in their place, in the soft tokens' dtype."""
+        return [
+            torch.cat([self.embed(p.left).to(s.dtype), s, self.embed(p.right).to(s.dtype)])
+            for p, s in zip(parts, soft, strict=True)
+        ]
 
     def states(self, lefts: Sequence[tuple[int, ...]]) -> list[Tensor]:
         """Return the frozen states of each `left`, from the cache or computed in length-sorted batches."""
