@@ -95,6 +95,7 @@ class PersonaPlug(PlugModel):
         path = persistence.local_folder(folder)
         config = PlugConfig.load(path)
         weights = persistence.read_weights(path)
+        persistence.check_weights(config, weights, path)
         source = config.encoder if encoder is None else encoder
         made = source if isinstance(source, HistoryEncoder) else persistence.load_encoder(path, source, device)
         persistence.check_encoder(config, made)

@@ -21,7 +21,7 @@ ROOMS = {
     "store": "config data embedder errors models",
     "pairing": "config data errors store",
     "model": "config data embedder errors models pairing splice store",
-    "persistence": "config errors files models",
+    "persistence": "config embedder errors files models",
     "dataset": "data errors model splice",
     "export": "data embedder errors files model",
     "measure": "config data dataset model models",

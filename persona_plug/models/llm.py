@@ -10,6 +10,7 @@ import torch
 
 from persona_plug.errors import ConfigError
 from persona_plug.models import zoo
+from persona_plug.models.loading import load, load_weights
 
 logger = logging.getLogger(__name__)
 
@@ -32,7 +33,8 @@ def load_llm(
         device: Torch device; default CUDA if there is one, else CPU.
 
     Raises:
-        ModelUnavailable: The weights cannot be had.
+        ModelUnavailable: The weights cannot be had, or not all of them.
+        CorruptFileError: A weight file is damaged.
         ConfigError: The quantisation is unknown or bitsandbytes is missing.
     """
     from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer
@@ -49,13 +51,10 @@ def load_llm(
     if quantization is not None:
         kwargs |= {"quantization_config": _bitsandbytes(quantization, dtype), "device_map": {"": place}}
     folder = zoo.resolve(name)
-    try:
-        config = AutoConfig.from_pretrained(folder)
-        loader = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
-        llm: Any = loader.from_pretrained(folder, **kwargs)
-        tokenizer = AutoTokenizer.from_pretrained(folder)
-    except (OSError, ValueError) as exc:
-        raise zoo.load_error(name, exc) from exc
+    config = load(AutoConfig, folder, name)
+    tokenizer = load(AutoTokenizer, folder, name)
+    loader = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
+    llm: Any = load_weights(loader, folder, name, **kwargs)
     if quantization is None:
         llm.to(place)
     for module in llm.modules():
@@ -77,12 +76,17 @@ def pick_device(device: str | torch.device | None) -> torch.device:
     """Return the device; by default CUDA if there is one, else the CPU.
 
     Raises:
-        ConfigError: Torch knows no such device.
+        ConfigError: Torch knows no such device, or this machine has none.
     """
     try:
-        return torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     except RuntimeError as exc:
         raise ConfigError(f"device={device!r} is not one torch knows, such as cpu or cuda:0") from exc
+    try:
+        torch.zeros(1, device=place)
+    except Exception as exc:  # each backend raises its own
+        raise ConfigError(f"device={str(place)!r} is not on this machine; leave it out, or use cpu") from exc
+    return place
 
 
 @dataclass(frozen=True, slots=True)

@@ -204,15 +204,16 @@ class _Probe:
         return self._writes(splicer, parts, none)
 
     def _writes(self, splicer: Splicer, parts: Sequence[PromptParts], none: Tensor) -> str | None:
-        """Compare the first two greedy tokens with the plain passes; the last of three may be a forced end."""
+        """Compare the first two greedy tokens with the plain passes; one more is written, which may be a forced end."""
+        start = len(getattr(splicer, "start", ()))
+        new = 2 + max(1, start)  # a decoder's start token is not new, a token that is forced behind it is
         ends = self.llm.generation_config.eos_token_id
         known = {ends} if isinstance(ends, int) else set(ends or ())
         pad = self.llm.generation_config.pad_token_id
         for rows in splicer.together(parts, none):
             inputs = splicer.generation_inputs([parts[i] for i in rows], none[rows])
-            out = self.llm.generate(**inputs, max_new_tokens=3, do_sample=False, pad_token_id=pad or 0)
+            out = self.llm.generate(**inputs, max_new_tokens=new, do_sample=False, pad_token_id=pad or 0)
             for i, row in zip(rows, out.tolist(), strict=True):
-                start = len(getattr(splicer, "start", ()))
                 first, second = row[start : start + 2] if len(row) > start + 1 else (row[start], None)
                 gap = float(self.first[i].max() - self.first[i, first])
                 if gap <= self.tolerance and first not in known and second is not None:

@@ -1,7 +1,11 @@
-"""A tiny random model of any family that transformers offers, with windows and chunks shorter than the tests' prompts."""
+"""A tiny random model of any family of transformers, with windows and chunks shorter than the tests' prompts."""
 
 import torch
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, AutoModelForSeq2SeqLM
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES,
+)
 
 VOCABULARY = 259  # the tiny models' tokenizer writes one token a byte
 WINDOW = 8
@@ -126,7 +130,22 @@ SIZES = {
 _SPARSE = {"moe_layer_start_index": 1}
 _MLA = {"head_dim": 8, "num_key_value_heads": 4}
 EXTRAS = {
-    **{name: _MLA for name in "axk1 axk2 deepseek_v32 glm4_moe_lite glm_moe_dsa minicpm3 youtu".split()},
+    **dict.fromkeys(["axk1", "axk2", "deepseek_v32", "glm4_moe_lite", "glm_moe_dsa", "minicpm3", "youtu"], _MLA),
+    "axk2": {**_MLA, "num_attention_heads": 4},
+    "dbrx": {
+        "ffn_config": {"ffn_hidden_size": 64, "moe_num_experts": 2},
+        "attn_config": {"kv_n_heads": 2, "clip_qkv": 8},
+    },
+    "fsmt": {"langs": ["en", "de"], "scale_embedding": True},
+    "marian": {"scale_embedding": True},
+    "mbart": {"scale_embedding": True},
+    "pegasus": {"scale_embedding": True},
+    "prophetnet": {"num_hidden_layers": None},
+    "reformer": {"is_decoder": True, "axial_pos_embds": False},
+    "xlnet": {"max_position_embeddings": None},
+    "xlstm": {"v_head_dim": None},
+    "zaya": {"num_experts_per_tok": 1},
+    "zamba2": {"layer_types": ["linear_attention", "hybrid"] * 2},
     "bailing_hybrid": {**_MLA, "layer_types": ["linear_attention", "full_attention"] * 2},
     "bamba": {"attn_layer_indices": [1, 3]},
     "codegen": {"n_ctx": 256},
@@ -152,6 +171,24 @@ EXTRAS = {
     "qwen3": {"layer_types": ["sliding_attention", "full_attention"] * 2},
     "sarvam_mla": _MLA,
 }
+
+
+# Tokens that a family is forced to write.
+FORCED = {"bart": {"forced_bos_token_id": 5, "forced_eos_token_id": 2}, "mbart": {"forced_bos_token_id": 7}}
+
+OTHERS = {
+    **dict.fromkeys(
+        "aria_text blt emu3 fuyu gemma3 gemma3n gemma4 gemma4_unified git got_ocr2 llama4 mllama phi4_multimodal "
+        "qwen3_5 qwen3_5_moe qwen4_exp dots3_note moss_transcribe_diarize audioflamingo3 glmasr granite_speech "
+        "granite_speech_plus musicflamingo nemo_speechlm omniasr qwen2_audio qwen3_asr seamless_m4t seamless_m4t_v2 "
+        "vibevoice_asr voxtral voxtral_realtime whisper trocr moshi musicgen musicgen_melody".split(),
+        "reads or writes more than text",
+    ),
+    "gemma4_assistant": "drafts for another model",
+    "gemma4_unified_assistant": "drafts for another model",
+    "encoder-decoder": "any two models joined",
+}
+"""Entries of transformers' lists that are no text families by themselves; a checkpoint of them is checked all the same."""
 
 
 def config_of(family, **changes):
@@ -182,4 +219,11 @@ def model_of(family, **changes):
         for name, parameter in model.named_parameters():  # what starts at zero or one says nothing about its place
             if parameter.dim() < 2 and "norm" not in name:
                 parameter.data += 0.05 * torch.randn(parameter.shape, generator=generator)
+    for name, token in FORCED.get(family, {}).items():
+        setattr(model.generation_config, name, token)
     return model.eval()
+
+
+def families():
+    """Return every text family that transformers offers, decoder-only and encoder-decoder."""
+    return sorted({*MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, *MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES} - {*OTHERS})
