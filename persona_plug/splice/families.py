@@ -195,13 +195,14 @@ class _Probe:
         tree = AnswerTree.build(list(self.answers), eos=0)
         none = self.scores.new_zeros(2, 0, self.llm.get_input_embeddings().weight.shape[1])
         parts: list[PromptParts] = []
-        for cut in (0, None):  # everything behind the soft tokens, then everything in front of them
+        known = isinstance(splicer, CausalSplicer)  # a family of `TREES`: what it keeps and pads is enough to look at
+        for cut in (None,) if known else (0, None):  # everything behind the soft tokens, everything in front of them
             parts = [PromptParts(p[:cut], p[len(p[:cut]) :]) for p in self.prompts]
             scores = splicer.loglik(parts, none, [tree, tree])[0]
             gap = float((scores.float() - self.scores).abs().max())
             if not gap <= self.tolerance:  # NaN too
                 return f"a score through the plug's path is {gap:.3g} away from its plain pass"
-        return self._writes(splicer, parts, none)
+        return None if known else self._writes(splicer, parts, none)
 
     def _writes(self, splicer: Splicer, parts: Sequence[PromptParts], none: Tensor) -> str | None:
         """Compare the first two greedy tokens with the plain passes; one more is written, which may be a forced end."""
