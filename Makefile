@@ -19,10 +19,10 @@ SOURCES := $(wildcard persona_plug training eval tests)
 export OMP_WAIT_POLICY ?= PASSIVE
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: help env test test-serve lint format docs demo serve-demo bench bench-tiny clean
+.PHONY: help env test test-families test-serve lint format docs demo serve-demo bench bench-tiny clean
 
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-13s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
 
 env: $(STAMP) ## build .venv (PYTHON=..., TORCH=... choose versions)
 
@@ -32,6 +32,10 @@ $(STAMP): pyproject.toml .ci/env
 
 test: env ## run every test (ARGS="-k name" to choose, JOBS=1 for one process)
 	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile $(ARGS)
+
+test-families: env ## check every LLM family that transformers offers, and write docs/families.md
+	$(BIN)/python -m tests.families.table
+	$(BIN)/python -m pytest -m families tests/families $(ARGS)
 
 test-serve: ## run the tests that need PostgreSQL, Chromium and vLLM, in environments of their own
 	$(PYTHON) .ci/packages postgresql chromium

@@ -5,7 +5,8 @@ from __future__ import annotations
 import dataclasses
 import json
 import warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from datetime import date
 from pathlib import Path
 from typing import Any, Self
 
@@ -85,6 +86,9 @@ class PlugConfig:
         max_history: Items used per user; the latest (last in order) are kept.
         max_input_tokens: Tokens of the templated input; the middle part `{input}` is cut from its end.
         max_answer_tokens: Tokens of an answer, in training and as default in generation.
+        chat_template_args: Arguments of the LLM's chat template, such as `{"enable_thinking": False}`.
+        template_day: The day (ISO) that a chat template writes where it would write today's: the prompt stays the same.
+        prompt_digest: Identity of what the chat template writes around a request, and of the end token.
         format_version: Version of the file format.
     """
 
@@ -116,6 +120,9 @@ class PlugConfig:
     max_history: int = 512
     max_input_tokens: int = 256
     max_answer_tokens: int = 64
+    chat_template_args: dict[str, Any] = field(default_factory=dict, hash=False)
+    template_day: str = ""
+    prompt_digest: str = ""
     format_version: int = FORMAT_VERSION
 
     def __post_init__(self) -> None:
@@ -149,6 +156,14 @@ class PlugConfig:
             raise ConfigError("train_request=True needs answer_head=False: the head is fitted to frozen vectors")
         if self.template.count("{input}") != 1:
             raise ConfigError(f"template must contain {{input}} exactly once, got {self.template!r}")
+        args: object = self.chat_template_args
+        if not isinstance(args, dict) or not all(isinstance(name, str) for name in args):
+            raise ConfigError(f"chat_template_args must be an object of names and values, got {args!r:.80}")
+        try:
+            json.dumps(args)
+            date.fromisoformat(self.template_day or "2000-01-01")
+        except (TypeError, ValueError) as exc:
+            raise ConfigError(f"chat_template_args or template_day cannot be saved ({exc})") from exc
         if self.answers is not None:
             answers: object = self.answers
             if not isinstance(answers, tuple | list) or not all(isinstance(a, str) for a in answers):

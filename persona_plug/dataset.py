@@ -72,7 +72,7 @@ class PlugDataset(Dataset[int]):
         self.parts = [prompter.parts(e.input, e.prompt) for e in self.examples]
         self.cut = sum(p.cut > 0 for p in self.parts)
         if answers:
-            ids = [tuple(prompter.ids(a)) for a in answers]
+            ids = prompter.candidates(answers)
             trees = [AnswerTree.build(ids, prompter.eos, gold=i) for i in range(len(answers))]
             self.gold = [answers.index(e.output.strip()) for e in self.examples]
             self.trees = [trees[g] for g in self.gold]

@@ -14,18 +14,17 @@ from persona_plug.embedder.architectures import make_embedder
 from persona_plug.embedder.batch import HistoryBatch, VectorTable
 from persona_plug.embedder.contract import Embedded, Embedder
 from persona_plug.errors import ConfigError
-from persona_plug.generation import Generation, details, greedy, with_words
+from persona_plug.generation import Generation, details, greedy, write_texts
 from persona_plug.heads.recollection import Recollection
 from persona_plug.heads.words import WordsHead, WordsReader
 from persona_plug.models.caching import uncached
 from persona_plug.models.encoder import HistoryEncoder, RequestEncoder
 from persona_plug.models.fingerprint import llm_fingerprint
-from persona_plug.models.llm import embedding_norm, freeze, sample_embeddings
+from persona_plug.models.llm import Limits, embedding_norm, freeze, sample_embeddings
 from persona_plug.pairing import History, Requests, pair
 from persona_plug.splice.base import Splicer
-from persona_plug.splice.causal import CausalSplicer
-from persona_plug.splice.prompts import AnswerTree, Prompter, PromptParts
-from persona_plug.splice.seq2seq import Seq2SeqSplicer
+from persona_plug.splice.families import end_with, splicer_for
+from persona_plug.splice.prompts import AnswerTree, Prompter, PromptParts, template_day
 from persona_plug.splice.soft import Soft
 from persona_plug.splice.states import StateCache
 from persona_plug.store.batches import StoredExample, StoredTable
@@ -58,8 +57,7 @@ class PlugModel(nn.Module):
         frozen: dict[str, Any] = {"llm": freeze(llm), "tokenizer": tokenizer, "encoder": encoder}
         for name, part in frozen.items():
             object.__setattr__(self, name, part)  # past nn.Module, which would register them as what is trained
-        seq2seq = bool(llm.config.is_encoder_decoder)
-        self.splicer: Splicer = (Seq2SeqSplicer if seq2seq else CausalSplicer)(llm, StateCache(state_budget))
+        self.splicer: Splicer = splicer_for(llm, StateCache(state_budget))
         self.seed = seed
         self.reset(config)
 
@@ -70,8 +68,9 @@ class PlugModel(nn.Module):
 
     def reset(self, config: PlugConfig) -> None:
         """Start over with an untrained embedder for `config`, drawn from the plug's seed."""
-        self.config = config
-        self.prompter = Prompter(self.tokenizer, config, bool(self.llm.config.is_encoder_decoder))
+        self.prompter = Prompter(self.tokenizer, config, bool(self.llm.config.is_encoder_decoder), Limits.of(self.llm))
+        self.config = config = config.replace(prompt_digest=self.prompter.digest)
+        end_with(self.llm, self.prompter.eos)
         start = sample_embeddings(self.llm, config.soft_tokens, self.seed)
         if config.quotes:
             lead = self.prompter.ids(QUOTE_LEAD)[-config.task_tokens :] if config.task_tokens else []
@@ -120,6 +119,7 @@ class PlugModel(nn.Module):
             encoder_dim=encoder.dim,
             llm_fingerprint=llm_fingerprint(llm, quantization),
             encoder_fingerprint=encoder.fingerprint,
+            template_day=config.template_day or template_day(tokenizer),
         )
         return cls(config, llm, tokenizer, encoder, seed, state_budget)
 
@@ -245,7 +245,7 @@ class PlugModel(nn.Module):
             raise ConfigError(f"candidates must be a list of texts, not the text {candidates!r:.60}")
         if not candidates:
             raise ConfigError("no candidates to score: pass candidates=[...] or fit the plug on a labelling task")
-        ids = [tuple(self.prompter.ids(c)) for c in candidates]
+        ids = self.prompter.candidates(candidates)
         tree = AnswerTree.build(ids, self.prompter.eos)
         examples = pair(self.config, inputs, history, user, store)
         rows = []
@@ -361,18 +361,16 @@ class PlugModel(nn.Module):
         """
         examples = pair(self.config, inputs, history, user, store)
         options = {"max_new_tokens": self.config.max_answer_tokens, **greedy(generation)}
+        if options.get("stop_strings"):
+            options["tokenizer"] = self.tokenizer
         pad = self.tokenizer.pad_token_id if self.tokenizer.pad_token_id is not None else self.prompter.eos
         results: list[Generation] = []
         for batch, embedded, parts in self._batches(examples, personal, batch_size):
-            inputs_for_llm = self.splicer.generation_inputs(parts, embedded.soft)
             readers = self.readers(batch) if personal else None
-            start = int(self.llm.config.is_encoder_decoder)
-            out = self.llm.generate(**inputs_for_llm, pad_token_id=pad, **with_words(options, readers, start))
-            written: list[str] = self.tokenizer.batch_decode(out.reshape(-1, out.shape[-1]), skip_special_tokens=True)
-            share = len(written) // len(batch)  # num_return_sequences
+            texts = write_texts(self.splicer, self.tokenizer, pad, parts, embedded.soft, readers, options)
             for i, example in enumerate(batch):
                 weights = None if embedded.weights is None else embedded.weights[i]
-                for text in written[i * share : (i + 1) * share]:
+                for text in texts[i]:
                     soft = len(embedded.soft[i])
                     results.append(details(self.config, text.strip(), example, parts[i], soft, weights))
         single = isinstance(inputs, str) and len(results) == 1

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from persona_plug.config import CONFIG_NAME, PlugConfig
+from persona_plug.embedder.user_embedder import UserEmbedder
 from persona_plug.errors import CorruptFileError, MismatchError, PersonaPlugError
 from persona_plug.files import write_atomically
 from persona_plug.models.encoder import HistoryEncoder
@@ -144,6 +145,36 @@ def apply_weights(parts: Mapping[str, nn.Module], state: Mapping[str, Tensor], f
         raise MismatchError(f"{folder}: {WEIGHTS_NAME} and {CONFIG_NAME} do not belong together ({reason})") from exc
 
 
+def check_weights(config: PlugConfig, state: dict[str, Tensor], folder: Path) -> None:
+    """Refuse weights that are not a plug's of this config, before room is made for it.
+
+    Raises:
+        MismatchError: Names, shapes or dtypes are not those the config asks for.
+        CorruptFileError: A number is not finite.
+    """
+    plain = config.replace(train_request=False)
+    try:
+        with torch.device("meta"):  # shapes alone
+            expected = UserEmbedder(plain, 1.0).state_dict()
+    except (RuntimeError, OverflowError) as exc:
+        raise MismatchError(f"{folder / CONFIG_NAME}: no model has such sizes; copy the plug again") from exc
+    copied = "request_encoder." if config.train_request else "\0"
+    present = {name: t for name, t in state.items() if not name.startswith(copied)}
+    for name in sorted(expected.keys() | present.keys()):
+        want, have = (
+            "nothing" if t is None else f"{str(t.dtype).removeprefix('torch.')} {list(t.shape)}"
+            for t in (expected.get(name), present.get(name))
+        )
+        if want != have:
+            raise MismatchError(
+                f"{folder}: {WEIGHTS_NAME} and {CONFIG_NAME} do not belong together ({name}: {have}, not {want}); "
+                "copy the plug again"
+            )
+    for name, tensor in state.items():
+        if not bool(torch.isfinite(tensor).all()):
+            raise CorruptFileError(f"{folder / WEIGHTS_NAME}: {name} holds numbers that are not finite; save it again")
+
+
 def check_encoder(config: PlugConfig, encoder: HistoryEncoder) -> None:
     """Refuse an encoder other than the plug's."""
     if encoder.fingerprint != config.encoder_fingerprint:
@@ -161,6 +192,15 @@ def check_llm(config: PlugConfig, llm: Any, quantization: str | None) -> None:  
         raise MismatchError(
             f"the plug was trained with LLM {config.llm} ({config.llm_fingerprint}, width {config.llm_width}), "
             f"the one given is {present}, width {width}; pass the same weights"
+        )
+
+
+def check_prompt(saved: PlugConfig, present: PlugConfig) -> None:
+    """Refuse a chat template that writes something else around a request than when the plug was saved."""
+    if saved.prompt_digest not in ("", present.prompt_digest):
+        raise MismatchError(
+            f"the chat template or tokenizer of {saved.llm} writes another prompt than when the plug was saved "
+            f"({saved.prompt_digest}, now {present.prompt_digest}); pass the LLM's folder as it was then"
         )
 
 

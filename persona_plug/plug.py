@@ -95,12 +95,14 @@ class PersonaPlug(PlugModel):
         path = persistence.local_folder(folder)
         config = PlugConfig.load(path)
         weights = persistence.read_weights(path)
+        persistence.check_weights(config, weights, path)
         source = config.encoder if encoder is None else encoder
         reader = source if isinstance(source, HistoryEncoder) else persistence.load_encoder(path, source, device)
         persistence.check_encoder(config, reader)
         model, tokenizer = load_llm(llm or config.llm, dtype=dtype, quantization=quantization, device=device)
         persistence.check_llm(config, model, quantization)
         plug = cls(config, model, tokenizer, reader, state_budget=state_budget)
+        persistence.check_prompt(config, plug.config)
         persistence.apply_weights(plug.parts(), weights, path)
         return plug
 

@@ -13,7 +13,8 @@ import zipfile
 import pytest
 import torch
 from safetensors import safe_open
-from safetensors.torch import load, load_file
+from safetensors.torch import load, load_file, save_file
+from transformers import AutoTokenizer
 
 from persona_plug import persistence
 from persona_plug.errors import ConfigError, CorruptFileError, MismatchError, PersonaPlugError
@@ -485,3 +486,59 @@ def test_fingerprints_of_quantised_llms_compare_their_dense_part():
     assert same_llm("a-b", "a-nf4")
     assert same_llm("a-int8", "a-b")
     assert not same_llm("a-b", "c-nf4")
+
+
+def change_weights(folder, change):
+    """Write the weights of a plug's folder anew, with a checksum that fits."""
+    file = folder / "model.safetensors"
+    with safe_open(str(file), "pt") as opened:
+        metadata = opened.metadata()
+    state = load_file(file)
+    change(state)
+    metadata["sha256"] = persistence._state_digest(state)
+    save_file(state, file, metadata)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda state: state["out.weight"].fill_(float("nan")), "out.weight holds numbers that are not finite"),
+        (lambda state: state["tokens"].fill_(float("inf")), "tokens holds numbers that are not finite"),
+        (lambda state: state.update(tokens=state["tokens"].half()), "tokens: float16"),
+        (lambda state: state.update(tokens=state["tokens"][:1]), "tokens: float32 .1, "),
+        (lambda state: state.pop("out.weight"), "out.weight: nothing"),
+        (lambda state: state.update(more=torch.ones(2)), "more: float32 .2., not nothing"),
+    ],
+    ids=["nan", "inf", "dtype", "shape", "missing", "more"],
+)
+def test_weights_that_are_no_plugs_are_refused_before_any_model_is_loaded(copy, change, message, monkeypatch):
+    change_weights(copy, change)
+    monkeypatch.setattr("persona_plug.plug.load_llm", lambda *_, **__: pytest.fail("loaded"))
+    with pytest.raises(PersonaPlugError, match=message):
+        PersonaPlug.from_pretrained(copy, device="cpu")
+
+
+@pytest.mark.parametrize("name", ["key_dim", "projector_hidden", "task_tokens", "user_tokens", "llm_width"])
+@pytest.mark.parametrize("size", [10**8, 10**12])
+def test_sizes_beyond_all_bounds_take_no_room(copy, name, size):
+    file = copy / "config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), name: size}))
+    with pytest.raises(PersonaPlugError) as error:
+        PersonaPlug.from_pretrained(copy, device="cpu")
+    assert "\n" not in str(error.value)
+
+
+def test_a_chat_template_that_changed_is_noticed(saved, plug, tmp_path):
+    folder = shutil.copytree(zoo.pull("tiny-llama"), tmp_path / "llm")
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer.chat_template = tokenizer.chat_template.replace("assistant", "helper")
+    tokenizer.save_pretrained(folder)
+    with pytest.raises(MismatchError, match="writes another prompt"):
+        PersonaPlug.from_pretrained(saved, llm=str(folder), device="cpu")
+
+
+def test_arguments_of_the_chat_template_are_saved(make_plug, tmp_path):
+    plug = make_plug(chat_template_args={"enable_thinking": False})
+    again = PersonaPlug.from_pretrained(plug.save_pretrained(tmp_path), device="cpu")
+    assert again.config == plug.config
+    assert again.config.chat_template_args == {"enable_thinking": False}

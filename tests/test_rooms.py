@@ -23,7 +23,7 @@ ROOMS = {
     "generation": "config data heads splice store",
     "pairing": "config data errors store",
     "model": "config data embedder errors generation heads models pairing splice store",
-    "persistence": "config errors files models",
+    "persistence": "config embedder errors files models",
     "dataset": "data embedder errors heads model splice",
     "export": "data embedder errors files model",
     "measure": "config data dataset errors model models",

@@ -45,7 +45,6 @@ def with_lora(plug: PersonaPlug, soft: bool, rank: int = RANK, alpha: int = ALPH
         raise ConfigError("LoRA needs peft: pip install 'persona-plug[lora]'") from exc
 
     llm, _ = load_llm(plug.config.llm, **loaded_as(plug.llm))
-    llm.generation_config.num_beams = plug.llm.generation_config.num_beams
     names = sorted({name.rsplit(".", 1)[-1] for name, _ in llm.named_modules()} & TARGETS)
     if not names:
         raise ConfigError(f"{plug.config.llm} has none of the layers {', '.join(sorted(TARGETS))} that LoRA adapts")
@@ -56,6 +55,7 @@ def with_lora(plug: PersonaPlug, soft: bool, rank: int = RANK, alpha: int = ALPH
         inject_adapter_in_model(adapter, llm)
     config = plug.config if soft else plug.config.replace(user_tokens=0, task_tokens=1)
     twin = plug.twin(config, llm=llm)  # freezes all of its LLM
+    twin.llm.generation_config.num_beams = plug.llm.generation_config.num_beams
     twin.splicer.frozen = False
     if not soft:
         twin.embedder = NoTokens(config)

@@ -36,6 +36,11 @@ def with_prefix(plug: PersonaPlug) -> PersonaPlug:
     """
     if plug.llm.config.is_encoder_decoder:
         raise ConfigError("prefix tuning is built for decoder-only LLMs; leave prefix_tuning out of methods")
+    if not isinstance(plug.splicer, CausalSplicer):
+        family = plug.llm.config.model_type
+        raise ConfigError(
+            f"LLMs of family {family} take no trained keys and values; leave prefix_tuning out of methods"
+        )
     count = plug.config.soft_tokens
     config = plug.config.replace(user_tokens=0, task_tokens=1, quote_tokens=0)
     words = plug.prompter.ids(plug.config.template.replace("{input}", " "))

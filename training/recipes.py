@@ -166,6 +166,8 @@ def make(name: str, base: PersonaPlug, settings: Mapping[str, Any], seed: int) -
         encoder_fingerprint=known.encoder_fingerprint,
         template=known.template,
         answers=known.answers,
+        chat_template_args=known.chat_template_args,
+        template_day=known.template_day,
     )
     plug = base.twin(config, seed=seed)
     if recipe.prefix:

@@ -165,15 +165,18 @@ class Plugged:
         """
         tokenizer = self.plug.tokenizer
         pad = tokenizer.pad_token_id
-        with torch.no_grad():
-            out = self.plug.llm.generate(
-                **self.plug.splicer.generation_inputs(parts, soft),
-                pad_token_id=self.plug.prompter.eos if pad is None else pad,
-                max_new_tokens=new,
-                stopping_criteria=StoppingCriteriaList([_stop_at(tokenizer, stops)] if stops else []),
-                **options,
-            )
-        texts = tokenizer.batch_decode(out, skip_special_tokens=True)
+        texts = [""] * len(parts)
+        for rows in self.plug.splicer.together(parts, soft):
+            with torch.no_grad():
+                out = self.plug.llm.generate(
+                    **self.plug.splicer.generation_inputs([parts[i] for i in rows], soft[rows]),
+                    pad_token_id=self.plug.prompter.eos if pad is None else pad,
+                    max_new_tokens=new,
+                    stopping_criteria=StoppingCriteriaList([_stop_at(tokenizer, stops)] if stops else []),
+                    **options,
+                )
+            for i, text in zip(rows, tokenizer.batch_decode(out, skip_special_tokens=True), strict=True):
+                texts[i] = text
         ends = [[at for stop in stops if (at := text.find(stop)) >= 0] for text in texts]
         return [text[: min(end)] if end else text for text, end in zip(texts, ends, strict=True)]
 

@@ -9,7 +9,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any
 
 import numpy as np
 import torch
@@ -20,11 +20,13 @@ from persona_plug.errors import ConfigError, DataError
 from persona_plug.models import zoo
 from persona_plug.models.fingerprint import weights_digest
 from persona_plug.models.llm import pick_device
+from persona_plug.models.loading import load, load_weights
+from persona_plug.models.sentence import POOLINGS, SentenceSettings, Unit, pool, read_settings
 from persona_plug.models.vector_cache import VectorCache
 
 logger = logging.getLogger(__name__)
 
-Pooling = Literal["mean", "cls"]
+SAME = 1e-3  # how far a vector may move when its text is padded: the order of sums differs
 
 
 @dataclass(slots=True)
@@ -57,9 +59,9 @@ class HistoryEncoder:
         self,
         name: str,
         *,
-        pooling: Pooling = "mean",
-        max_length: int = 256,
-        prefix: str = "",
+        pooling: str | None = None,
+        max_length: int | None = None,
+        prefix: str | None = None,
         batch_size: int = 32,
         device: str | torch.device | None = None,
         cache_dir: str | Path | None = None,
@@ -67,10 +69,13 @@ class HistoryEncoder:
     ) -> None:
         """Load the encoder.
 
+        A sentence-transformers folder says itself how it pools, how long a text may be, what stands in front of it and
+        which dense layers follow; what is given here wins. Vectors have unit length whatever it says.
+
         Args:
             name: Short name, folder or Hub id.
-            pooling: `mean` over the unmasked tokens, or the `cls` vector; L2-normalised either way.
-            max_length: Tokens per text; longer texts are cut and counted in `stats.truncated`.
+            pooling: `mean` (default), `cls`, `max`, `mean_sqrt_len`, `weighted_mean`, `last`, or several joined by "+".
+            max_length: Tokens per text, 256 by default; longer texts are cut and counted in `stats.truncated`.
             prefix: Text put in front of every text.
             batch_size: Texts per forward pass; they are sorted by length first.
             device: Torch device; default CUDA if there is one, else CPU.
@@ -78,38 +83,67 @@ class HistoryEncoder:
             use_cache: Keep vectors on disk; without it they live for one call only.
 
         Raises:
-            ModelUnavailable: The weights cannot be had.
-            ConfigError: A value is out of range.
+            ModelUnavailable: The weights cannot be had, or not all of them.
+            ConfigError: A value is out of range, or the folder has a part that is not built here.
         """
         from transformers import AutoModel, AutoTokenizer
 
-        if pooling not in ("mean", "cls"):
-            raise ConfigError(f"pooling={pooling!r} is not one of mean, cls")
-        if max_length < 3 or batch_size < 1:
-            raise ConfigError(f"max_length={max_length} must be at least 3 and batch_size={batch_size} at least 1")
-        self.name = name
-        self.pooling, self.max_length, self.prefix, self.batch_size = pooling, max_length, prefix, batch_size
-        self.device = pick_device(device)
+        self.name, self.device, self.batch_size = name, pick_device(device), batch_size
         folder = zoo.resolve(name)
-        try:
-            self.tokenizer = AutoTokenizer.from_pretrained(folder)
-            model = AutoModel.from_pretrained(folder, dtype=torch.float32)
-        except (OSError, ValueError) as exc:
-            raise zoo.load_error(name, exc) from exc
+        own = None if name in zoo.ENTRIES else read_settings(folder)
+        settings = own or SentenceSettings(max_length=256)
+        self.pooling = settings.pooling if pooling is None else pooling
+        self.prefix = settings.prefix if prefix is None else prefix
+        self._lower, self._strips, self._skips_prefix = settings.lower, own is not None, settings.skips_prefix
+        if not set(self.pooling.split("+")) <= set(POOLINGS):
+            raise ConfigError(f"pooling={self.pooling!r} is not one of {', '.join(POOLINGS)}")
+        if settings.body and Path(folder).is_dir():
+            folder = str(Path(folder) / settings.body)
+        self.tokenizer = load(AutoTokenizer, folder, name)
+        model = load_weights(AutoModel, folder, name, unused="pooler", dtype=torch.float32)
         if model.config.is_encoder_decoder:
             model = model.get_encoder()
         self.model = model.to(self.device).eval().requires_grad_(False)
-        self.dim = int(self.model.config.hidden_size)
-        limit = getattr(self.model.config, "max_position_embeddings", None)
-        if limit is not None and max_length > limit:
-            raise ConfigError(f"max_length={max_length} is above the {limit} positions of encoder {name}")
-        identity = (weights_digest(self.model), _tokenizer_digest(self.tokenizer), pooling, max_length, prefix)
+        self.layers = nn.Sequential(*settings.layers).to(self.device).eval().requires_grad_(False)
+        self.max_length = self._length(settings.max_length if max_length is None else max_length)
+        with torch.inference_mode():
+            width = int(self.model.config.hidden_size) * len(self.pooling.split("+"))
+            self.dim = int(self.layers(torch.zeros(1, width, device=self.device)).shape[1])
+        identity: tuple[object, ...] = (weights_digest(self.model), _tokenizer_digest(self.tokenizer))
+        identity += (self.pooling, self.max_length, self.prefix)
+        parts = [weights_digest(layer) for layer in settings.layers if not isinstance(layer, Unit)]
+        if parts or self._lower or (self._skips_prefix and self.prefix):
+            identity += (parts, repr(self.layers), self._lower, self._skips_prefix)
         self.fingerprint = hashlib.sha256(repr(identity).encode()).hexdigest()[:16]
+        self.pads = self._bears_padding()
         self.stats = EncodeStats()
         self.cache: VectorCache | None = None
         if use_cache:
             root = Path(cache_dir) if cache_dir is not None else zoo.cache_dir() / "vectors"
             self.cache = VectorCache(root / f"{self.fingerprint}.sqlite", self.dim)
+
+    def _length(self, wanted: int | None) -> int:
+        """Return how many tokens are read of a text, within what the model has positions for."""
+        limit = getattr(self.model.config, "max_position_embeddings", None)
+        table = getattr(getattr(self.model, "embeddings", None), "position_embeddings", None)
+        if limit is not None and getattr(table, "padding_idx", None) is not None:
+            limit -= table.padding_idx + 1  # RoBERTa's positions start behind the padding's
+        if wanted is None:
+            wanted = min(limit or 1 << 20, self.tokenizer.model_max_length)
+        if wanted < 3 or self.batch_size < 1:
+            raise ConfigError(f"max_length={wanted} must be at least 3 and batch_size={self.batch_size} at least 1")
+        if limit is not None and wanted > limit:
+            raise ConfigError(f"max_length={wanted} is above the {limit} positions of encoder {self.name}")
+        return wanted
+
+    def _bears_padding(self) -> bool:
+        """Whether a text's vector stays the same beside a longer text; if not, texts of one length run together."""
+        self.pads = True
+        short, long = (self.ids(text)[: self.max_length] for text in ("one", "one two three four five six seven"))
+        if not short or len(short) == len(long):
+            return True
+        gap = (self.forward([short, long])[0] - self.forward([short])[0]).abs().max()
+        return float(gap) <= SAME
 
     def encode(self, texts: Sequence[str], progress: bool | None = None) -> Tensor:
         """Return unit vectors of texts, float32 (n, d) on the CPU, in the order given.
@@ -145,7 +179,7 @@ class HistoryEncoder:
         ids = self._probe(texts)
         cut = [i for i, row in enumerate(ids) if len(row) > self.max_length]
         if cut:
-            long = [self.prefix + texts[i] for i in cut]
+            long = [self._text(texts[i]) for i in cut]
             short = self.tokenizer(long, truncation=True, max_length=self.max_length, verbose=False)["input_ids"]
             for i, row in zip(cut, short, strict=True):
                 ids[i] = row
@@ -173,10 +207,30 @@ class HistoryEncoder:
     @torch.inference_mode()
     def forward(self, ids: Sequence[Sequence[int]]) -> Tensor:
         """Run the model on tokenised texts: returns unit vectors, float32 (n, d) on the encoder's device."""
-        padded = self.tokenizer.pad({"input_ids": [list(i) for i in ids]}, padding=True, return_tensors="pt").to(
-            self.device
-        )
-        return _vectors(self.model, padded["input_ids"], padded["attention_mask"], self.pooling)
+        if not self.pads and len({len(row) for row in ids}) > 1:
+            return torch.cat([self.forward([row]) for row in ids])
+        width, pad = max(len(row) for row in ids), _pad_token(self.model, self.tokenizer)
+        padded = torch.full((len(ids), width), pad, dtype=torch.long)
+        mask = torch.zeros_like(padded)
+        for i, row in enumerate(
+            ids
+        ):  # behind the text, whatever side the tokenizer pads: positions count from the left
+            padded[i, : len(row)] = torch.tensor(list(row), dtype=torch.long)
+            mask[i, : len(row)] = 1
+        return _vectors(self.model, self.layers, padded.to(self.device), mask.to(self.device), self.pooling, self._skip)
+
+    @property
+    def _skip(self) -> int:
+        """Tokens of the prompt that are left out of the pooling."""
+        if not (self._skips_prefix and self.prefix):
+            return 0
+        ids = list(self.tokenizer(self.prefix)["input_ids"])
+        return len(ids) - (ids[-1:] != [] and ids[-1] in self.tokenizer.all_special_ids)
+
+    def _text(self, text: str) -> str:
+        text = self.prefix + text
+        text = text.strip() if self._strips else text
+        return text.lower() if self._lower else text
 
     @torch.inference_mode()
     def token_states(self, text: str) -> tuple[list[tuple[int, int]], Tensor]:
@@ -199,12 +253,12 @@ class HistoryEncoder:
     def _probe(self, texts: Sequence[str]) -> list[list[int]]:
         """Return ids, one more than is read where there are more: that tells a cut text from one that just fits."""
         options = {"truncation": True, "max_length": self.max_length + 1, "verbose": False}
-        return list(self.tokenizer([self.prefix + text for text in texts], **options)["input_ids"])
+        return list(self.tokenizer([self._text(text) for text in texts], **options)["input_ids"])
 
     def ids(self, text: str) -> list[int]:
         """Return the ids that the model reads of a text, prefix and special tokens included."""
         options = {"truncation": True, "max_length": self.max_length, "verbose": False}
-        return list(self.tokenizer(self.prefix + text, **options)["input_ids"])
+        return list(self.tokenizer(self._text(text), **options)["input_ids"])
 
 
 class RequestEncoder(nn.Module):
@@ -213,22 +267,28 @@ class RequestEncoder(nn.Module):
     def __init__(self, encoder: HistoryEncoder) -> None:
         """Copy the model; the encoder itself stays frozen."""
         super().__init__()
+        if not encoder.pads:
+            raise ConfigError(f"train_request=True needs an encoder that can be padded, {encoder.name} cannot")
         self.body = copy.deepcopy(encoder.model).requires_grad_(True)
-        self.pooling: Pooling = encoder.pooling
+        self.layers = copy.deepcopy(encoder.layers)
+        self.pooling, self.skip = encoder.pooling, encoder._skip
 
     def forward(self, ids: Tensor) -> Tensor:
         """Return unit vectors (B, d), float32, of ids (B, L), -1 beyond each row's end."""
-        return _vectors(self.body, ids.clamp(min=0), (ids >= 0).long(), self.pooling)
+        return _vectors(self.body, self.layers, ids.clamp(min=0), (ids >= 0).long(), self.pooling, self.skip)
 
 
-def _vectors(model: nn.Module, ids: Tensor, mask: Tensor, pooling: Pooling) -> Tensor:
+def _vectors(model: nn.Module, layers: nn.Module, ids: Tensor, mask: Tensor, pooling: str, skip: int) -> Tensor:
     hidden = model(input_ids=ids, attention_mask=mask).last_hidden_state
-    if pooling == "cls":
-        pooled = hidden[:, 0]
-    else:
-        wide = mask.unsqueeze(-1).to(hidden.dtype)
-        pooled = (hidden * wide).sum(1) / wide.sum(1)
-    return nn.functional.normalize(pooled.float(), dim=-1)
+    if skip:
+        mask = mask.clone()
+        mask[:, :skip] = 0
+    return nn.functional.normalize(layers(pool(hidden, mask, pooling)), dim=-1)
+
+
+def _pad_token(model: nn.Module, tokenizer: Any) -> int:  # noqa: ANN401
+    known = (tokenizer.pad_token_id, getattr(model.config, "pad_token_id", None))
+    return next((int(token) for token in known if token is not None and token >= 0), 0)
 
 
 def _key(text: str) -> bytes:

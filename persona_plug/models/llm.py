@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import logging
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
 
 from persona_plug.errors import ConfigError
 from persona_plug.models import zoo
+from persona_plug.models.loading import load, load_weights
 
 logger = logging.getLogger(__name__)
 
@@ -31,7 +33,8 @@ def load_llm(
         device: Torch device; default CUDA if there is one, else CPU.
 
     Raises:
-        ModelUnavailable: The weights cannot be had.
+        ModelUnavailable: The weights cannot be had, or not all of them.
+        CorruptFileError: A weight file is damaged.
         ConfigError: The quantisation is unknown or bitsandbytes is missing.
     """
     from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer
@@ -48,13 +51,10 @@ def load_llm(
     if quantization is not None:
         kwargs |= {"quantization_config": _bitsandbytes(quantization, dtype), "device_map": {"": place}}
     folder = zoo.resolve(name)
-    try:
-        config = AutoConfig.from_pretrained(folder)
-        loader = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
-        llm: Any = loader.from_pretrained(folder, **kwargs)
-        tokenizer = AutoTokenizer.from_pretrained(folder)
-    except (OSError, ValueError) as exc:
-        raise zoo.load_error(name, exc) from exc
+    config = load(AutoConfig, folder, name)
+    tokenizer = load(AutoTokenizer, folder, name)
+    loader = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
+    llm: Any = load_weights(loader, folder, name, **kwargs)
     if quantization is None:
         llm.to(place)
     for module in llm.modules():
@@ -76,12 +76,32 @@ def pick_device(device: str | torch.device | None) -> torch.device:
     """Return the device; by default CUDA if there is one, else the CPU.
 
     Raises:
-        ConfigError: Torch knows no such device.
+        ConfigError: Torch knows no such device, or this machine has none.
     """
     try:
-        return torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     except RuntimeError as exc:
         raise ConfigError(f"device={device!r} is not one torch knows, such as cpu or cuda:0") from exc
+    try:
+        torch.zeros(1, device=place)
+    except Exception as exc:  # each backend raises its own
+        raise ConfigError(f"device={str(place)!r} is not on this machine; leave it out, or use cpu") from exc
+    return place
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """What an LLM can read: token ids below `rows`, and `positions` of them (None: as many as memory holds)."""
+
+    rows: int
+    positions: int | None
+
+    @classmethod
+    def of(cls, llm: Any) -> Limits:  # noqa: ANN401
+        """Return the limits of an LLM."""
+        config = llm.config.get_text_config(decoder=True)
+        positions = getattr(config, "max_position_embeddings", None)
+        return cls(int(llm.get_input_embeddings().weight.shape[0]), positions if positions and positions > 0 else None)
 
 
 def freeze(llm: Any) -> Any:  # noqa: ANN401
@@ -100,7 +120,16 @@ def sample_embeddings(llm: Any, count: int, seed: int = 0) -> torch.Tensor:  # n
     table = llm.get_input_embeddings()
     size = table.weight.shape[0]
     ids = torch.randint(0, size, (count,), generator=torch.Generator().manual_seed(seed))
-    return table(ids.to(table.weight.device)).float().cpu()
+    return table(ids.to(table.weight.device)).float().cpu() * embedding_scale(llm)
+
+
+def embedding_scale(llm: Any) -> float:  # noqa: ANN401
+    """Return what the LLM multiplies its embeddings by outside of their table: Pegasus and Marian do, for ids only."""
+    stack = llm.get_encoder() if llm.config.is_encoder_decoder else llm.base_model
+    if hasattr(llm.get_input_embeddings(), "embed_scale"):  # the table does it by itself
+        return 1.0
+    scale = getattr(stack, "embed_scale", 1.0)
+    return float(scale) if isinstance(scale, int | float) else 1.0
 
 
 def _bitsandbytes(kind: str, dtype: torch.dtype) -> Any:  # noqa: ANN401

@@ -363,10 +363,11 @@ def _convert_gguf(weights: Path, model: Path) -> None:
     import torch
     import transformers as tf
 
-    options: dict[str, Any] = {"gguf_file": weights.name, "dtype": torch.float32}
+    options: dict[str, Any] = {"gguf_file": weights.name, "dtype": torch.float32, "trust_remote_code": False}
     if hasattr(tf, "GgufConfig"):  # older releases need none; without it the dense model counts as quantized
         options["quantization_config"] = tf.GgufConfig(dequantize=True)
-    tf.AutoTokenizer.from_pretrained(weights.parent, gguf_file=weights.name).save_pretrained(model)
+    tokenizer = tf.AutoTokenizer.from_pretrained(weights.parent, gguf_file=weights.name, trust_remote_code=False)
+    tokenizer.save_pretrained(model)
     tf.AutoModelForCausalLM.from_pretrained(weights.parent, **options).save_pretrained(model)
 
 

@@ -186,7 +186,9 @@ class TransformersEngine:
             if self.seen:
                 self.seen(len(jobs))
             try:
-                self._batch(jobs)
+                calls = [job.call for job in jobs]
+                for rows in self.plug.splicer.together([c.parts for c in calls], [c.soft for c in calls]):
+                    self._batch([jobs[i] for i in rows])
             except Exception as exc:
                 # Its message may quote a text, so it goes no further; one bad call must not end the worker.
                 logger.error("a batch of %d calls failed: %s", len(jobs), type(exc).__name__)
@@ -243,7 +245,7 @@ class TransformersEngine:
         readers = [call.reader for call in calls]
         processors: list[Any] = []
         if any(reader is not None for reader in readers):
-            processors.append(WordsProcessor(readers, start=int(plug.llm.config.is_encoder_decoder)))
+            processors.append(WordsProcessor(readers, start=len(plug.splicer.start)))
         if any(samplers):
             processors.append(_choose(samplers))
         plug.llm.generate(

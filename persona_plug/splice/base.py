@@ -17,6 +17,7 @@ from torch import Tensor
 
 from persona_plug.clock import clock
 from persona_plug.models.caching import caching
+from persona_plug.models.llm import embedding_scale
 from persona_plug.splice.passes import pass_tokens, passes
 from persona_plug.splice.prompts import AnswerTree, PromptParts
 from persona_plug.splice.soft import Soft
@@ -38,12 +39,18 @@ class Splicer:
         self.llm, self.cache, self.batch_size = llm, cache, batch_size
         self.groups: dict[tuple[int, ...], tuple[tuple[int, ...], ...]] = {}
         self.bill = StateBill()
+        self.scale = embedding_scale(llm)
 
     frozen = True
     """False where something inside the LLM is trained: then no state of a prompt outlives a step."""
 
     prefix: Tensor | None = None
     """Trained keys and values in front of every prompt (layers, 2, heads, P, head_dim): prefix tuning."""
+
+    @property
+    def start(self) -> Sequence[int]:
+        """Tokens that stand in front of every answer in the ids that the LLM's own generate gives."""
+        return ()
 
     head: tuple[int, ...] = ()
     """Tokens that prompts begin with (chat header, instruction); they run once, and their states are cached once."""
@@ -150,8 +157,12 @@ class Splicer:
         """Return logits (n, V) in front of each token of each row's only candidate, its end token included."""
         raise NotImplementedError
 
+    def together(self, parts: Sequence[PromptParts], soft: Soft) -> list[list[int]]:
+        """Return which rows `generation_inputs` may take at once, as lists of their indices."""
+        return [list(range(len(parts)))]
+
     def generation_inputs(self, parts: Sequence[PromptParts], soft: Soft) -> dict[str, Any]:
-        """Return what the LLM's own `generate` takes."""
+        """Return what the LLM's own `generate` takes, for rows that `together` puts together."""
         raise NotImplementedError
 
     @property
@@ -162,7 +173,15 @@ class Splicer:
     def embed(self, ids: Sequence[int]) -> Tensor:
         """Return the LLM's input embeddings (len, H)."""
         table = self.llm.get_input_embeddings()
-        return table(torch.tensor(list(ids), dtype=torch.long, device=self.llm.device))
+        embedded = table(torch.tensor(list(ids), dtype=torch.long, device=self.llm.device))
+        return embedded if self.scale == 1.0 else embedded * self.scale
+
+    def _prompts(self, parts: Sequence[PromptParts], soft: Soft) -> list[Tensor]:
+        """Return each row's embeddings (L, H), soft tokens in their place, in the soft tokens' dtype."""
+        return [
+            torch.cat([self.embed(p.left).to(s.dtype), s, self.embed(p.right).to(s.dtype)])
+            for p, s in zip(parts, soft, strict=True)
+        ]
 
     def states(self, lefts: Sequence[tuple[int, ...]]) -> list[Tensor]:
         """Return the frozen states of each `left`, from the cache or computed in length-sorted batches."""

@@ -97,6 +97,11 @@ class CausalSplicer(Splicer):
 
     def _tree_logits(self, parts: Sequence[PromptParts], soft: Soft, trees: Sequence[AnswerTree]) -> Tensor:
         """Return logits (B, 1 + nodes, V): column 0 is the end of the prompt, column 1 + i is node i of the tree."""
+        if self.reuses:  # something must run that predicts the first answer token: without soft tokens the last of left
+            parts = [
+                p if len(s) or p.right else PromptParts(p.left[:-1], p.left[-1:])
+                for p, s in zip(parts, soft, strict=True)
+            ]
         states = self.states([p.left for p in parts]) if self.reuses else []
         embeds, mask, positions, cache, keep = self._layout(parts, soft, trees, states)
         out = self.llm(
@@ -175,22 +180,21 @@ class CausalSplicer(Splicer):
         return DynamicCache([(layer[0], layer[1]) for layer in wide])
 
     def _mask_for_model(self, allowed: Tensor, positions: Tensor, dtype: torch.dtype) -> Any:  # noqa: ANN401
-        """Return the additive 4-D mask; for models with sliding-window layers, one for each kind of layer."""
+        """Return the additive 4-D mask; for models with sliding-window layers, one for each kind of layer.
+
+        Where a config names a window but no kinds of layers (Mistral, Phi-3), all layers have it.
+        """
         config = self.llm.config.get_text_config(decoder=True)
-        full = _additive(allowed, dtype)
-        kinds = set(getattr(config, "layer_types", None) or ())
-        if "sliding_attention" not in kinds:
-            return full
+        kinds, window = getattr(config, "layer_types", None), getattr(config, "sliding_window", None)
+        if window is None or (kinds and "sliding_attention" not in kinds):
+            return _additive(allowed, dtype)
         queries = positions[:, -allowed.shape[1] :]
-        near = queries.unsqueeze(2) - positions.unsqueeze(1) < config.sliding_window
-        return {"full_attention": full, "sliding_attention": _additive(allowed & near, dtype)}
+        near = _additive(allowed & (queries.unsqueeze(2) - positions.unsqueeze(1) < window), dtype)
+        return {"full_attention": _additive(allowed, dtype), "sliding_attention": near} if kinds else near
 
     def generation_inputs(self, parts: Sequence[PromptParts], soft: Soft) -> dict[str, Any]:
         """Return left-padded `inputs_embeds` and `attention_mask` for the LLM's own generate."""
-        rows = [
-            torch.cat([self.embed(p.left).to(s.dtype), s, self.embed(p.right).to(s.dtype)])
-            for p, s in zip(parts, soft, strict=True)
-        ]
+        rows = self._prompts(parts, soft)
         first = self.prefix_length  # generate passes over as many rows as its cache already holds
         width = first + max(len(r) for r in rows)
         embeds = torch.zeros(len(rows), width, rows[0].shape[-1], dtype=self.dtype, device=rows[0].device)

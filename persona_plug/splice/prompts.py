@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from datetime import date
 from typing import Any
 
 from persona_plug.config import PlugConfig
 from persona_plug.errors import ConfigError, DataError
+from persona_plug.models.llm import Limits
 
 _MARK = "\u241fplug\u241f"
 
@@ -31,30 +34,82 @@ class Prompter:
     encoder-decoder, `left` is empty with prefix and `right` is empty with suffix placement.
     """
 
-    def __init__(self, tokenizer: Any, config: PlugConfig, encoder_decoder: bool) -> None:  # noqa: ANN401
-        """Prepare the fixed parts for a tokenizer."""
-        self.tokenizer, self.config, self.encoder_decoder = tokenizer, config, encoder_decoder
-        self.eos = tokenizer.eos_token_id
-        if self.eos is None:
+    def __init__(
+        self,
+        tokenizer: Any,  # noqa: ANN401
+        config: PlugConfig,
+        encoder_decoder: bool,
+        limits: Limits | None = None,
+    ) -> None:
+        """Prepare the fixed parts for a tokenizer.
+
+        Args:
+            tokenizer: The LLM's tokenizer.
+            config: Template, placement, lengths and the chat template's arguments.
+            encoder_decoder: Whether the LLM is one.
+            limits: What the LLM can read; without it nothing is checked.
+
+        Raises:
+            ConfigError: The tokenizer has no end token, does not fit the LLM, or its chat template does not serve.
+        """
+        self.tokenizer, self.config, self.encoder_decoder, self.limits = tokenizer, config, encoder_decoder, limits
+        eos = tokenizer.eos_token_id
+        if eos is None:
             raise ConfigError("the LLM's tokenizer has no end-of-sequence token; set tokenizer.eos_token first")
-        before, after = "", "" if encoder_decoder else "\n"
+        if limits:
+            _check_vocabulary(tokenizer, limits.rows)
+        before, after, end = "", "" if encoder_decoder else "\n", eos
         if getattr(tokenizer, "chat_template", None) and not encoder_decoder:
-            turn = [{"role": "user", "content": _MARK}]
-            text = tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True)
+            text = self._render([{"role": "user", "content": _MARK}])
             if text.count(_MARK) != 1:
                 raise ConfigError(
                     "the chat template does not render the user's text exactly once; pass another tokenizer"
                 )
             before, after = text.split(_MARK)
             self.before = self.ids(before, plain=False)
+            end = self._turn_end(eos)
         else:
             probe = tokenizer("a")["input_ids"]
             self.before = (
-                [probe[0]] if tokenizer.bos_token_id is not None and probe[0] == tokenizer.bos_token_id else []
+                [probe[0]] if tokenizer.bos_token_id is not None and probe[:1] == [tokenizer.bos_token_id] else []
             )
-        self.after = [self.eos] if encoder_decoder else self.ids(after, plain=False)
+        self.eos = end
+        """The token that ends an answer: what ends the assistant's turn in the chat template, else the tokenizer's."""
+        self.after = [eos] if encoder_decoder else self.ids(after, plain=False)
         # What all prompts begin with; the last token may merge with the request's first and is left out.
         self.head = tuple([*self.before, *self.ids(config.template.split("{input}")[0])][:-1])
+
+    @property
+    def digest(self) -> str:
+        """Identity of what stands around every request, the end token included (16 hex digits)."""
+        return hashlib.sha256(repr((self.before, self.after, self.eos)).encode()).hexdigest()[:16]
+
+    def _render(self, turns: Sequence[dict[str, str]], reply: bool = True) -> str:
+        """Render a conversation with the chat template; `reply` adds the header of the assistant's turn.
+
+        Raises:
+            ConfigError: The template refuses it.
+        """
+        options: dict[str, Any] = dict(self.config.chat_template_args)
+        if self.config.template_day:
+            options["strftime_now"] = date.fromisoformat(self.config.template_day).strftime
+        try:
+            return str(
+                self.tokenizer.apply_chat_template(list(turns), tokenize=False, add_generation_prompt=reply, **options)
+            )
+        except Exception as exc:  # a template is its author's program: whatever it raises says that it will not do
+            line = next(iter(str(exc).splitlines()), type(exc).__name__)[:160]
+            raise ConfigError(f"the LLM's chat template fails ({line}); set chat_template_args or mend it") from exc
+
+    def _turn_end(self, eos: int) -> int:
+        """Return the token that ends the assistant's turn: the first special one behind its text, else `eos`."""
+        turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": _MARK}]
+        try:
+            behind = self._render(turns, reply=False).rpartition(_MARK)[2]
+        except ConfigError:  # a template that only asks
+            return eos
+        special = {*self.tokenizer.all_special_ids, *getattr(self.tokenizer, "added_tokens_decoder", {})}
+        return next((token for token in self.ids(behind, plain=False) if token in special), eos)
 
     def ids(self, text: str, plain: bool = True) -> list[int]:
         """Tokenise without adding special tokens; in plain text those that people write out are mere characters.
@@ -69,16 +124,45 @@ class Prompter:
         options = {"add_special_tokens": False, "split_special_tokens": True, "verbose": False}
         return [list(row) for row in self.tokenizer(list(texts), **options)["input_ids"]] if texts else []
 
+    def candidates(self, texts: Sequence[str]) -> list[tuple[int, ...]]:
+        """Tokenise candidate answers.
+
+        Raises:
+            ConfigError: The tokenizer cannot write one of them, or writes two of them alike.
+        """
+        rows = [tuple(self.ids(text)) for text in texts]
+        unknown = self.tokenizer.unk_token_id
+        known: dict[tuple[int, ...], str] = {}
+        for text, row in zip(texts, rows, strict=True):
+            if not row or (unknown is not None and unknown in row):
+                raise ConfigError(f"the LLM's tokenizer cannot write the answer {text!r:.60}; use other labels")
+            if known.setdefault(row, text) != text:
+                raise ConfigError(f"the LLM's tokenizer writes the answers {known[row]!r:.60} and {text!r:.60} alike")
+        return rows
+
     def parts(self, request: str, prompt: str | None = None) -> PromptParts:
         """Render one request; a `prompt` is taken as it is in place of the filled template."""
         body, cut = self._body(request, self.config.template) if prompt is None else self._body(prompt, "{input}")
+        before, after = tuple(self.before), tuple(self.after)
+        self._check_length(len(before) + len(body) + len(after))
         if self.config.placement == "suffix":
             if self.encoder_decoder:
-                return PromptParts((*self.before, *body, *self.after), (), cut)
-            return PromptParts((*self.before, *body), tuple(self.after), cut)
+                return PromptParts((*before, *body, *after), (), cut)
+            return PromptParts((*before, *body), after, cut)
         if self.encoder_decoder:
-            return PromptParts((), (*self.before, *body, *self.after), cut)
-        return PromptParts(tuple(self.before), (*body, *self.after), cut)
+            return PromptParts((), (*before, *body, *after), cut)
+        return PromptParts(before, (*body, *after), cut)
+
+    def _check_length(self, tokens: int) -> None:
+        """Refuse a prompt that the LLM has no positions for, before anything runs."""
+        if tokens == 0:
+            raise DataError("the LLM's tokenizer writes the prompt as no token at all; set a template with words")
+        whole = tokens + (0 if self.encoder_decoder and self.config.placement == "suffix" else self.config.soft_tokens)
+        if self.limits and self.limits.positions is not None and whole > self.limits.positions:
+            raise DataError(
+                f"a prompt takes {whole} positions with its soft tokens, the LLM has {self.limits.positions}; "
+                f"lower max_input_tokens={self.config.max_input_tokens}"
+            )
 
     def chat(self, messages: Sequence[tuple[str, str]]) -> tuple[PromptParts, str]:
         """Render a conversation, and return with it the request that steers the plug: the last message of the user.
@@ -112,9 +196,11 @@ class Prompter:
         """Return the ids that the chat template puts in front of, between and behind messages of these roles."""
         turns = [{"role": role, "content": f"{_MARK}{i}{_MARK}"} for i, role in enumerate(roles)]
         try:
-            text = self.tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
-        except Exception as exc:  # a template is its author's program: whatever it raises says that it will not do
-            raise DataError(f"the LLM's chat template refuses these roles ({exc}); change their order") from exc
+            text = self._render(turns)
+        except ConfigError as exc:
+            raise DataError(
+                f"the LLM's chat template refuses these roles ({exc.__cause__}); change their order"
+            ) from exc
         found = re.split(f"{_MARK}([0-9]+){_MARK}", text)
         if [int(i) for i in found[1::2]] != list(range(len(roles))):
             raise DataError("the LLM's chat template leaves out messages of these roles; send fewer")
@@ -131,21 +217,46 @@ class Prompter:
         over = len(body) - limit
         if over <= 0:
             return body, 0
-        encoded = self.tokenizer(
-            request, add_special_tokens=False, split_special_tokens=True, return_offsets_mapping=True, verbose=False
-        )
-        offsets = encoded["offset_mapping"]
-        keep = max(0, len(offsets) - over)
+        ends = self._ends(request)
+        keep = max(0, len(ends) - over)
         while True:
-            kept = request[: offsets[keep - 1][1]] if keep else ""
+            kept = request[: ends[keep - 1]] if keep else ""
             body = self.ids(template.replace("{input}", kept))
             if len(body) <= limit:
-                return body, len(offsets) - len(self.ids(kept))  # a character may be several tokens
+                return body, len(ends) - len(self.ids(kept))  # a character may be several tokens
             if keep == 0:
                 break
             keep = max(0, keep - (len(body) - limit))
         raise ConfigError(
             f"the template alone has more than max_input_tokens={limit} tokens; shorten it or raise the limit"
+        )
+
+    def _ends(self, request: str) -> list[int]:
+        """Return where each token of a request ends in it, in characters."""
+        options = {"add_special_tokens": False, "split_special_tokens": True, "verbose": False}
+        if self.tokenizer.is_fast:
+            offsets = self.tokenizer(request, return_offsets_mapping=True, **options)["offset_mapping"]
+            return [end for _, end in offsets]
+        ends: list[int] = []  # tokenizers in Python tell no offsets: count how many tokens each beginning has
+        for end in range(1, len(request) + 1):
+            ends += [end] * (len(self.ids(request[:end])) - len(ends))
+        return ends
+
+
+def template_day(tokenizer: Any) -> str:  # noqa: ANN401
+    """Return today (ISO) where the tokenizer's chat template writes the day, else an empty text."""
+    template = getattr(tokenizer, "chat_template", None)
+    return date.today().isoformat() if "strftime_now" in str(template or "") else ""
+
+
+def _check_vocabulary(tokenizer: Any, rows: int) -> None:  # noqa: ANN401
+    """Refuse a tokenizer that writes tokens which the LLM has no embedding of; special ones stand in no plain text."""
+    beyond = [(token, i) for token, i in tokenizer.get_vocab().items() if i >= rows]
+    plain = [pair for pair in beyond if pair[1] not in tokenizer.all_special_ids]
+    for token, i in plain or [pair for pair in beyond if pair[1] == tokenizer.eos_token_id]:
+        raise ConfigError(
+            f"the tokenizer writes token {token!r:.40} as {i}, but the LLM has {rows} embeddings; "
+            "pass its own tokenizer"
         )
 
 

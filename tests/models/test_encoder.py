@@ -195,7 +195,7 @@ def test_encoders_in_one_folder_do_not_mix(make):
     torch.testing.assert_close(make().encode(["a text"]), a, atol=0, rtol=0)
 
 
-@pytest.mark.parametrize("wrong", [{"pooling": "max"}, {"max_length": 2}, {"max_length": 4096}, {"batch_size": 0}])
+@pytest.mark.parametrize("wrong", [{"pooling": "sum"}, {"max_length": 2}, {"max_length": 4096}, {"batch_size": 0}])
 def test_settings_that_cannot_work_are_refused(make, wrong):
     with pytest.raises(ConfigError, match=next(iter(wrong))):
         make(**wrong)

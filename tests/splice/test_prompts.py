@@ -5,10 +5,16 @@ import copy
 import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.normalizers import Replace
+from tokenizers.pre_tokenizers import Whitespace
+from transformers import PreTrainedTokenizerFast
 
 from persona_plug.config import PlugConfig
-from persona_plug.errors import ConfigError
-from persona_plug.splice.prompts import AnswerTree, Prompter
+from persona_plug.errors import ConfigError, DataError
+from persona_plug.models.llm import Limits
+from persona_plug.splice.prompts import AnswerTree, Prompter, template_day
 
 EOS = 2
 TEXT = st.text(st.characters(exclude_categories=["Cs"]), max_size=60)
@@ -209,3 +215,108 @@ def test_many_texts_are_tokenised_as_each_alone(make_plug):
     texts = ["the loud guitar", "", "</s> is plain here", "a"]
     assert prompter.ids_of_many(texts) == [prompter.ids(t) for t in texts]
     assert prompter.ids_of_many([]) == []
+
+
+# The chat template: its arguments, its day, and what ends a turn
+
+TURNS = "{% for m in messages %}{{ '<|im_start|>' }}{{ m['role'] }} {{ m['content'] }}{{ END }}{% endfor %}"
+
+
+@pytest.fixture
+def chat(tokenizers):
+    """`chat(template, **settings)` is a prompter with a chat template of its own."""
+
+    def make(template, llm="tiny-gpt2", limits=None, **settings):
+        tokenizer = copy.deepcopy(tokenizers[llm])
+        tokenizer.chat_template = template
+        return Prompter(tokenizer, PlugConfig("llm", "encoder", **settings), False, limits)
+
+    return make
+
+
+def test_an_answer_ends_with_what_ends_the_assistants_turn(tokenizers):
+    tokenizer = copy.deepcopy(tokenizers["tiny-llama"])
+    tokenizer.eos_token = "<|pad|>"  # noqa: S105
+    made = Prompter(tokenizer, PlugConfig("llm", "encoder"), False)
+    assert tokenizer.convert_ids_to_tokens(made.eos) == "<|im_end|>"
+    tokenizer.chat_template = None
+    assert Prompter(tokenizer, PlugConfig("llm", "encoder"), False).eos == tokenizer.eos_token_id
+
+
+@pytest.mark.parametrize("behind", ["", "\n\n", " and on"], ids=["nothing", "lines", "words"])
+def test_a_turn_without_end_token_ends_with_the_tokenizers(chat, behind):
+    made = chat(TURNS.replace("END", repr(behind)))
+    assert made.eos == EOS
+
+
+def test_arguments_of_the_chat_template_are_settings(chat):
+    template = "{{ messages[0]['content'] }}{% if think is defined and not think %}[calm]{% endif %}"
+    plain, calm = chat(template), chat(template, chat_template_args={"think": False})
+    assert text(plain, plain.parts("hi").right) == ""
+    assert text(calm, calm.parts("hi").right) == "[calm]"
+    assert plain.digest != calm.digest
+
+
+def test_the_day_that_a_template_writes_stays_the_same(chat):
+    template = "{{ strftime_now('%d %b %Y') }} {{ messages[0]['content'] }}"
+    made = chat(template, template_day="2024-02-03")
+    assert text(made, made.parts("hi").left) == "03 Feb 2024 hi"
+    assert template_day(made.tokenizer)
+    assert template_day(chat("{{ messages[0]['content'] }}").tokenizer) == ""
+
+
+def test_a_chat_template_that_raises_is_one_line(chat):
+    with pytest.raises(ConfigError, match=r"chat template fails .no such role") as error:
+        chat("{{ raise_exception('no such role\nat all') }}")
+    assert "\n" not in str(error.value)
+
+
+# What the LLM can read and its tokenizer can write
+
+
+@pytest.mark.parametrize("placement", ["prefix", "suffix"])
+def test_a_prompt_beyond_the_positions_is_refused(chat, placement):
+    made = chat(None, limits=Limits(259, 40), placement=placement, max_input_tokens=100)
+    made.parts("a" * 20)
+    with pytest.raises(DataError, match="has 40; lower max_input_tokens=100"):
+        made.parts("a" * 30)
+
+
+def test_a_tokenizer_with_more_tokens_than_embeddings_is_refused(chat):
+    with pytest.raises(ConfigError, match="has 200 embeddings"):
+        chat(None, limits=Limits(200, None))
+    chat(None, limits=Limits(259, None))
+
+
+@pytest.mark.parametrize("labels", [["good", ""], ["good", "\n"]], ids=["empty", "dropped"])
+def test_labels_that_a_tokenizer_drops_are_named(tokenizers, labels):
+    tokenizer = copy.deepcopy(tokenizers["tiny-gpt2"])
+    tokenizer.backend_tokenizer.normalizer = Replace("\n", "")
+    made = Prompter(tokenizer, PlugConfig("llm", "encoder"), False)
+    with pytest.raises(ConfigError, match="cannot write the answer"):
+        made.candidates(labels)
+    assert made.after == []
+    with pytest.raises(DataError, match="no token at all"):
+        made.parts("\n")
+
+
+def test_labels_that_are_unknown_or_alike_are_named():
+    core = Tokenizer(WordLevel({"<unk>": 0, "good": 1, "<eos>": 2}, unk_token="<unk>"))  # noqa: S106
+    core.pre_tokenizer = Whitespace()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, unk_token="<unk>", eos_token="<eos>")  # noqa: S106
+    made = Prompter(tokenizer, PlugConfig("llm", "encoder"), False)
+    assert made.candidates(["good"]) == [(1,)]
+    with pytest.raises(ConfigError, match="cannot write the answer 'bad'"):
+        made.candidates(["good", "bad"])
+    with pytest.raises(ConfigError, match="'good' and ' good' alike"):
+        made.candidates(["good", " good"])
+
+
+def test_a_tokenizer_without_offsets_cuts_as_one_with_them(tokenizers, monkeypatch):
+    config = PlugConfig("llm", "encoder", max_input_tokens=12, template="Say: {input}")
+    fast = Prompter(tokenizers["tiny-gpt2"], config, False)
+    expected = fast.parts("Grüße aus Köln")
+    tokenizer = copy.deepcopy(tokenizers["tiny-gpt2"])
+    monkeypatch.setattr(type(tokenizer), "is_fast", False)
+    assert Prompter(tokenizer, config, False).parts("Grüße aus Köln") == expected
+    assert expected.cut > 0
