@@ -15,7 +15,7 @@ from training.config import Settings
 
 # Fields of a plug that `plug` cannot set: the models have settings of their own, and the data decide on the rest.
 _DECIDED = {"llm", "llm_fingerprint", "llm_width", "encoder", "encoder_fingerprint", "encoder_dim"}
-_DECIDED |= {"template", "answers", "format_version"}
+_DECIDED |= {"prompt_digest", "template", "answers", "format_version"}
 PLUG_FIELDS = tuple(f.name for f in dataclasses.fields(PlugConfig) if f.name not in _DECIDED)
 
 
