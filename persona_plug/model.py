@@ -367,10 +367,10 @@ class PlugModel(nn.Module):
         results: list[Generation] = []
         for batch, embedded, parts in self._batches(examples, personal, batch_size):
             readers = self.readers(batch) if personal else None
-            texts = write_texts(self.splicer, self.tokenizer, pad, parts, embedded.soft, readers, options)
+            written = write_texts(self.splicer, self.tokenizer, pad, parts, embedded.soft, readers, options)
             for i, example in enumerate(batch):
                 weights = None if embedded.weights is None else embedded.weights[i]
-                for text in texts[i]:
+                for text in written[i]:
                     soft = len(embedded.soft[i])
                     results.append(details(self.config, text.strip(), example, parts[i], soft, weights))
         single = isinstance(inputs, str) and len(results) == 1

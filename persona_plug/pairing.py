@@ -53,9 +53,10 @@ def pair(
         return stored_examples(config, requests, user, store)
     if isinstance(history, str | Mapping):
         raise DataError("history must be a list of items; put a single item into a list")
-    if history is not None and not isinstance(history, Sequence):  # a table or an iterator
-        history = list(unfold(history))
-    histories = _histories(history, not isinstance(inputs, str), len(requests))
+    items: Any = history
+    if items is not None and not isinstance(items, Sequence):  # a table or an iterator
+        items = list(unfold(items))
+    histories = _histories(items, not isinstance(inputs, str), len(requests))
     if len(histories) != len(requests):
         raise DataError(f"{len(requests)} inputs but {len(histories)} histories; give one history for each input")
     return [

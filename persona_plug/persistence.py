@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from persona_plug.config import CONFIG_NAME, PlugConfig
-from persona_plug.embedder.user_embedder import UserEmbedder
+from persona_plug.embedder.architectures import make_embedder
 from persona_plug.errors import CorruptFileError, MismatchError, PersonaPlugError
 from persona_plug.files import write_atomically
 from persona_plug.models.encoder import HistoryEncoder
@@ -155,11 +155,12 @@ def check_weights(config: PlugConfig, state: dict[str, Tensor], folder: Path) ->
     plain = config.replace(train_request=False)
     try:
         with torch.device("meta"):  # shapes alone
-            expected = UserEmbedder(plain, 1.0).state_dict()
+            expected = make_embedder(plain, 1.0).state_dict()
     except (RuntimeError, OverflowError) as exc:
         raise MismatchError(f"{folder / CONFIG_NAME}: no model has such sizes; copy the plug again") from exc
-    copied = "request_encoder." if config.train_request else "\0"
-    present = {name: t for name, t in state.items() if not name.startswith(copied)}
+    # What depends on the models themselves is checked when it is loaded.
+    later = ("request_encoder.",) * config.train_request + ("words.",) * config.remembers
+    present = {name: t for name, t in state.items() if not name.startswith(later)}
     for name in sorted(expected.keys() | present.keys()):
         want, have = (
             "nothing" if t is None else f"{str(t.dtype).removeprefix('torch.')} {list(t.shape)}"

@@ -169,7 +169,7 @@ class Plugged:
         for rows in self.plug.splicer.together(parts, soft):
             with torch.no_grad():
                 out = self.plug.llm.generate(
-                    **self.plug.splicer.generation_inputs([parts[i] for i in rows], soft[rows]),
+                    **self.plug.splicer.generation_inputs([parts[i] for i in rows], [soft[i] for i in rows]),
                     pad_token_id=self.plug.prompter.eos if pad is None else pad,
                     max_new_tokens=new,
                     stopping_criteria=StoppingCriteriaList([_stop_at(tokenizer, stops)] if stops else []),

@@ -69,9 +69,9 @@ def fit_words(plug: PlugModel, train: Sequence[Example], valid: Sequence[Example
     logits = [row[2] for _, rows in recollection.passes(answers) for row in rows]
     head.states.fit(plug.llm, torch.cat(logits), seed)
     recollection.forget()
-    samples = [list(_samples(plug, recollection, part, draw)) for part in (train, valid)]
+    learned, looked_at = (list(_samples(plug, recollection, part, draw)) for part in (train, valid))
     with torch.enable_grad():
-        nll = fit_gate(head.gate, *samples, seed)
+        nll = fit_gate(head.gate, learned, looked_at, seed)
     head.fitted.fill_(True)
     logger.info("words head: %.3f nats per token on %d validation answers", nll, len(valid))
     return nll
@@ -86,7 +86,7 @@ def _samples(
         for pair, (tokens, _, logits) in zip(pairs, rows, strict=True):
             items = _items(plug, by_pair[pair])
             if draw.random() < SHORTENED:
-                items = items[: draw.integers(0, len(items) + 1)]
+                items = items[: int(draw.integers(0, len(items) + 1))]
             reader = recollection.reader(pair[0], items)
             yield gate_sample(reader, logits, tokens)
 

@@ -134,7 +134,7 @@ def token_slots(
         offsets: (start, end) characters of each of its tokens.
         states: (W, d) unit vectors of the request's words.
     """
-    rows = []
+    rows: list[SlotTokens] = []
     for slot in slots:
         touched = [i for i, (start, end) in enumerate(offsets) if start < slot.end and end > slot.start]
         if not touched or slot.last >= len(states) or (rows and touched[0] < rows[-1].end):

@@ -112,8 +112,8 @@ class Recollection:
         histories = [texts_of(e)[-limit:] for e in examples]
         owners = [e.user_id if isinstance(e, StoredExample) else "" for e in examples]
         for owner in dict.fromkeys(owners):  # all of an owner's rows in few passes
-            rows = zip(histories, owners, strict=True)
-            self.remember([item for history, whose in rows if whose == owner for item in history], owner)
+            own = [history for history, whose in zip(histories, owners, strict=True) if whose == owner]
+            self.remember([item for history in own for item in history], owner)
         rows = zip(examples, histories, owners, strict=True)
         return [self.reader(e.input, history, owner) for e, history, owner in rows]
 

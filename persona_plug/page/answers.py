@@ -15,7 +15,7 @@ from persona_plug.retrieval import Retriever
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from persona_plug.model import Generation
+    from persona_plug.generation import Generation
     from persona_plug.plug import PersonaPlug
     from persona_plug.store.history_store import HistoryStore
 
