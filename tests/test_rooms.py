@@ -27,7 +27,7 @@ ROOMS = {
     "dataset": "data embedder errors heads model splice",
     "export": "data embedder errors files generation model",
     "measure": "config data dataset errors model models",
-    "fit": "clock data dataset embedder errors files heads measure model persistence",
+    "fit": "clock data dataset embedder errors files generation heads measure model persistence",
     "plug": "config fit model models persistence",
     "serving": "data errors export files generation heads models pairing plug splice store",
     "page": "data errors fit generation measure persistence plug retrieval store",

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from persona_plug.data.history import Example
+from persona_plug.fit.examples import one_request, side_by_side
 from persona_plug.fit.plots import plot_lift, plot_loss
-from persona_plug.measure.answers import Answers, evaluate, prior_answers, spread, with_other_history
+from persona_plug.measure.answers import Answers, evaluate, prior_answers, with_other_history
 from persona_plug.measure.contrasts import LIFT, Contrast, contrasts, estimate
 from persona_plug.measure.metrics import METRICS, describe
 from persona_plug.measure.stats import Interval
@@ -26,7 +25,6 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 WORDLESS = "plug: without words"  # the row of the soft tokens alone
-
 
 NO_USERS = "No users were held out: nothing can be said about the lift."
 CONTRAST_FIELDS = ("a", "b", "metric", "delta", "low", "high")  # of a row in fit_report.json
@@ -44,6 +42,7 @@ class FitReport:
         notes: What was skipped, capped, cut or inferred.
         examples: Held-out answers side by side.
         details: Settings, steps, identities.
+        request: Of free text one request as three held-out users' plug answers it, or None.
     """
 
     metrics: dict[str, dict[str, Interval]]
@@ -53,6 +52,7 @@ class FitReport:
     notes: list[str] = field(default_factory=list)
     examples: list[dict[str, Any]] = field(default_factory=list)
     details: dict[str, Any] = field(default_factory=dict)
+    request: dict[str, Any] | None = None
 
     def to_json(self) -> str:
         """Return everything as JSON text."""
@@ -116,6 +116,21 @@ class FitReport:
             for item in e["weights"]:
                 given, answer = (one_line(item[name], 60) for name in ("input", "output"))
                 lines.append(f"  {item['weight']:>12.2f}  {given} -> {answer}")
+        return lines + self._request_text()
+
+    def _request_text(self) -> list[str]:
+        if self.request is None:
+            return []
+        lines = [
+            "",
+            f"One request, {len(self.request['users'])} held-out users: {one_line(self.request['input'], 160)}",
+        ]
+        lines.append(f"  {'plain LLM':>12}: {one_line(self.request['plain'], 200)}")
+        for number, user in enumerate(self.request["users"], 1):
+            lines += ["", f"  user {number}, who wrote before: {one_line(user['wrote'], 160)}"]
+            for label, name in (("few-shot", "turns"), ("plug", "plug")):
+                if user[name] is not None:
+                    lines.append(f"  {label:>12}: {one_line(user[name], 200)}")
         return lines
 
     def save(self, folder: Path) -> None:
@@ -170,6 +185,7 @@ def make_report(
         notes + truncation_notes(plug, data),
         side_by_side(plug, data.held_out, answers, examples),
         details,
+        one_request(plug, data.held_out, examples),
     )
     result.save(folder)
     plot_loss(log, folder / "loss.png")
@@ -205,26 +221,3 @@ def run_methods(
     for name, answer in prior_answers(plug, data, generated).items():
         result[f"user_prior: {name}"] = answer
     return result
-
-
-def side_by_side(
-    plug: PlugModel, questions: Sequence[Example], answers: dict[str, Answers], count: int
-) -> list[dict[str, Any]]:
-    """Return `count` held-out answers of the controls and the plug beside what the person wrote, with item weights."""
-    texts = {name: a.texts for name, a in answers.items()}
-    columns = {"no user": "plug_empty", "another user": "plug_shuffled", "this user": "plug"}
-    if any(texts.get(m) is None for m in columns.values()):
-        return []
-    some = range(len(questions)) if plug.config.answers else spread(len(questions), len(texts["plug"] or ()))
-    users: set[str] = set()
-    rows: list[dict[str, Any]] = []
-    for at, i in enumerate(some):
-        example = questions[i]
-        written = {label: (texts[m] or [])[at] for label, m in columns.items()}
-        if len(rows) == count or example.user_id in users or len(example.history) < 3:
-            continue
-        users.add(example.user_id)
-        detail = plug.generate(example.input, example.history, return_details=True, max_new_tokens=1)
-        weights = [{"input": i.input, "output": i.output, "weight": round(w, 4)} for i, w in detail.weights[:3]]
-        rows.append({"input": example.input, **written, "really wrote": example.output, "weights": weights})
-    return rows

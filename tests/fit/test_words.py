@@ -10,6 +10,7 @@ from persona_plug import PersonaPlug
 from persona_plug.data.history import Example, HistoryItem
 from persona_plug.data.splits import FitData
 from persona_plug.errors import DataError
+from persona_plug.fit.report import FitReport
 from persona_plug.fit.words import fit_words, split_users
 from persona_plug.measure.answers import evaluate
 from persona_plug.splice.prompts import AnswerTree
@@ -140,8 +141,13 @@ def test_fit_trains_both_parts_and_reports_what_each_adds(make_plug, data, tmp_p
     rows = {name: row["nll"].value for name, row in report.metrics.items() if "nll" in row}
     assert rows["plug"] < rows["plug_shuffled"] - 0.05
     assert rows["plug"] < rows["task_prompt"] - 0.5
-    assert rows["plug_empty"] == pytest.approx(rows["task_prompt"], abs=0.3)
+    assert rows["plug"] < rows["plug_empty"] - 0.3  # which copies from the request alone
     assert any("without its words memory" in note for note in report.notes)
+    users = report.request["users"]
+    assert [set(user) for user in users] == [{"wrote", "turns", "plug"}]
+    assert users[0]["wrote"] in {i.output for e in data.held_out for i in e.history}
+    assert "One request, 1 held-out users" in str(report)
+    assert FitReport.from_json(report.to_json()).request == report.request
     both = make_plug(recipe="words", user_tokens=1, task_tokens=1, max_answer_tokens=40)
     names = both.fit(data, output_dir=tmp_path / "both", generated=0, examples=0, **settings).metrics
     assert {"task_prompt", "plug: without words"} <= set(names)
