@@ -26,6 +26,7 @@ chunks there are shorter than the prompts. `make test-families` writes this page
 - *trees*: candidates share one pass as a tree, and the states of prompts are kept.
 - *rows*: each candidate is a row of its own without padding, as recurrent layers, ALiBi and chunks need. It is slower.
 - *encoder-decoder*: each candidate is a row of the decoder, and the encoder's states are kept.
+- *not built*: no tiny model of it could be made here. It is checked like any other when a plug is made.
 - *refused*: `build` says so in one line, with the reason below.
 
 Scores, gradients and greedy texts of all but the refused equal those of the LLM's own plain pass, alone and in a mixed
@@ -58,6 +59,8 @@ def row(family):
     try:
         made = splicer_for(llm, StateCache(0))
     except ConfigError as exc:
+        if "TimeoutError" in str(exc):
+            return f"| `{family}` | {kind} | not built | too large |"
         reason = str(exc).partition(" cannot carry a plug: ")[2].partition("; use a text LLM")[0]
         return f"| `{family}` | {kind} | refused | {reason.replace('|', '/')} |"
     finally:

@@ -236,7 +236,7 @@ def chat(tokenizers):
 
 def test_an_answer_ends_with_what_ends_the_assistants_turn(tokenizers):
     tokenizer = copy.deepcopy(tokenizers["tiny-llama"])
-    tokenizer.eos_token = "<|pad|>"
+    tokenizer.eos_token = tokenizer.pad_token
     made = Prompter(tokenizer, PlugConfig("llm", "encoder"), False)
     assert tokenizer.convert_ids_to_tokens(made.eos) == "<|im_end|>"
     tokenizer.chat_template = None
@@ -266,7 +266,7 @@ def test_the_day_that_a_template_writes_stays_the_same(chat):
 
 
 def test_a_chat_template_that_raises_is_one_line(chat):
-    with pytest.raises(ConfigError, match="chat template fails .no such role") as error:
+    with pytest.raises(ConfigError, match=r"chat template fails .no such role") as error:
         chat("{{ raise_exception('no such role\nat all') }}")
     assert "\n" not in str(error.value)
 
@@ -301,9 +301,10 @@ def test_labels_that_a_tokenizer_drops_are_named(tokenizers, labels):
 
 
 def test_labels_that_are_unknown_or_alike_are_named():
-    core = Tokenizer(WordLevel({"<unk>": 0, "good": 1, "<eos>": 2}, unk_token="<unk>"))
+    core = Tokenizer(WordLevel({"<unk>": 0, "good": 1, "<eos>": 2}, "<unk>"))
     core.pre_tokenizer = Whitespace()
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, unk_token="<unk>", eos_token="<eos>")
+    roles = {"unk_token": "<unk>", "eos_token": "<eos>"}
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, **roles)
     made = Prompter(tokenizer, PlugConfig("llm", "encoder"), False)
     assert made.candidates(["good"]) == [(1,)]
     with pytest.raises(ConfigError, match="cannot write the answer 'bad'"):
