@@ -14,6 +14,8 @@ from persona_plug.config import PlugConfig
 from persona_plug.errors import ConfigError, DataError
 from persona_plug.models.llm import Limits
 
+# How a template asks for the day; the arguments that transformers hands to one are data, not functions.
+_TODAY = re.compile(r"""strftime_now\(\s*(['"])(.*?)\1\s*\)""")
 _MARK = "\u241fplug\u241f"
 
 
@@ -90,13 +92,13 @@ class Prompter:
         Raises:
             ConfigError: The template refuses it.
         """
-        options: dict[str, Any] = dict(self.config.chat_template_args)
-        if self.config.template_day:
-            options["strftime_now"] = date.fromisoformat(self.config.template_day).strftime
+        options = {"tokenize": False, "add_generation_prompt": reply, **self.config.chat_template_args}
         try:
-            return str(
-                self.tokenizer.apply_chat_template(list(turns), tokenize=False, add_generation_prompt=reply, **options)
-            )
+            if self.config.template_day:
+                day = date.fromisoformat(self.config.template_day)
+                template = self.tokenizer.get_chat_template()
+                options["chat_template"] = _TODAY.sub(lambda call: repr(day.strftime(call[2])), template)
+            return str(self.tokenizer.apply_chat_template(list(turns), **options))
         except Exception as exc:  # a template is its author's program: whatever it raises says that it will not do
             line = next(iter(str(exc).splitlines()), type(exc).__name__)[:160]
             raise ConfigError(f"the LLM's chat template fails ({line}); set chat_template_args or mend it") from exc
@@ -255,8 +257,7 @@ def _check_vocabulary(tokenizer: Any, rows: int) -> None:  # noqa: ANN401
     plain = [pair for pair in beyond if pair[1] not in tokenizer.all_special_ids]
     for token, i in plain or [pair for pair in beyond if pair[1] == tokenizer.eos_token_id]:
         raise ConfigError(
-            f"the tokenizer writes token {token!r:.40} as {i}, but the LLM has {rows} embeddings; "
-            "pass its own tokenizer"
+            f"the tokenizer writes {token!r:.40} as {i}, but the LLM has {rows} embeddings; pass its own tokenizer"
         )
 
 

@@ -26,12 +26,13 @@ chunks there are shorter than the prompts. `make test-families` writes this page
 - *trees*: candidates share one pass as a tree, and the states of prompts are kept.
 - *rows*: each candidate is a row of its own without padding, as recurrent layers, ALiBi and chunks need. It is slower.
 - *encoder-decoder*: each candidate is a row of the decoder, and the encoder's states are kept.
+- *not built*: no tiny model of it could be made here. It is checked like any other when a plug is made.
 - *refused*: `build` says so in one line, with the reason below.
 
 Scores, gradients and greedy texts of all but the refused equal those of the LLM's own plain pass, alone and in a mixed
 batch, with both placements. Families that are not listed, and new ones, are run as rows. Each LLM is checked anew when
-a plug is made: a few tokens go through the plug's path and through one plain pass. A difference is refused. An encoder
-(BERT) without `is_decoder` is refused, too.
+a plug is made: a few tokens go through the plug's path and through one plain pass, and a difference is refused. So is
+an encoder (BERT) without `is_decoder`.
 
 | family | attention | run as | reason |
 | --- | --- | --- | --- |
@@ -58,6 +59,8 @@ def row(family):
     try:
         made = splicer_for(llm, StateCache(0))
     except ConfigError as exc:
+        if "TimeoutError" in str(exc):
+            return f"| `{family}` | {kind} | not built | too large |"
         reason = str(exc).partition(" cannot carry a plug: ")[2].partition("; use a text LLM")[0]
         return f"| `{family}` | {kind} | refused | {reason.replace('|', '/')} |"
     finally:

@@ -127,103 +127,70 @@ SIZES = {
     "use_sliding_window": True,
 }
 # What a family needs beside its sizes, or what shows more of it: layers of every kind that it has.
-_SPARSE = {"moe_layer_start_index": 1}
+_TURNS = {"layer_types": ["sliding_attention", "full_attention"] * 2}
 _MLA = {"head_dim": 8, "num_key_value_heads": 4}
+_STACK = {
+    **{name: SIZES[name] for name in ("vocab_size", "hidden_size", "intermediate_size", "num_attention_heads")},
+    **{name: SIZES[name] for name in ("num_hidden_layers", "num_key_value_heads", "head_dim", "sliding_window")},
+    **_TURNS,
+}
 EXTRAS = {
     **dict.fromkeys(["axk1", "axk2", "deepseek_v32", "glm4_moe_lite", "glm_moe_dsa", "minicpm3", "youtu"], _MLA),
     "axk2": {**_MLA, "num_attention_heads": 4},
-    "dbrx": {
-        "ffn_config": {"ffn_hidden_size": 64, "moe_num_experts": 2},
-        "attn_config": {"kv_n_heads": 2, "clip_qkv": 8},
-    },
-    "fsmt": {"langs": ["en", "de"], "scale_embedding": True},
-    "marian": {"scale_embedding": True},
-    "mbart": {"scale_embedding": True},
-    "pegasus": {"scale_embedding": True},
-    "prophetnet": {"num_hidden_layers": None},
-    "reformer": {"is_decoder": True, "axial_pos_embds": False},
-    "xlnet": {"max_position_embeddings": None},
-    "xlstm": {"v_head_dim": None},
-    "zaya": {"num_experts_per_tok": 1},
-    "zamba2": {"layer_types": ["linear_attention", "hybrid"] * 2},
     "bailing_hybrid": {**_MLA, "layer_types": ["linear_attention", "full_attention"] * 2},
     "bamba": {"attn_layer_indices": [1, 3]},
     "codegen": {"n_ctx": 256},
     "ctrl": {"dff": 128},
+    "dbrx": {"attn_config": {"kv_n_heads": 2, "clip_qkv": 8, "rope_theta": 10000.0}},
     "deepseek_v2": _MLA,
     "deepseek_v3": _MLA,
-    "dots1": {"layer_types": ["sliding_attention", "full_attention"] * 2},
+    "dots1": {"n_shared_experts": 1, "routed_scaling_factor": 1.0},
     "falcon": {"head_dim": None},
-    "gemma3_text": {"layer_types": ["sliding_attention", "full_attention"] * 2},
+    "fsmt": {"langs": ["en", "de"], "scale_embedding": True},
+    "gemma3_text": _TURNS,
+    "gemma3n_text": {**_TURNS, "num_kv_shared_layers": 0, "laurel_rank": 8, "activation_sparsity_pattern": [0.0] * 4},
     "gpt_neo": {"attention_types": [[["global", "local"], 2]]},
     "granitemoehybrid": {"layer_types": ["mamba", "attention"] * 2},
     "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1, "expert_layer_period": 2, "expert_layer_offset": 1},
-    "kolibri1": {"layer_types": ["sliding_attention", "full_attention"] * 2},
-    "laguna": {"layer_types": ["sliding_attention", "full_attention"] * 2},
+    "kolibri1": _TURNS,
+    "laguna": _TURNS,
     "lfm2": {"layer_types": ["conv", "full_attention"] * 2},
     "lfm2_moe": {"layer_types": ["conv", "full_attention"] * 2},
     "llama4_text": {"layer_types": ["chunked_attention", "full_attention"] * 2},
     "longcat_flash": {**_MLA, "expert_ffn_hidden_size": 32, "ffn_hidden_size": 64},
     "mamba2": {"num_heads": 8, "head_dim": 16},
-    "mellum": {"layer_types": ["sliding_attention", "full_attention"] * 2},
-    "ministral": {"layer_types": ["sliding_attention", "full_attention"] * 2},
-    "qwen2": {"layer_types": ["sliding_attention", "full_attention"] * 2},
-    "qwen3": {"layer_types": ["sliding_attention", "full_attention"] * 2},
+    "marian": {"scale_embedding": True},
+    "mbart": {"scale_embedding": True},
+    "mellum": _TURNS,
+    "ministral": _TURNS,
+    "pegasus": {"scale_embedding": True},
+    "prophetnet": {"num_hidden_layers": None},
+    "qwen2": _TURNS,
+    "qwen3": _TURNS,
+    "reformer": {"is_decoder": True, "axial_pos_embds": False},
     "sarvam_mla": _MLA,
+    "t5gemma": {"encoder": _STACK, "decoder": _STACK},
+    "xlnet": {"max_position_embeddings": None},
+    "xlstm": {"v_head_dim": None},
+    "zamba": {"attention_hidden_size": 128, "num_hidden_layers": 6, "attn_layer_period": 2, "attn_layer_offset": 1},
+    "zamba2": {"attention_hidden_size": 128, "layer_types": ["linear_attention", "hybrid"] * 2},
+    "zaya": {"num_experts_per_tok": 1},
 }
 
 
 # Tokens that a family is forced to write.
 FORCED = {"bart": {"forced_bos_token_id": 5, "forced_eos_token_id": 2}, "mbart": {"forced_bos_token_id": 7}}
 
-OTHERS = {
-    **dict.fromkeys(
-        [
-            "aria_text",
-            "blt",
-            "emu3",
-            "fuyu",
-            "gemma3",
-            "gemma3n",
-            "gemma4",
-            "gemma4_unified",
-            "git",
-            "got_ocr2",
-            "llama4",
-            "mllama",
-            "phi4_multimodal",
-            "qwen3_5",
-            "qwen3_5_moe",
-            "qwen4_exp",
-            "dots3_note",
-            "moss_transcribe_diarize",
-            "audioflamingo3",
-            "glmasr",
-            "granite_speech",
-            "granite_speech_plus",
-            "musicflamingo",
-            "nemo_speechlm",
-            "omniasr",
-            "qwen2_audio",
-            "qwen3_asr",
-            "seamless_m4t",
-            "seamless_m4t_v2",
-            "vibevoice_asr",
-            "voxtral",
-            "voxtral_realtime",
-            "whisper",
-            "trocr",
-            "moshi",
-            "musicgen",
-            "musicgen_melody",
-        ],
-        "reads or writes more than text",
-    ),
-    "gemma4_assistant": "drafts for another model",
-    "gemma4_unified_assistant": "drafts for another model",
-    "encoder-decoder": "any two models joined",
-}
-"""Entries of transformers' lists that are no text families by themselves; a checkpoint of them is checked as well."""
+OTHERS = frozenset(
+    """
+    audioflamingo3 blt dots3_note emu3 encoder-decoder fuyu gemma3 gemma3n gemma4 gemma4_assistant gemma4_unified
+    gemma4_unified_assistant git glmasr got_ocr2 granite_speech granite_speech_plus llama4 mllama moshi
+    moss_transcribe_diarize musicflamingo musicgen musicgen_melody nemo_speechlm omniasr phi4_multimodal qwen2_audio
+    qwen3_5 qwen3_5_moe qwen3_asr qwen4_exp seamless_m4t seamless_m4t_v2 trocr vibevoice_asr voxtral voxtral_realtime
+    whisper
+    """.split()  # noqa: SIM905 - a list would take a line for each name
+)
+"""Entries of transformers' lists that are no text families by themselves; a checkpoint is checked all the same."""
 
 
 def config_of(family, **changes):
@@ -238,7 +205,7 @@ def config_of(family, **changes):
 
 def _has(config, name):
     try:
-        return hasattr(config, name) and name not in getattr(config, "_FIXED", ())
+        return hasattr(config, name)
     except Exception:  # some configs keep such a number a layer, and raise where it is asked for as one
         return False
 

@@ -236,7 +236,7 @@ def chat(tokenizers):
 
 def test_an_answer_ends_with_what_ends_the_assistants_turn(tokenizers):
     tokenizer = copy.deepcopy(tokenizers["tiny-llama"])
-    tokenizer.eos_token = "<|pad|>"  # noqa: S105
+    tokenizer.eos_token = tokenizer.pad_token
     made = Prompter(tokenizer, PlugConfig("llm", "encoder"), False)
     assert tokenizer.convert_ids_to_tokens(made.eos) == "<|im_end|>"
     tokenizer.chat_template = None
@@ -301,9 +301,10 @@ def test_labels_that_a_tokenizer_drops_are_named(tokenizers, labels):
 
 
 def test_labels_that_are_unknown_or_alike_are_named():
-    core = Tokenizer(WordLevel({"<unk>": 0, "good": 1, "<eos>": 2}, unk_token="<unk>"))  # noqa: S106
+    core = Tokenizer(WordLevel({"<unk>": 0, "good": 1, "<eos>": 2}, "<unk>"))
     core.pre_tokenizer = Whitespace()
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, unk_token="<unk>", eos_token="<eos>")  # noqa: S106
+    roles = {"unk_token": "<unk>", "eos_token": "<eos>"}
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, **roles)
     made = Prompter(tokenizer, PlugConfig("llm", "encoder"), False)
     assert made.candidates(["good"]) == [(1,)]
     with pytest.raises(ConfigError, match="cannot write the answer 'bad'"):
