@@ -59,18 +59,18 @@ docs: ## build the site in build/site, in an environment of its own; a warning i
 	$(PYTHON) .ci/env-docs .venv-docs
 	NO_MKDOCS_2_WARNING=1 .venv-docs/bin/python -m mkdocs build --strict
 
-demo: env ## fit a small plug on real data (DEMO=folder)
+demo: env ## fit a plug on generated replies, and see three users answer one request (DEMO=folder)
 	mkdir -p $(DEMO)
 	$(BIN)/persona-plug models pull smollm2-135m
 	$(BIN)/persona-plug models pull minilm-l6
-	$(BIN)/persona-plug data debian --task synopsis --out $(DEMO)/debian.jsonl
-	$(BIN)/persona-plug fit $(DEMO)/debian.jsonl --llm smollm2-135m --encoder minilm-l6 --out $(DEMO)/plug \
-		--steps 24 --batch-size 16 --eval-every 12 --lr 2e-3 --max-input-tokens 96 --max-answer-tokens 24 \
-		--targets-per-user 6 --report-samples 96 --generated 24 --examples 3
+	$(BIN)/persona-plug data synthetic --kind replies --users 48 --items 12 --out $(DEMO)/replies.jsonl
+	$(BIN)/persona-plug fit $(DEMO)/replies.jsonl --recipe words --llm smollm2-135m --encoder minilm-l6 \
+		--out $(DEMO)/plug --steps 60 --batch-size 8 --eval-every 20 --lr 1e-2 --max-input-tokens 160 \
+		--max-answer-tokens 112 --targets-per-user 8 --report-samples 40 --generated 12 --examples 3
 
 serve-demo: env ## serve the demo's plug with its users' histories on port 8000 (fits it first where it is missing)
 	test -f $(DEMO)/plug/config.json || $(MAKE) demo
-	$(BIN)/persona-plug users add $(DEMO)/debian.jsonl --store sqlite:///$(DEMO)/users.db --encoder minilm-l6 \
+	$(BIN)/persona-plug users add $(DEMO)/replies.jsonl --store sqlite:///$(DEMO)/users.db --encoder minilm-l6 \
 		--keep-text --tenant local
 	$(BIN)/persona-plug serve $(DEMO)/plug --store sqlite:///$(DEMO)/users.db --keep-text --name demo $(ARGS)
 
