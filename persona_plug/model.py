@@ -255,7 +255,7 @@ class PlugModel(nn.Module):
         pad = self.tokenizer.pad_token_id if self.tokenizer.pad_token_id is not None else self.prompter.eos
         results: list[Generation] = []
         for batch, embedded, parts in self._batches(examples, personal, batch_size):
-            texts: dict[int, list[str]] = {}
+            answers: dict[int, list[str]] = {}
             for rows in self.splicer.together(parts, embedded.soft):
                 inputs_for_llm = self.splicer.generation_inputs(
                     [parts[i] for i in rows], [embedded.soft[i] for i in rows]
@@ -264,10 +264,10 @@ class PlugModel(nn.Module):
                 ids = out if isinstance(out, Tensor) else out.sequences  # return_dict_in_generate
                 written = self.tokenizer.batch_decode(ids, skip_special_tokens=True)
                 share = len(written) // len(rows)  # num_return_sequences
-                texts |= {i: written[at * share : (at + 1) * share] for at, i in enumerate(rows)}
+                answers |= {i: written[at * share : (at + 1) * share] for at, i in enumerate(rows)}
             for i, example in enumerate(batch):
                 weights = None if embedded.weights is None else embedded.weights[i]
-                for text in texts[i]:
+                for text in answers[i]:
                     results.append(self._details(text.strip(), example, parts[i], len(embedded.soft[i]), weights))
         if return_details:
             return results[0] if isinstance(inputs, str) and len(results) == 1 else results

@@ -125,8 +125,9 @@ class HistoryEncoder:
         """Return how many tokens are read of a text, within what the model has positions for."""
         limit = getattr(self.model.config, "max_position_embeddings", None)
         table = getattr(getattr(self.model, "embeddings", None), "position_embeddings", None)
-        if limit is not None and getattr(table, "padding_idx", None) is not None:
-            limit -= table.padding_idx + 1  # RoBERTa's positions start behind the padding's
+        padding = getattr(table, "padding_idx", None)
+        if limit is not None and padding is not None:
+            limit -= padding + 1  # RoBERTa's positions start behind the padding's
         if wanted is None:
             wanted = min(limit or 1 << 20, self.tokenizer.model_max_length)
         if wanted < 3 or self.batch_size < 1:

@@ -164,7 +164,7 @@ def _file(folder: str, path: str) -> str | None:
     """Return a file of a folder or Hub id, None where it has none."""
     if Path(folder).is_dir():
         return str(Path(folder) / path) if (Path(folder) / path).is_file() else None
-    from transformers.utils import cached_file
+    from transformers.utils.hub import cached_file
 
     try:
         return cached_file(folder, path, _raise_exceptions_for_missing_entries=False)

@@ -95,7 +95,7 @@ class Seq2SeqSplicer(Splicer):
         from transformers.modeling_outputs import BaseModelOutput
 
         made = BaseModelOutput(last_hidden_state=encoded)
-        made.router_logits = None  # type: ignore[attr-defined]  # what encoders with experts give beside it
+        made.router_logits = None  # what encoders with experts give beside it
         return made
 
 
