@@ -43,7 +43,9 @@ def fit(
     out: Annotated[Path, typer.Option(help="Folder for the plug, its report, plots and checkpoints.")],
     llm: Annotated[str, typer.Option(help="Frozen LLM: short name, folder or Hub id.")] = "smollm2-135m",
     encoder: Annotated[str, typer.Option(help="Frozen sentence encoder: short name, folder or Hub id.")] = "minilm-l6",
-    recipe: Annotated[str, typer.Option(help="default, words (for free text: a memory of each user's words), mean, or paper.")] = "default",
+    recipe: Annotated[
+        str, typer.Option(help="default, words (free text: reads users' own words), mean, or paper.")
+    ] = "default",
     placement: Annotated[str | None, typer.Option(help="Where soft tokens go: suffix or prefix.")] = None,
     quantization: Annotated[str | None, typer.Option(help="int8 or nf4 for the LLM's matrices.")] = None,
     template: Annotated[str | None, typer.Option(help="The LLM's instruction, with {input}.")] = None,

@@ -33,8 +33,8 @@ class Metric:
         return b - a if self.lower_is_better else a - b
 
 
-# A new metric is a line here, and its rule in `measure.answers` (what `fit` reports, too) or `eval.metrics.lamp` (LaMP's
-# official ones). Tables show the metrics in this order.
+# A new metric is a line here, and its rule in `measure.answers` (what `fit` reports, too) or in `eval.metrics.lamp`
+# (LaMP's official ones). Tables show the metrics in this order.
 METRICS: dict[str, Metric] = {
     "nll": Metric("negative log-likelihood, in nats: of the right label, or per token of the user's text", True),
     "accuracy": Metric("share of answers that are exactly the user's"),
