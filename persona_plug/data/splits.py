@@ -176,6 +176,8 @@ def _known(part: list[Example], answers: tuple[str, ...], name: str, notes: list
             items[item] = item if output == item.output else dataclasses.replace(item, output=output)
         return items[item]
 
+    if len(answers) < 2:
+        raise ConfigError(f"answers must be two or more different, non-empty texts, got {list(answers)!r:.80}")
     outside = [e.output for e in part if label_of(e.output) not in spelling]
     if outside:
         alike = {plain(answer) for answer in answers}

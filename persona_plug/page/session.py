@@ -92,7 +92,7 @@ class Session:
             return {owner: self.store.append(owner, items) for owner, items in by_user(events).items()}
 
     def edit(self, user: str, ident: str | None, input: str, output: str) -> None:
-        """Replace an item by a new one of the same time, which is then the newest; the old one goes once it is stored.
+        """Replace an item by a new one of the same time; the old one goes once the new one is stored.
 
         Raises:
             DataError: There is no such item, or the new text is none.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import base64
 import dataclasses
 import logging
 import sqlite3
@@ -13,8 +12,6 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
-
-import numpy as np
 
 from persona_plug.data.history import HistoryItem
 from persona_plug.data.moments import arrival_order, in_time
@@ -30,11 +27,10 @@ from persona_plug.store.format import (
     StoredHistory,
     UserRow,
     VectorFormat,
-    layout,
     to_text,
     unpack,
 )
-from persona_plug.store.rows import check_id, events, rows
+from persona_plug.store.rows import as_base64, check_id, events, rows, vector_fields
 
 if TYPE_CHECKING:
     import os
@@ -304,7 +300,6 @@ class HistoryStore:
             with transaction(self._engine) as connection:
                 rows = connection.execute(page, {"user": user, "last": last, "limit": PAGE_ROWS}).all()
             for number, name, at, hashes, blob, given, answer, updated in rows:
-                vectors = np.frombuffer(blob, dtype=layout(self.vectors, self.dim))[0]
                 texts = {"input": to_text(given), "output": to_text(answer)} if self.keep_text else {}
                 yield {
                     "user_id": user,
@@ -312,11 +307,10 @@ class HistoryStore:
                     **texts,
                     **({} if at is None else {"timestamp": at}),
                     "last_update_of_user": updated,
-                    "text_hashes": _base64(hashes),
+                    "text_hashes": as_base64(hashes),
                     "encoder": self.fingerprint,
-                    "vector_format": self.vectors,
-                    **{f"{part}_bytes": _base64(vectors[part].tobytes()) for part in vectors.dtype.names or ()},
-                }  # fmt: skip
+                    **vector_fields(blob, self.vectors, self.dim),
+                }
                 last = number
             if len(rows) < PAGE_ROWS:
                 return
@@ -400,7 +394,3 @@ class HistoryStore:
 
     def __exit__(self, *_: object) -> None:
         self.close()
-
-
-def _base64(data: bytes) -> str:
-    return base64.b64encode(data).decode()

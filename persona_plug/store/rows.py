@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import dataclasses
 import hashlib
 from collections import Counter
@@ -9,11 +10,13 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from persona_plug.data.history import HistoryItem, events_of
 from persona_plug.data.labels import label_of
 from persona_plug.data.rows import read_rows
 from persona_plug.errors import DataError
-from persona_plug.store.format import HASH, VectorFormat, pack, to_bytes
+from persona_plug.store.format import HASH, VectorFormat, layout, pack, to_bytes
 
 if TYPE_CHECKING:
     from persona_plug.models.encoder import HistoryEncoder
@@ -92,6 +95,17 @@ def rows(
         }
         for item, blob in zip(items, packed, strict=True)
     ]
+
+
+def as_base64(data: bytes) -> str:
+    """Return bytes as base64 text."""
+    return base64.b64encode(data).decode()
+
+
+def vector_fields(blob: bytes, vectors: VectorFormat, dim: int) -> dict[str, str]:
+    """Return an item's stored vectors as an export shows them: their format, and the bytes of each part in base64."""
+    row = np.frombuffer(blob, dtype=layout(vectors, dim))[0]
+    return {"vector_format": vectors} | {f"{p}_bytes": as_base64(row[p].tobytes()) for p in row.dtype.names or ()}
 
 
 def text_hash(text: str) -> bytes:

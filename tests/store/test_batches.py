@@ -113,7 +113,7 @@ def test_a_number_in_another_spelling_is_no_other_label(make_plug, make_store, a
     items = [{"input": "a", "output": "5.0"}, {"input": "b", "output": 4}, {"input": "c", "output": "5,0"}]
     store.append("ann", items)
     assert torch.equal(plug.soft_prompt("x", user="ann", store=store), plug.soft_prompt("x", items))
-    examples = plug._examples("x", None, "ann", store)
+    examples = pair(plug.config, "x", None, "ann", store)
     assert plug.table(examples).batch(examples).values[0, :, -2:].tolist() == [[0, 1], [1, 0], [0, 1]]
 
 
