@@ -136,7 +136,7 @@ class Prompter:
         unknown = self.tokenizer.unk_token_id
         known: dict[tuple[int, ...], str] = {}
         for text, row in zip(texts, rows, strict=True):
-            if not row or (unknown is not None and unknown in row):
+            if (text and not row) or (unknown is not None and unknown in row):
                 raise ConfigError(f"the LLM's tokenizer cannot write the answer {text!r:.60}; use other labels")
             if known.setdefault(row, text) != text:
                 raise ConfigError(f"the LLM's tokenizer writes the answers {known[row]!r:.60} and {text!r:.60} alike")
