@@ -125,6 +125,8 @@ class Plugged:
             soft: (B, S, H) soft tokens.
             trees: Each row's continuations, see `open_tree`.
         """
+        if isinstance(self.plug.splicer, RowSplicer) and (len(parts) > 1 or len(trees[0].paths) > 1):
+            return self._score_alone(parts, soft, trees)
         seen: list[Tensor] = []
 
         def keep(module: Any, arguments: Any, output: Any) -> None:  # noqa: ANN401
@@ -143,13 +145,28 @@ class Plugged:
         for b, tree in enumerate(trees):
             row = []
             for path in tree.paths:
-                if self.seq2seq:  # a decoder row for each path
-                    row.append(all(winners[at][i] == token for i, (_, token) in enumerate(path)))
+                if isinstance(self.plug.splicer, Seq2SeqSplicer):  # a decoder row for each path, behind its start
+                    begin = len(self.plug.splicer.start) - 1
+                    row.append(all(winners[at][begin + i] == token for i, (_, token) in enumerate(path)))
+                elif isinstance(self.plug.splicer, RowSplicer):  # the one path's tokens stand at the end
+                    row.append([token for _, token in path] == winners[0][-len(path) :])
                 else:  # the last 1 + nodes columns: the prompt's end (node -1), then the nodes
                     row.append(all(winners[b][node - nodes] == token for node, token in path))
                 at += 1
             greedy.append(row)
         return scores.float().tolist(), greedy
+
+    def _score_alone(
+        self, parts: Sequence[PromptParts], soft: Tensor, trees: Sequence[AnswerTree]
+    ) -> tuple[list[list[float]], list[list[bool]]]:
+        """Score one continuation after the other, where each is a row of its own anyway."""
+        scores, greedy = [], []
+        for part, row, tree in zip(parts, soft, trees, strict=True):
+            alone = [open_tree([tuple(token for _, token in path)]) for path in tree.paths]
+            pairs = [self.score([part], row[None], [path]) for path in alone]
+            scores.append([score[0][0] for score, _ in pairs])
+            greedy.append([best[0][0] for _, best in pairs])
+        return scores, greedy
 
     def write(
         self, parts: Sequence[PromptParts], soft: Soft, stops: list[str], new: int, options: dict[str, Any]

@@ -74,7 +74,7 @@ def evaluate(
     in_order = sorted(some, key=lambda i: int(back[i]))
     outputs = (write or _generate)(plug, [questions[i] for i in in_order], personal) if some else []
     texts = dict(zip(in_order, outputs, strict=True))
-    return _with_rouge(values, [texts[i] for i in some], questions, some)
+    return _with_rouge(values, [texts[i] for i in some], questions, some) if some else Answers(values)
 
 
 @torch.no_grad()
@@ -139,6 +139,8 @@ def prior_answers(plug: PlugModel, data: FitData, generated: int) -> dict[str, A
                 result[name] = Answers(rating_errors(gold, prediction, prediction))
         return result
     some = spread(len(questions), generated)
+    if not some:
+        return {}
     priors = text_priors([questions[i] for i in some], plug.encoder)
     return {name: _with_rouge({}, texts, questions, some) for name, texts in priors.items()}
 

@@ -172,10 +172,10 @@ class _Probe:
         rows = min(llm.get_input_embeddings().weight.shape[0], getattr(config, "vocab_size", None) or 1 << 60)
         special = {getattr(config, name, None) for name in _TOKENS}
         draw = torch.randperm(rows, generator=torch.Generator().manual_seed(0)).tolist()
-        ids = [i for i in draw[:64] if i not in special][:18]
-        if len(ids) < 18:
+        ids = [i for i in draw[:64] if i not in special][:13]
+        if len(ids) < 13:
             raise ConfigError(f"its vocabulary has {rows} tokens only")
-        prompts, answers = (tuple(ids[:5]), tuple(ids[5:14])), (tuple(ids[14:16]), tuple(ids[16:18]))
+        prompts, answers = (tuple(ids[:3]), tuple(ids[3:9])), (tuple(ids[9:11]), tuple(ids[11:13]))
         logps = [_plain(llm, prompt, answers) for prompt in prompts]
         scores = torch.stack([_sums(logp, answers) for logp in logps])
         share = TOLERANCE.get(llm.dtype, LOW_PRECISION_TOLERANCE)

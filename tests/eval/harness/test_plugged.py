@@ -3,9 +3,13 @@
 import json
 
 import pytest
+import torch
 
-from eval.harness.plugged import open_tree, read_history
+from eval.harness.plugged import Plugged, Row, open_tree, read_history
+from persona_plug.config import PlugConfig
 from persona_plug.errors import DataError
+from persona_plug.plug import PersonaPlug
+from tests.families.tiny import model_of
 
 
 @pytest.mark.parametrize(
@@ -36,3 +40,23 @@ def test_a_history_of_several_users_needs_a_name(tmp_path):
         read_history(file)
     with pytest.raises(DataError, match="holds no user 'eve'"):
         read_history(file, "eve")
+
+
+def test_an_llm_that_reads_rows_is_scored_and_judged_as_by_itself(load_parts, encoder):
+    """Bloom counts columns: its continuations run one by one, and what it would write is seen there."""
+    llm, (_, tokenizer) = model_of("bloom"), load_parts("tiny-gpt2")
+    plug = PersonaPlug.join(PlugConfig("tiny", encoder.name, max_answer_tokens=4), llm, tokenizer, encoder)
+    plugged = Plugged(plug, detached=True)
+    prompts = [tuple(tokenizer(text)["input_ids"]) for text in ("Once", "what is two and two?")]
+    parts = [plugged.place(Row("", ids))[0] for ids in prompts]
+    none = torch.zeros(2, 0, plug.config.llm_width)
+    with torch.no_grad():
+        best = [llm(input_ids=torch.tensor([ids])).logits[0, -1].argmax().item() for ids in prompts]
+    answers = [((best[0],), (7, 8)), ((9,), (best[1],))]
+    scores, greedy = plugged.score(parts, none, [open_tree(a) for a in answers])
+    assert greedy == [[True, False], [False, True]]
+    for ids, row, values in zip(prompts, answers, scores, strict=True):
+        for answer, value in zip(row, values, strict=True):
+            with torch.no_grad():
+                logp = llm(input_ids=torch.tensor([[*ids, *answer[:-1]]])).logits[0, -len(answer) :].log_softmax(-1)
+            assert value == pytest.approx(float(logp.gather(1, torch.tensor(answer)[:, None]).sum()), abs=1e-3)
