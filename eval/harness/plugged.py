@@ -22,6 +22,8 @@ from persona_plug.data.history import Example, HistoryItem, by_user, read_events
 from persona_plug.errors import DataError
 from persona_plug.plug import PersonaPlug
 from persona_plug.splice.prompts import AnswerTree, PromptParts
+from persona_plug.splice.rows import RowSplicer
+from persona_plug.splice.seq2seq import Seq2SeqSplicer
 from persona_plug.splice.soft import Soft
 
 LOOKBACK = 16  # tokens beyond a stop text's own letters that are decoded to find it
