@@ -66,7 +66,8 @@ def prepare(settings: ComparisonSettings) -> tuple[Task, FitData, PersonaPlug, M
     task = load_task(settings.task_name)
     if settings.generator == "vllm" and task.no_repeat_ngram:
         raise ConfigError(f"generator=vllm writes greedily: it knows no no_repeat_ngram, which {task.name} asks for")
-    data = with_questions(load_data(settings, task), settings, task)
+    trained = load_data(settings, task)
+    data = with_questions(trained, settings, task)
     base, plug = build_plug(settings, task, data)
     base.llm.generation_config.num_beams = settings.beams
     return task, data, base, plug
@@ -75,7 +76,7 @@ def prepare(settings: ComparisonSettings) -> tuple[Task, FitData, PersonaPlug, M
 def compare(settings: ComparisonSettings, out: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     """Run every method for every seed; what is finished is read back from `out`, not computed again."""
     from eval.rows import Questions, add_official_values, details, mean_values, method_row
-    from eval.session import Session, expected_texts, ordered
+    from eval.session import Session, ordered
 
     git = _git()  # before, not after: sources may change while it runs
     task, data, base, plug = prepare(settings)
@@ -94,7 +95,7 @@ def compare(settings: ComparisonSettings, out: Path) -> tuple[dict[str, Any], di
     session.close()
     listed = [n for n in settings.methods if n in found] + [n for n in found if n not in settings.methods]
     found = {name: found[name] for name in listed}
-    questions = Questions(task, data, expected_texts(data.held_out, data.answers, settings.generated))
+    questions = Questions(task, data, session.texts)
     users = questions.users
     for outcomes in found.values():
         for outcome in outcomes:

@@ -48,6 +48,8 @@ class Session:
             out: The run's folder.
         """
         self.task, self.data, self.base, self.settings, self.out = task, data, base, settings, out
+        self.texts = expected_texts(data.held_out, data.answers, settings.generated)
+        """Indices of the questions whose answers are written or chosen."""
         self.notes: dict[str, int] = {}
         self._fitted: tuple[tuple[Any, ...], Fitted] | None = None  # the last one: methods are ordered by it
         self._summaries: Summaries | None = None
@@ -176,7 +178,7 @@ class Session:
         merged: dict[str, np.ndarray] = {}
         texts: dict[int, str] = {}
         rows: dict[int, np.ndarray] = {}
-        budget = set(expected_texts(held, plug.config.answers, self.settings.generated))
+        budget = set(self.texts)
         for indices, own in for_each_user(plug, held, config, self.settings.user_steps):
             asked = [at for at, i in enumerate(indices) if i in budget]
             found = evaluate(own, [held[i] for i in indices], asked, write=self._write)

@@ -248,15 +248,16 @@ class PlugModel(nn.Module):
         ids = self.prompter.candidates(candidates)
         tree = AnswerTree.build(ids, self.prompter.eos)
         examples = pair(self.config, inputs, history, user, store)
-        rows = []
-        columns = [known.index(c) for c in candidates] if all(c in known for c in candidates) else []
-        for batch, embedded, parts in self._batches(examples, personal, batch_size):
+        columns = [known.index(c) for c in candidates] if head and all(c in known for c in candidates) else []
+
+        def scores(batch: list[Example], embedded: Embedded, parts: list[PromptParts]) -> Tensor:
             readers = self.readers(batch) if personal else None
-            scores = self.splicer.loglik(parts, embedded.soft, [tree] * len(batch), readers)[0]
-            if head and columns and embedded.bias is not None:
-                scores = self.embedder.combine(scores, embedded.bias[:, columns])
-            rows.append(scores.float().cpu())
-        return torch.cat(rows)
+            loglik = self.splicer.loglik(parts, embedded.soft, [tree] * len(batch), readers)[0]
+            bias = embedded.bias
+            return loglik if bias is None or not columns else self.embedder.combine(loglik, bias[:, columns])
+
+        batches = self._batches(examples, personal, batch_size)
+        return torch.cat([scores(*batch).float().cpu() for batch in batches])
 
     def choose(
         self,
