@@ -65,8 +65,8 @@ demo: env ## fit a plug on generated replies, and see three users answer one req
 	$(BIN)/persona-plug models pull minilm-l6
 	$(BIN)/persona-plug data synthetic --kind replies --users 48 --items 12 --out $(DEMO)/replies.jsonl
 	$(BIN)/persona-plug fit $(DEMO)/replies.jsonl --recipe words --llm smollm2-135m --encoder minilm-l6 \
-		--out $(DEMO)/plug --steps 60 --batch-size 8 --eval-every 20 --lr 1e-2 --max-input-tokens 160 \
-		--max-answer-tokens 112 --targets-per-user 8 --report-samples 40 --generated 12 --examples 3
+		--out $(DEMO)/plug --steps 40 --batch-size 8 --eval-every 20 --lr 1e-2 --max-input-tokens 160 \
+		--max-answer-tokens 112 --targets-per-user 6 --report-samples 24 --generated 9 --examples 3
 
 serve-demo: env ## serve the demo's plug with its users' histories on port 8000 (fits it first where it is missing)
 	test -f $(DEMO)/plug/config.json || $(MAKE) demo

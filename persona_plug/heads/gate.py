@@ -87,7 +87,9 @@ def look(
     before, inside = memory.before.to(device), memory.inside.to(device)
     same = tails.unsqueeze(1) == before.unsqueeze(0)  # (L, N, CHAIN)
     required = same | (before == NONE).unsqueeze(0)
-    is_open = ~inside.unsqueeze(0) | required.all(-1)
+    whole = memory.whole.to(device)
+    written_whole = ((tails.unsqueeze(1) == whole.unsqueeze(0)) | (whole == NONE).unsqueeze(0)).all(-1)
+    is_open = ~inside.unsqueeze(0) | (required.all(-1) & ~written_whole)  # else a number would begin again
     cosine = torch.where(inside.unsqueeze(0), 1.0, states @ memory.states.to(device).T)
     last = same[..., -1]
     equal = torch.stack([last, last & same[..., -2]], -1) | inside.view(1, -1, 1)

@@ -70,6 +70,8 @@ class WordMemory:
         items: (N,) the item that a place belongs to.
         before: (N, CHAIN) the tokens in front, the nearest last, `NONE` where there is none or none is required.
         inside: (N,) whether the place lies inside a placed slot: it counts only behind exactly its `before`.
+        whole: (N, CHAIN) for such places the end of the slot's tokens: behind them the slot is written, and the place
+            does not count. All `NONE` elsewhere.
         slots: (N,) whether the token is a slot's.
         count: Items.
         length: Mean of log(1 + tokens) over the items' answers.
@@ -80,6 +82,7 @@ class WordMemory:
     items: Tensor
     before: Tensor
     inside: Tensor
+    whole: Tensor
     slots: Tensor
     count: int
     length: float
@@ -93,6 +96,7 @@ class WordMemory:
             torch.zeros(0, dtype=torch.long),
             torch.zeros(0, CHAIN, dtype=torch.long),
             torch.zeros(0, dtype=torch.bool),
+            torch.zeros(0, CHAIN, dtype=torch.long),
             torch.zeros(0, dtype=torch.bool),
             0,
             0.0,
@@ -188,6 +192,7 @@ class _Rows:
         self.items: list[int] = []
         self.before: list[list[int]] = []
         self.inside: list[bool] = []
+        self.whole: list[list[int]] = []
         self.slots: list[bool] = []
         self.sources: list[tuple[int, int]] = []  # (item, token) whose state the place has, token -1 for none
 
@@ -202,28 +207,28 @@ class _Rows:
             slot = slots.get(i)
             if slot is None:
                 if i not in barred:
-                    self._add(number, i, item.tokens[i], written, inside=0, slot=False)
+                    self._add(number, i, item.tokens[i], written, inside=0)
                 written.append(item.tokens[i])
                 i += 1
                 continue
             text = request.fill(slot) if request is not None else None
             filled = [] if text is None else tokenise(slot.before + text + slot.after)
             for depth, token in enumerate(filled):
-                self._add(number, i if depth == 0 else NONE, token, written, inside=depth, slot=True)
+                self._add(number, i if depth == 0 else NONE, token, written, inside=depth, slot=filled)
                 written.append(token)
             if text is None:  # what stood there is another request's
                 written.append(NONE)
             i = slot.end
 
-    def _add(self, number: int, source: int, token: int, written: Sequence[int], inside: int, slot: bool) -> None:
-        tail = list(written[-CHAIN:])
-        if inside:
-            tail = tail[-inside:]
-        self.before.append([NONE] * (CHAIN - len(tail)) + tail)
+    def _add(
+        self, number: int, source: int, token: int, written: Sequence[int], inside: int, slot: Sequence[int] = ()
+    ) -> None:
+        self.before.append(_tail(written[-inside:] if inside else written))
+        self.whole.append(_tail(slot if inside else ()))
         self.tokens.append(token)
         self.items.append(number)
         self.inside.append(inside > 0)
-        self.slots.append(slot)
+        self.slots.append(bool(slot))
         self.sources.append((number, source))
 
     def memory(self, items: Sequence[ItemWords], length: float) -> WordMemory:
@@ -237,7 +242,14 @@ class _Rows:
             torch.tensor(self.items, dtype=torch.long),
             torch.tensor(self.before, dtype=torch.long).view(-1, CHAIN),
             torch.tensor(self.inside, dtype=torch.bool),
+            torch.tensor(self.whole, dtype=torch.long).view(-1, CHAIN),
             torch.tensor(self.slots, dtype=torch.bool),
             len(items),
             length,
         )
+
+
+def _tail(tokens: Sequence[int]) -> list[int]:
+    """Return the last CHAIN tokens, with `NONE` in front of fewer."""
+    tail = list(tokens[-CHAIN:])
+    return [NONE] * (CHAIN - len(tail)) + tail

@@ -5,7 +5,7 @@ import torch
 
 from persona_plug.heads.gate import PARTS, WordGate, look
 from persona_plug.heads.memory import WordMemory, recall
-from tests.heads.test_memory import item, tokenise
+from tests.heads.test_memory import item, request_words, tokenise
 
 V, D, END = 140, 16, 0
 
@@ -81,8 +81,6 @@ def test_memory_says_what_followed_the_nearest_state(memory):
 
 
 def test_inside_a_slot_the_next_token_needs_the_ones_before():
-    from tests.heads.test_memory import request_words
-
     names = torch.eye(D)
     kept = [item("hi Ben,", "Ben lamp", names[:2])]
     read = recall(kept, request_words("lamp Jo", names[[1, 0]]), tokenise, D)
@@ -90,6 +88,19 @@ def test_inside_a_slot_the_next_token_needs_the_ones_before():
     sight = look(logp, states, tokenise("hi J"), 3, read, torch.zeros(0, dtype=torch.long), END)
     place = int(read.inside.int().argmax())
     assert sight.open[:, place].tolist() == [False, True]
+
+
+def test_a_slot_that_is_written_does_not_begin_again():
+    """86598 ends as it begins: behind it the place that follows an 8 is closed."""
+    names = torch.eye(D)
+    kept = [item("order 11 left", "11 lamp", names[:2])]
+    read = recall(kept, request_words("lamp 86598", names[[1, 0]]), tokenise, D)
+    place = int(read.inside.int().argmax())
+    assert chr(int(read.tokens[place])) == "6"
+    logp, states = draw(12)
+    nothing = torch.zeros(0, dtype=torch.long)
+    sight = look(logp, states, tokenise("order 86598"), 0, read, nothing, END)
+    assert [at for at in range(12) if sight.open[at, place]] == [7]
 
 
 def test_copying_follows_the_longest_common_end():
