@@ -159,7 +159,7 @@ class Plugged:
         return scores.float().tolist(), greedy
 
     def _score_alone(
-        self, parts: Sequence[PromptParts], soft: Tensor, trees: Sequence[AnswerTree]
+        self, parts: Sequence[PromptParts], soft: Soft, trees: Sequence[AnswerTree]
     ) -> tuple[list[list[float]], list[list[bool]]]:
         """Score one continuation after the other, where each is a row of its own anyway."""
         scores, greedy = [], []
