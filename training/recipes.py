@@ -169,6 +169,8 @@ def make(name: str, base: PersonaPlug, settings: Mapping[str, Any], seed: int) -
         chat_template_args=known.chat_template_args,
         template_day=known.template_day,
     )
+    if config.remembers:  # its gate would stay unfitted, and the words be left out without a word
+        raise ConfigError("a comparison cannot fit a words memory: use PersonaPlug.fit, or another plug.recipe")
     plug = base.twin(config, seed=seed)
     if recipe.prefix:
         return with_prefix(plug)

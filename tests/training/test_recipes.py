@@ -78,6 +78,12 @@ def test_a_finished_training_is_read_back_and_not_repeated(base, data, tmp_path,
     assert (again.seconds, again.steps, again.parameters) == (first.seconds, first.steps, first.parameters)
 
 
+def test_a_words_memory_is_refused_and_not_left_unfitted(make_plug):
+    base = make_plug(quote_tokens=0)
+    with pytest.raises(ConfigError, match=r"cannot fit a words memory.*PersonaPlug\.fit"):
+        make("plug", base, {"recipe": "words"}, 0)
+
+
 def test_two_adapted_llms_share_nothing(base):
     """Wrapping one base twice would share adapters; each recipe has its own copy of the LLM."""
     one, two = with_lora(base, soft=False), with_lora(base, soft=False)
