@@ -197,6 +197,11 @@ class PlugConfig:
         return self.words and self.answers is None
 
     @property
+    def reads_texts(self) -> bool:
+        """Whether soft tokens or answer head depend on what the encoder says of a request or its user."""
+        return self.user_tokens > 0 or (self.answer_head and self.answers is not None)
+
+    @property
     def soft_tokens(self) -> int:
         """All soft tokens of a request, in their order: task, quoted, user."""
         return self.task_tokens + self.quotes + self.user_tokens

@@ -71,7 +71,7 @@ class VectorTable:
         """
         self.config, self.encoder = config, encoder
         texts: dict[str, int] = {"": 0}
-        for example in examples:
+        for example in examples if config.reads_texts else ():
             texts.setdefault(example.input, len(texts))
             for item in example.history[-config.max_history :]:
                 texts.setdefault(item.input, len(texts))
@@ -95,7 +95,7 @@ class VectorTable:
     def batch(self, examples: Sequence[Example]) -> HistoryBatch:
         """Collate examples whose texts are all in the table."""
         limit = self.config.max_history
-        histories = [e.history[-limit:] for e in examples]
+        histories = [e.history[-limit:] if self.config.reads_texts else () for e in examples]
         n = max([len(h) for h in histories] + [1])
         shape = (len(examples), n)
         inputs, outputs = torch.zeros(shape, dtype=torch.long), torch.zeros(shape, dtype=torch.long)
@@ -107,7 +107,7 @@ class VectorTable:
                 outputs[b, i] = self.rows[item.output]
                 answers[b, i] = self.answer_ids.get(label_of(item.output), -1)
                 mask[b, i] = True
-        request = self.vectors[torch.tensor([self.rows[e.input] for e in examples], dtype=torch.long)]
+        request = self.vectors[torch.tensor([self.rows.get(e.input, 0) for e in examples], dtype=torch.long)]
         quotes = None if self.quoted is None else self.quoted[outputs]
         batch = collate(self.config, request, self.vectors[inputs], self.vectors[outputs], answers, mask, quotes)
         return with_request_ids(self.config, self.encoder, batch, examples)

@@ -14,17 +14,17 @@ from persona_plug.errors import DataError
 from persona_plug.heads.fitting import GateSample, fit_gate, gate_sample
 from persona_plug.heads.recollection import Recollection
 from persona_plug.heads.slots import common_words
+from persona_plug.measure.answers import spread
 from persona_plug.model import PlugModel
 
 logger = logging.getLogger(__name__)
 
-GATE_SHARE = (
-    1 / 3
-)  # of the training users, on whom the soft tokens are not trained: they would be too sure of themselves
-SAMPLES, VALID_SAMPLES = 240, 96  # answers that the gate learns from, and is chosen by
-MAP_ANSWERS, MAP_REQUESTS = 48, 96  # answers and requests whose states the maps are fitted to
+GATE_SHARE = 1 / 3  # of the training users; the soft tokens are not trained on them, and would be too sure of them
+USERS, VALID_USERS = 64, 24  # whose answers the gate learns from, and is chosen by
+TARGETS = 12  # answers of a user at most
+MAP_ANSWERS, MAP_REQUESTS = 32, 96  # answers and requests whose states the maps are fitted to
 COMMON_SHARE = 0.1  # a word that stands in more of the requests is no slot
-SHORTENED = 0.5  # of the samples lose some or all of their history: short ones are learned, too
+NOBODY = 0.1  # of the samples with a shortened history have none
 
 
 def split_users(data: FitData, seed: int) -> tuple[list[Example], list[Example]]:
@@ -61,41 +61,54 @@ def fit_words(plug: PlugModel, train: Sequence[Example], valid: Sequence[Example
     if head is None or recollection is None:
         raise DataError("this plug has no words head: build it with words=True")
     draw = np.random.default_rng(seed)
-    train, valid = _some(train, SAMPLES, draw), _some(valid, VALID_SAMPLES, draw)
-    requests = [e.input for e in train] + [i.input for e in train for i in e.history]
+    learned, asked = _by_user(train, USERS, draw), _by_user(valid, VALID_USERS, draw)
+    examples = [e for group in learned for e in group]
+    requests = [*dict.fromkeys(text for e in examples for text in (e.input, *(i.input for i in e.history)))]
     head.set_common(sorted(common_words(requests, COMMON_SHARE)))
-    head.fit_word_map(plug.encoder, [text for text in dict.fromkeys(requests) if text.strip()][:MAP_REQUESTS])
-    answers = list(dict.fromkeys((e.input, e.output) for e in train))[:MAP_ANSWERS]
-    logits = [row[2] for _, rows in recollection.passes(answers) for row in rows]
-    head.states.fit(plug.llm, torch.cat(logits), seed)
+    head.fit_maps(plug.encoder, [text for text in requests if text.strip()][:MAP_REQUESTS])
+    answers = list(dict.fromkeys((e.input, e.output) for e in examples))[:MAP_ANSWERS]
+    head.states.fit(plug.llm, torch.cat([row.logits for _, row in recollection.passes(answers)]), seed)
     recollection.forget()
-    learned, looked_at = (list(_samples(plug, recollection, part, draw)) for part in (train, valid))
+    samples, looked_at = ([s for g in part for s in _samples(plug, recollection, g, draw)] for part in (learned, asked))
     with torch.enable_grad():
-        nll = fit_gate(head.gate, learned, looked_at, seed)
+        nll = fit_gate(head.gate, samples, looked_at, seed)
     head.fitted.fill_(True)
-    logger.info("words head: %.3f nats per token on %d validation answers", nll, len(valid))
+    logger.info("words head: %.3f nats per token on %d answers of validation users", nll, len(looked_at) // 2)
     return nll
 
 
 def _samples(
     plug: PlugModel, recollection: Recollection, examples: Sequence[Example], draw: np.random.Generator
 ) -> Iterator[GateSample]:
-    recollection.remember([item for e in examples for item in _items(plug, e)])
-    by_pair = {(e.input, e.output): e for e in examples}
-    for pairs, rows in recollection.passes(list(by_pair)):
-        for pair, (tokens, _, logits) in zip(pairs, rows, strict=True):
-            items = _items(plug, by_pair[pair])
-            if draw.random() < SHORTENED:
-                items = items[: int(draw.integers(0, len(items) + 1))]
-            reader = recollection.reader(pair[0], items)
-            yield gate_sample(reader, logits, tokens)
+    """Yield each answer of one user twice, with the user's whole history and with a part of it.
+
+    One pass over each of the user's texts serves both: as an answer and as another answer's history.
+    """
+    histories = {(e.input, e.output): e.history[-plug.config.max_words :] for e in examples}
+    items = [(i.input, i.output) for history in histories.values() for i in history]
+    rows = {}
+    for pair, row in recollection.passes(list(dict.fromkeys([*histories, *items]))):
+        recollection.keep(pair, row)
+        if pair in histories:
+            rows[pair] = row
+    for pair, history in histories.items():
+        for kept in (history, _part(history, draw)):
+            yield gate_sample(recollection.reader(pair[0], kept), rows[pair].logits, rows[pair].tokens)
 
 
-def _items(plug: PlugModel, example: Example) -> Sequence[HistoryItem]:
-    return example.history[-plug.config.max_words :]
+def _part(history: Sequence[HistoryItem], draw: np.random.Generator) -> Sequence[HistoryItem]:
+    """Return a part of a history: as many items as not, most of the time few."""
+    if not history or draw.random() < NOBODY:
+        return ()
+    count = int(np.exp(draw.uniform(0, np.log(len(history) + 1))))
+    return [history[i] for i in sorted(draw.choice(len(history), count, replace=False))]
 
 
-def _some(examples: Sequence[Example], limit: int, draw: np.random.Generator) -> list[Example]:
-    if len(examples) <= limit:
-        return list(examples)
-    return [examples[i] for i in sorted(draw.choice(len(examples), limit, replace=False))]
+def _by_user(examples: Sequence[Example], limit: int, draw: np.random.Generator) -> list[list[Example]]:
+    """Return the examples of `limit` users, at most `TARGETS` of each."""
+    users: dict[str, list[Example]] = {}
+    for example in examples:
+        users.setdefault(example.user_id, []).append(example)
+    names = list(users)
+    chosen = sorted(draw.permutation(len(names))[:limit])
+    return [[users[names[i]][at] for at in spread(len(users[names[i]]), TARGETS)] for i in chosen]

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from persona_plug.heads.memory import CHAIN, NONE, WordMemory
 
 PARTS = ("llm", "memory", "copy", "end")
-FEATURES = 20
+MEMORY_FEATURES = 9
+FEATURES = MEMORY_FEATURES + 15
 HIDDEN = 32
 FLOOR = -12.0  # log-probabilities are read down to here
 
@@ -28,12 +29,10 @@ class Sight:
         top_index: (L,) where its token stands among the U, -1 where it does not.
         entropy: (L,) of the LLM, in nats.
         cosine: (L, N) of the state and each place of the memory; 1 inside a placed slot.
-        equal: (L, N, 2) whether the last token, and the last two, are those in front of the place.
+        equal: (L, N) how many of the last tokens are those in front of the place, CHAIN at most and inside a slot.
         open: (L, N) whether the place can count: inside a slot only behind exactly its beginning.
         places: (N,) where each place's token stands among the U.
-        items: (N,) the item of each place.
-        slots: (N,) whether its token is a slot's.
-        count: Items.
+        memory: Of which each place is one.
         match: (L, R) tokens that the request's places have in common with the text so far.
         copies: (R,) where each request place's token stands among the U.
         position: (L, 2) log(1 + position), and that less the user's usual one.
@@ -48,9 +47,7 @@ class Sight:
     equal: Tensor
     open: Tensor
     places: Tensor
-    items: Tensor
-    slots: Tensor
-    count: int
+    memory: WordMemory
     match: Tensor
     copies: Tensor
     position: Tensor
@@ -91,8 +88,8 @@ def look(
     written_whole = ((tails.unsqueeze(1) == whole.unsqueeze(0)) | (whole == NONE).unsqueeze(0)).all(-1)
     is_open = ~inside.unsqueeze(0) | (required.all(-1) & ~written_whole)  # else a number would begin again
     cosine = torch.where(inside.unsqueeze(0), 1.0, states @ memory.states.to(device).T)
-    last = same[..., -1]
-    equal = torch.stack([last, last & same[..., -2]], -1) | inside.view(1, -1, 1)
+    run = same.flip(-1).long().cumprod(-1).sum(-1)
+    equal = torch.where(inside.unsqueeze(0), CHAIN, run)
     top = logp.max(-1)
     where = (tokens.unsqueeze(0) == top.indices.unsqueeze(1)).float()
     top_index = torch.where(where.any(-1), where.argmax(-1), NONE)
@@ -109,9 +106,7 @@ def look(
         equal,
         is_open,
         index[1 : 1 + len(memory.tokens)],
-        memory.items.to(device),
-        memory.slots.to(device),
-        memory.count,
+        memory,
         _matches(tails, request.to(device)),
         index[1 + len(memory.tokens) :],
         torch.stack([position, usual], -1),
@@ -136,7 +131,9 @@ class WordGate(nn.Module):
 
     Attributes:
         log_temperature: Log of what cosines are multiplied by before the softmax over places.
-        equality: (2,) what equal last tokens add to a place's score.
+        equality: (3,) what one, two and four equal last tokens add to a place's score.
+        trust: (3,) what a place's score gains by a like position in its answer, by the item's recency, and by the
+            nearness of the item's request.
         log_copy: Log of what a matching token adds to a place of the request.
         parts: Which of `PARTS` take part besides the LLM.
     """
@@ -149,7 +146,8 @@ class WordGate(nn.Module):
         """Create a gate that trusts the LLM."""
         super().__init__()
         self.log_temperature = nn.Parameter(torch.tensor(math.log(30.0)))
-        self.equality = nn.Parameter(torch.tensor([1.0, 1.0]))
+        self.equality = nn.Parameter(torch.tensor([1.0, 1.0, 0.5]))
+        self.trust = nn.Parameter(torch.tensor([0.1, 0.1, 1.0]))
         self.log_copy = nn.Parameter(torch.tensor(0.0))
         self.hidden = nn.Linear(FEATURES, HIDDEN)
         self.out = nn.Linear(HIDDEN, len(PARTS))
@@ -177,26 +175,35 @@ class WordGate(nn.Module):
         return mixed, weights[:, 0].log(), weights
 
     def _memory(self, sight: Sight) -> _Recollection:
-        shares = sight.cosine
-        if not sight.count or not len(sight.places):
+        memory, device = sight.memory, sight.logp.device
+        if not memory.count or not len(sight.places):
             zero = torch.zeros_like(sight.logp)
-            return _Recollection(zero, torch.zeros(len(zero), 5, device=zero.device))
-        equal = sight.equal.float()
-        scores = self.log_temperature.exp() * shares + equal @ self.equality
+            return _Recollection(zero, torch.zeros(len(zero), MEMORY_FEATURES, device=device))
+        items = memory.items.to(device)
+        starts, finishes, nearness = (t.to(device) for t in (memory.starts, memory.finishes, memory.nearness))
+        near = nearness[items]
+        recency = -torch.log1p((memory.count - 1 - items).float())
+        equal = torch.stack([sight.equal >= 1, sight.equal >= 2, sight.equal >= 4], -1).float()
+        place = -(sight.position[:, :1] - starts).abs() * self.trust[0] + recency * self.trust[1] + near * self.trust[2]
+        scores = self.log_temperature.exp() * sight.cosine + equal @ self.equality + place
         attention = scores.masked_fill(~sight.open, float("-inf")).softmax(-1)
         probability = torch.zeros_like(sight.logp).index_add(1, sight.places, attention)
         top, index = probability.max(-1)
         behind = attention * (sight.places.unsqueeze(0) == index.unsqueeze(1))
-        per_item = torch.zeros(len(behind), sight.count, device=behind.device).index_add(1, sight.items, behind)
+        per_item = torch.zeros(len(behind), memory.count, device=device).index_add(1, items, behind)
         spread = per_item / top.unsqueeze(1).clamp(min=1e-9)
         voters = 1 / (spread**2).sum(-1).clamp(min=1e-6)
         facts = torch.stack(
             [
-                shares.masked_fill(~sight.open, -1.0).max(-1).values,
+                sight.cosine.masked_fill(~sight.open, -1.0).max(-1).values,
                 voters.log(),
                 (attention * equal[..., 0]).sum(-1),
                 (attention * equal[..., 1]).sum(-1),
-                (attention * sight.slots).sum(-1),
+                (attention * memory.slots.to(device)).sum(-1),
+                (attention * torch.log1p(sight.equal.float())).sum(-1),
+                attention @ starts,
+                attention @ finishes,
+                attention @ near,
             ],
             -1,
         )
@@ -233,7 +240,7 @@ class WordGate(nn.Module):
                 *memory.facts.unbind(-1),
                 top,
                 -(probability * probability.clamp(min=1e-9).log()).sum(-1),
-                math.log1p(sight.count) * torch.ones_like(top),
+                math.log1p(sight.memory.count) * torch.ones_like(top),
                 sight.top,
                 sight.entropy,
                 sight.logp.gather(1, index.unsqueeze(1)).squeeze(1).clamp(min=FLOOR),
@@ -254,9 +261,9 @@ class WordGate(nn.Module):
         there = torch.stack(
             [
                 torch.ones_like(matched, dtype=torch.bool),
-                torch.full_like(matched, sight.count > 0, dtype=torch.bool),
+                torch.full_like(matched, sight.memory.count > 0, dtype=torch.bool),
                 matched > 0,
-                torch.full_like(matched, sight.count > 0, dtype=torch.bool),
+                torch.full_like(matched, sight.memory.count > 0, dtype=torch.bool),
             ],
             -1,
         )
@@ -265,7 +272,7 @@ class WordGate(nn.Module):
 
 @dataclass(frozen=True, slots=True)
 class _Recollection:
-    """Memory's distribution (L, U) and five numbers about it (L, 5)."""
+    """Memory's distribution (L, U), and what the gate reads of it, (L, MEMORY_FEATURES)."""
 
     probability: Tensor
     facts: Tensor

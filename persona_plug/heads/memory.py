@@ -50,12 +50,14 @@ class ItemWords:
     Attributes:
         tokens: (n,) token ids of the answer, the end token last.
         states: (n, d) unit vectors of the LLM's state in front of each token, fp16.
+        topic: (d,) unit vector of its request, fp16; zero where the request is blank.
         slots: Its slots, in order.
         facts: (token, word) of words with digits that stand in no slot.
     """
 
     tokens: tuple[int, ...]
     states: Tensor
+    topic: Tensor
     slots: tuple[SlotTokens, ...] = ()
     facts: tuple[tuple[int, str], ...] = ()
 
@@ -73,7 +75,10 @@ class WordMemory:
         whole: (N, CHAIN) for such places the end of the slot's tokens: behind them the slot is written, and the place
             does not count. All `NONE` elsewhere.
         slots: (N,) whether the token is a slot's.
-        count: Items.
+        starts: (N,) log(1 + tokens in front of the place in its answer).
+        finishes: (N,) log(1 + tokens behind it).
+        nearness: (count,) cosine of each item's request and this one.
+        count: Items, the latest last.
         length: Mean of log(1 + tokens) over the items' answers.
     """
 
@@ -84,6 +89,9 @@ class WordMemory:
     inside: Tensor
     whole: Tensor
     slots: Tensor
+    starts: Tensor
+    finishes: Tensor
+    nearness: Tensor
     count: int
     length: float
 
@@ -98,6 +106,9 @@ class WordMemory:
             torch.zeros(0, dtype=torch.bool),
             torch.zeros(0, CHAIN, dtype=torch.long),
             torch.zeros(0, dtype=torch.bool),
+            torch.zeros(0),
+            torch.zeros(0),
+            torch.zeros(0),
             0,
             0.0,
         )
@@ -111,12 +122,14 @@ class RequestWords:
         text: The request.
         spans: (start, end) characters of each word that the encoder reads.
         states: (W, d) unit vectors of these words.
+        topic: (d,) unit vector of the request.
         allowed: (W,) whether a slot may begin or end there: whether the word is none of the common ones.
     """
 
     text: str
     spans: Sequence[tuple[int, int]]
     states: Tensor
+    topic: Tensor
     allowed: Sequence[bool]
 
     def fill(self, slot: SlotTokens) -> str | None:
@@ -163,25 +176,23 @@ def facts_of(
     return tuple(rows)
 
 
-def recall(items: Sequence[ItemWords], request: RequestWords | None, tokenise: Tokenise, size: int) -> WordMemory:
+def recall(items: Sequence[ItemWords], request: RequestWords, tokenise: Tokenise) -> WordMemory:
     """Return the memory that a request reads: slots filled from it, other requests' facts left out.
 
     A word with digits counts where it stands in two items at least: then it is this user's, not one request's.
 
     Args:
-        items: The user's items.
-        request: Where slots are placed; None leaves them out.
+        items: The user's items, the latest last.
+        request: Where slots are placed.
         tokenise: The LLM's tokenizer.
-        size: d.
     """
     if not items:
-        return WordMemory.empty(size)
+        return WordMemory.empty(len(request.topic))
     known = Counter(word for item in items for word in {w for _, w in item.facts})
     rows = _Rows()
     for number, item in enumerate(items):
         rows.add_item(number, item, {i for i, word in item.facts if known[word] < 2}, request, tokenise)
-    lengths = [math.log1p(len(item.tokens)) for item in items]
-    return rows.memory(items, sum(lengths) / len(lengths))
+    return rows.memory(items, request.topic)
 
 
 class _Rows:
@@ -194,13 +205,16 @@ class _Rows:
         self.inside: list[bool] = []
         self.whole: list[list[int]] = []
         self.slots: list[bool] = []
+        self.starts: list[int] = []
+        self.finishes: list[int] = []
         self.sources: list[tuple[int, int]] = []  # (item, token) whose state the place has, token -1 for none
 
     def add_item(
-        self, number: int, item: ItemWords, barred: set[int], request: RequestWords | None, tokenise: Tokenise
+        self, number: int, item: ItemWords, barred: set[int], request: RequestWords, tokenise: Tokenise
     ) -> None:
         """Add an item's places, its slots filled from a request."""
         written: list[int] = []
+        begin = len(self.tokens)
         slots = {slot.begin: slot for slot in item.slots}
         i = 0
         while i < len(item.tokens):
@@ -211,7 +225,7 @@ class _Rows:
                 written.append(item.tokens[i])
                 i += 1
                 continue
-            text = request.fill(slot) if request is not None else None
+            text = request.fill(slot)
             filled = [] if text is None else tokenise(slot.before + text + slot.after)
             for depth, token in enumerate(filled):
                 self._add(number, i if depth == 0 else NONE, token, written, inside=depth, slot=filled)
@@ -219,21 +233,24 @@ class _Rows:
             if text is None:  # what stood there is another request's
                 written.append(NONE)
             i = slot.end
+        self.finishes += [len(written) - 1 - start for start in self.starts[begin:]]
 
     def _add(
         self, number: int, source: int, token: int, written: Sequence[int], inside: int, slot: Sequence[int] = ()
     ) -> None:
         self.before.append(_tail(written[-inside:] if inside else written))
         self.whole.append(_tail(slot if inside else ()))
+        self.starts.append(len(written))
         self.tokens.append(token)
         self.items.append(number)
         self.inside.append(inside > 0)
         self.slots.append(bool(slot))
         self.sources.append((number, source))
 
-    def memory(self, items: Sequence[ItemWords], length: float) -> WordMemory:
-        """Return the memory."""
+    def memory(self, items: Sequence[ItemWords], topic: Tensor) -> WordMemory:
+        """Return the memory of a request with this topic."""
         size = items[0].states.shape[1]
+        lengths = [math.log1p(len(item.tokens)) for item in items]
         zero = torch.zeros(size)
         states = [items[n].states[i].float() if i >= 0 else zero for n, i in self.sources]
         return WordMemory(
@@ -244,8 +261,11 @@ class _Rows:
             torch.tensor(self.inside, dtype=torch.bool),
             torch.tensor(self.whole, dtype=torch.long).view(-1, CHAIN),
             torch.tensor(self.slots, dtype=torch.bool),
+            torch.tensor(self.starts, dtype=torch.float).log1p(),
+            torch.tensor(self.finishes, dtype=torch.float).log1p(),
+            torch.stack([item.topic.float() for item in items]) @ topic,
             len(items),
-            length,
+            sum(lengths) / len(lengths),
         )
 
 

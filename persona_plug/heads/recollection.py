@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 
 import torch
 
 from persona_plug.data.history import Example, HistoryItem
-from persona_plug.heads.memory import ItemWords
-from persona_plug.heads.words import TokenEncoder, WordsHead, WordsReader
+from persona_plug.heads.memory import ItemWords, WordMemory, recall
+from persona_plug.heads.words import SIZE, TokenEncoder, WordsHead, WordsReader
 from persona_plug.splice.base import Splicer
 from persona_plug.splice.prompts import AnswerTree, Prompter
 from persona_plug.splice.soft import Soft
@@ -21,7 +22,21 @@ CACHED = 20_000  # items whose words stay in memory
 
 Pair = tuple[str, str]
 SoftTokens = Callable[[Sequence[str]], Soft]
-AnswerRow = tuple[list[int], list[tuple[int, int]], torch.Tensor]
+
+
+@dataclass(frozen=True, slots=True)
+class AnswerRow:
+    """What a pass over an answer gives.
+
+    Attributes:
+        tokens: (n,) its tokens, the end token last.
+        offsets: (n - 1,) characters of each but the end token.
+        logits: (n, V) in front of each.
+    """
+
+    tokens: list[int]
+    offsets: list[tuple[int, int]]
+    logits: torch.Tensor
 
 
 class Recollection:
@@ -73,33 +88,33 @@ class Recollection:
         """
         pairs = list(dict.fromkeys((item.input, item.output) for item in items))
         words = {pair: self._cache[owner, pair] for pair in pairs if (owner, pair) in self._cache}
-        for part, rows in self.passes([pair for pair in pairs if pair not in words]):
-            for pair, (tokens, offsets, logits) in zip(part, rows, strict=True):
-                words[pair] = self.head.item_words(self.encoder, *pair, tokens, offsets, logits)
-        for pair, value in words.items():
-            self._cache[owner, pair] = value
+        for pair, row in self.passes([pair for pair in pairs if pair not in words]):
+            words[pair] = self.keep(pair, row, owner)
+        for pair in words:
             self._cache.move_to_end((owner, pair))
         while len(self._cache) > CACHED:
             self._cache.popitem(last=False)
         return [words[item.input, item.output] for item in items]
 
-    def passes(self, pairs: Sequence[Pair]) -> Iterator[tuple[list[Pair], list[AnswerRow]]]:
-        """Yield (pairs, rows) of passes over requests and answers; a row is (tokens, offsets, logits) of an answer.
+    def keep(self, pair: Pair, row: AnswerRow, owner: str = "") -> ItemWords:
+        """Return the words of an item whose pass gave this row, and cache them; for `owner` see `remember`."""
+        words = self.head.item_words(self.encoder, *pair, row.tokens, row.offsets, row.logits)
+        self._cache[owner, pair] = words
+        return words
 
-        Tokens (n,) end with the end token, offsets (n - 1,) are characters, logits (n, V).
-        """
-        rows = {pair: self._tokens(pair[1]) for pair in pairs}
+    def passes(self, pairs: Sequence[Pair]) -> Iterator[tuple[Pair, AnswerRow]]:
+        """Yield each request and answer with what the LLM says in front of its tokens, in order of length."""
+        answers = {pair: self._tokens(pair[1]) for pair in pairs}
         parts = {pair: self.prompter.parts(pair[0]) for pair in pairs}
-        order = sorted(pairs, key=lambda pair: len(parts[pair].left) + len(parts[pair].right) + len(rows[pair][0]))
+        order = sorted(pairs, key=lambda pair: len(parts[pair].left) + len(parts[pair].right) + len(answers[pair][0]))
         for start in range(0, len(order), ROWS):
             batch = order[start : start + ROWS]
-            trees = [AnswerTree.build([tuple(rows[pair][0])], self.prompter.eos, gold=0) for pair in batch]
+            trees = [AnswerTree.build([tuple(answers[pair][0])], self.prompter.eos, gold=0) for pair in batch]
             soft = self.soft_tokens([pair[0] for pair in batch])
             logits = self.splicer.answer_logits([parts[pair] for pair in batch], soft, trees)
-            yield (
-                batch,
-                [([*rows[p][0], self.prompter.eos], rows[p][1], row) for p, row in zip(batch, logits, strict=True)],
-            )
+            for pair, row in zip(batch, logits, strict=True):
+                tokens, offsets = answers[pair]
+                yield pair, AnswerRow([*tokens, self.prompter.eos], offsets, row)
 
     def readers(self, examples: Sequence[Example]) -> list[WordsReader] | None:
         """Return what reads each example's words, or None before the head is fitted and while paused.
@@ -120,8 +135,9 @@ class Recollection:
     def reader(self, request: str, items: Sequence[HistoryItem], owner: str = "") -> WordsReader:
         """Return the reader of one request of a user with these items; for `owner` see `remember`."""
         words = self.remember(items, owner)
-        placed = self.head.request_words(self.encoder, request) if any(w.slots for w in words) else None
-        memory = self.head.recall(words, placed, self.prompter.ids)
+        memory = WordMemory.empty(SIZE)
+        if words:
+            memory = recall(words, self.head.request_words(self.encoder, request), self.prompter.ids)
         limit = self.prompter.config.max_input_tokens
         return self.head.reader(memory, self.prompter.ids(request)[:limit], self.prompter.eos)
 

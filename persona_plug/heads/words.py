@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from persona_plug.heads.gate import PARTS, Sight, WordGate, look
-from persona_plug.heads.memory import ItemWords, RequestWords, WordMemory, facts_of, recall, token_slots
-from persona_plug.heads.slots import Slot, find_slots, split_words
+from persona_plug.heads.memory import ItemWords, RequestWords, WordMemory, facts_of, token_slots
+from persona_plug.heads.slots import find_slots, split_words
 from persona_plug.heads.states import StateMap
 
 SIZE = 64  # numbers of a kept state
@@ -35,12 +35,14 @@ class WordsHead(nn.Module):
         states: Logits -> states.
         gate: The mixture.
         word_map: (encoder's d, SIZE) directions in which requests' words are compared.
+        topic_map: (encoder's d + 1, SIZE) directions in which requests are compared; the last row is their mean's.
         fitted: () whether the head may be used.
         common: (COMMON,) hashes of words that stand in many requests, 0 where there is none.
     """
 
     fitted: Tensor
     word_map: Tensor
+    topic_map: Tensor
     common: Tensor
 
     def __init__(self, llm: Any, encoder_dim: int, parts: Sequence[str] = PARTS) -> None:  # noqa: ANN401
@@ -50,6 +52,7 @@ class WordsHead(nn.Module):
         self.gate = WordGate(parts)
         self.register_buffer("fitted", torch.zeros((), dtype=torch.bool))
         self.register_buffer("word_map", torch.zeros(encoder_dim, SIZE))
+        self.register_buffer("topic_map", torch.zeros(encoder_dim + 1, SIZE))
         self.register_buffer("common", torch.zeros(COMMON, dtype=torch.long))
 
     def set_common(self, words: Sequence[str]) -> None:
@@ -64,19 +67,29 @@ class WordsHead(nn.Module):
         return frozenset(w.folded for w in split_words(text) if _hash(w.folded) in known)
 
     @torch.no_grad()
-    def fit_word_map(self, encoder: TokenEncoder, requests: Sequence[str]) -> None:
-        """Keep the directions in which the words of requests differ most, each less its request's mean."""
-        rows = torch.cat([_word_states(encoder, text)[1] for text in requests])
-        directions = torch.linalg.svd(rows, full_matrices=False).Vh[:SIZE].T
-        self.word_map.zero_()
-        self.word_map[:, : directions.shape[1]] = directions
+    def fit_maps(self, encoder: TokenEncoder, requests: Sequence[str]) -> None:
+        """Keep the directions in which requests differ most, and their words, each less its request's mean."""
+        states = [encoder.token_states(text) for text in requests]
+        words = torch.cat([_word_states(text, *row)[1] for text, row in zip(requests, states, strict=True)])
+        topics = torch.stack([row[1].mean(0) for row in states if len(row[1])])
+        center = topics.mean(0)
+        for matrix, rows in ((self.word_map, words), (self.topic_map, topics - center)):
+            directions = torch.linalg.svd(rows, full_matrices=False).Vh[:SIZE].T
+            matrix.zero_()
+            matrix[: len(directions), : directions.shape[1]] = directions
+        self.topic_map[-1] = -center @ self.topic_map[:-1]
 
     def request_words(self, encoder: TokenEncoder, request: str) -> RequestWords:
         """Return a request as slots are placed in it."""
-        spans, states = _word_states(encoder, request)
+        offsets, tokens = encoder.token_states(request) if request.strip() else ([], torch.zeros(0, encoder.dim))
+        spans, states = _word_states(request, offsets, tokens)
+        topic = torch.zeros(SIZE)
+        if len(tokens):
+            topic = nn.functional.normalize(tokens.mean(0) @ self.topic_map[:-1] + self.topic_map[-1], dim=0)
         common = self.common_words(request)
         allowed = [request[start:end].casefold() not in common for start, end in spans]
-        return RequestWords(request, spans, nn.functional.normalize(states @ self.word_map, dim=-1), allowed)
+        states = nn.functional.normalize(states @ self.word_map, dim=-1)
+        return RequestWords(request, spans, states, topic, allowed)
 
     def item_words(
         self,
@@ -97,18 +110,15 @@ class WordsHead(nn.Module):
             offsets: (n - 1,) characters of each token but the end token.
             logits: (n, V) the LLM's logits in front of each token.
         """
-        words = self.request_words(encoder, request) if request.strip() else None
-        slots: list[Slot] = find_slots(request, answer, self.common_words(request)) if words else []
-        kept = token_slots(slots, answer, offsets, words.states.half()) if words else ()
-        return ItemWords(tuple(tokens), self.states(logits).half().cpu(), kept, facts_of(answer, offsets, kept))
+        words = self.request_words(encoder, request)
+        slots = find_slots(request, answer, self.common_words(request))
+        kept = token_slots(slots, answer, offsets, words.states.half())
+        states = self.states(logits).half().cpu()
+        return ItemWords(tuple(tokens), states, words.topic.half(), kept, facts_of(answer, offsets, kept))
 
     def reader(self, memory: WordMemory, request: Sequence[int], end: int) -> WordsReader:
         """Bind the head to one request's memory."""
         return WordsReader(self, memory, torch.tensor(list(request), dtype=torch.long), end)
-
-    def recall(self, items: Sequence[ItemWords], request: RequestWords | None, tokenise: Any) -> WordMemory:  # noqa: ANN401
-        """Return the memory that a request reads."""
-        return recall(items, request, tokenise, SIZE)
 
 
 @dataclass(frozen=True, slots=True)
@@ -155,11 +165,18 @@ def _hash(word: str) -> int:
     return int.from_bytes(hashlib.sha256(word.encode("utf-8", "surrogatepass")).digest()[:7], "big") + 1
 
 
-def _word_states(encoder: TokenEncoder, text: str) -> tuple[list[tuple[int, int]], Tensor]:
-    """Return the characters of each word that the encoder reads, and the mean of its tokens' states less the text's."""
-    offsets, states = encoder.token_states(text)
+def _word_states(
+    text: str, offsets: Sequence[tuple[int, int]], states: Tensor
+) -> tuple[list[tuple[int, int]], Tensor]:
+    """Return the characters of each word that the encoder reads, and the mean of its tokens' states less the text's.
+
+    Args:
+        text: The text.
+        offsets: (start, end) characters of each of its tokens.
+        states: (n, d) the encoder's states of these.
+    """
     if not len(states):
-        return [], torch.zeros(0, encoder.dim)
+        return [], states
     centered = states - states.mean(0)
     spans, rows = [], []
     at = 0
@@ -175,4 +192,4 @@ def _word_states(encoder: TokenEncoder, text: str) -> tuple[list[tuple[int, int]
             break  # beyond what the encoder reads
         spans.append((word.start, word.end))
         rows.append(centered[touched].mean(0))
-    return spans, torch.stack(rows) if rows else torch.zeros(0, encoder.dim)
+    return spans, torch.stack(rows) if rows else states[:0]

@@ -7,7 +7,7 @@ from persona_plug.heads.gate import WordGate
 from persona_plug.heads.memory import recall
 from persona_plug.heads.words import WordsReader
 from tests.heads.test_gate import END, D, V
-from tests.heads.test_memory import item, tokenise
+from tests.heads.test_memory import BLANK, item, tokenise
 
 
 class Head:
@@ -29,7 +29,7 @@ def samples(gate, count, own):
         word = words[i % 4]
         known = word if own else words[(i + 1) % 4]
         reader = WordsReader(
-            Head(gate), recall([item(known)], None, tokenise, D), torch.zeros(0, dtype=torch.long), END
+            Head(gate), recall([item(known)], BLANK, tokenise), torch.zeros(0, dtype=torch.long), END
         )
         tokens = [*tokenise(word), END]
         rows.append(gate_sample(reader, torch.randn(len(tokens), V, generator=noise), tokens))
@@ -51,7 +51,7 @@ def test_a_memory_that_helps_is_trusted_and_one_that_does_not_is_not(monkeypatch
 def test_a_sample_gives_the_mixtures_likelihood():
     gate = WordGate()
     word = "hello"
-    reader = WordsReader(Head(gate), recall([item("hallo")], None, tokenise, D), torch.tensor(tokenise("hel")), END)
+    reader = WordsReader(Head(gate), recall([item("hallo")], BLANK, tokenise), torch.tensor(tokenise("hel")), END)
     tokens = [*tokenise(word), END]
     logits = torch.randn(len(tokens), V, generator=torch.Generator().manual_seed(1))
     nll = sample_nll(gate, gate_sample(reader, logits, tokens))

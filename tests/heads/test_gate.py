@@ -5,14 +5,14 @@ import torch
 
 from persona_plug.heads.gate import PARTS, WordGate, look
 from persona_plug.heads.memory import WordMemory, recall
-from tests.heads.test_memory import item, request_words, tokenise
+from tests.heads.test_memory import BLANK, item, request_words, tokenise
 
 V, D, END = 140, 16, 0
 
 
 @pytest.fixture
 def memory():
-    return recall([item("hello you"), item("hello me")], None, tokenise, D)
+    return recall([item("hello you"), item("hello me")], BLANK, tokenise)
 
 
 def mixture(gate, logp, states, written, offset, memory, request):
@@ -83,7 +83,7 @@ def test_memory_says_what_followed_the_nearest_state(memory):
 def test_inside_a_slot_the_next_token_needs_the_ones_before():
     names = torch.eye(D)
     kept = [item("hi Ben,", "Ben lamp", names[:2])]
-    read = recall(kept, request_words("lamp Jo", names[[1, 0]]), tokenise, D)
+    read = recall(kept, request_words("lamp Jo", names[[1, 0]]), tokenise)
     logp, states = draw(2)
     sight = look(logp, states, tokenise("hi J"), 3, read, torch.zeros(0, dtype=torch.long), END)
     place = int(read.inside.int().argmax())
@@ -94,7 +94,7 @@ def test_a_slot_that_is_written_does_not_begin_again():
     """86598 ends as it begins: behind it the place that follows an 8 is closed."""
     names = torch.eye(D)
     kept = [item("order 11 left", "11 lamp", names[:2])]
-    read = recall(kept, request_words("lamp 86598", names[[1, 0]]), tokenise, D)
+    read = recall(kept, request_words("lamp 86598", names[[1, 0]]), tokenise)
     place = int(read.inside.int().argmax())
     assert chr(int(read.tokens[place])) == "6"
     logp, states = draw(12)
@@ -109,3 +109,18 @@ def test_copying_follows_the_longest_common_end():
     sight = look(logp, states, tokenise("cab"), 3, WordMemory.empty(D), request, END)
     assert int(sight.match.max()) == 3
     assert chr(int(request[sight.match[0].argmax()])) == "!"
+
+
+def test_places_gain_by_like_positions_recent_items_and_near_requests():
+    """Three items that say different things from one state: what the gate trusts decides which is said."""
+    names = torch.eye(D)
+    kept = [item("a", topic=names[1]), item("xxxxb", topic=names[0]), item("c", topic=names[0])]
+    memory = recall(kept, request_words("lamp Jo", names[[1, 0]]), tokenise)
+    memory.states[:] = names[0]
+    logp, _ = draw(1)
+    sight = look(logp, names[:1], [], 0, memory, torch.zeros(0, dtype=torch.long), END)
+    for trust, expected in (([0.0, 0.0, 9.0], "a"), ([0.0, 9.0, 0.0], "c"), ([9.0, 0.1, 0.0], "c")):
+        gate = WordGate(["memory"])
+        with torch.no_grad():
+            gate.trust.copy_(torch.tensor(trust))
+        assert chr(int(sight.tokens[gate._memory(sight).probability[0].argmax()])) == expected

@@ -26,7 +26,7 @@ def tokenise(text):
     return [ord(c) for c in text]
 
 
-def item(answer, request="", states=None, common=frozenset()):
+def item(answer, request="", states=None, common=frozenset(), topic=None):
     """An item whose tokens are characters; its request's words have the unit vectors of `states`."""
     offsets = [(i, i + 1) for i in range(len(answer))]
     slots = ()
@@ -34,7 +34,10 @@ def item(answer, request="", states=None, common=frozenset()):
         slots = token_slots(find_slots(request, answer, common), answer, offsets, states)
     tokens = (*tokenise(answer), END)
     kept = torch.nn.functional.one_hot(torch.arange(len(tokens)), 16).float()
-    return ItemWords(tokens, kept, slots, facts_of(answer, offsets, slots))
+    return ItemWords(tokens, kept, torch.eye(16)[0] if topic is None else topic, slots, facts_of(answer, offsets, slots))
+
+
+BLANK = RequestWords("", [], torch.zeros(0, 16), torch.zeros(16), [])
 
 
 def request_words(text, states):
@@ -43,7 +46,7 @@ def request_words(text, states):
         begin = text.index(word, at)
         spans.append((begin, begin + len(word)))
         at = begin + len(word)
-    return RequestWords(text, spans, states, [True] * len(spans))
+    return RequestWords(text, spans, states, torch.eye(16)[1], [True] * len(spans))
 
 
 def as_text(memory):
@@ -51,7 +54,7 @@ def as_text(memory):
 
 
 def test_without_slots_every_token_is_a_place_with_its_state():
-    memory = recall([item("hi!"), item("yo")], None, tokenise, 16)
+    memory = recall([item("hi!"), item("yo")], BLANK, tokenise)
     assert as_text(memory) == "hi!.yo."
     assert memory.items.tolist() == [0, 0, 0, 0, 1, 1, 1]
     assert torch.equal(memory.states[2], torch.nn.functional.one_hot(torch.tensor(2), 16).float())
@@ -63,7 +66,7 @@ def test_without_slots_every_token_is_a_place_with_its_state():
 def test_a_slot_is_filled_from_the_request_that_asks():
     names = torch.eye(16)
     kept = item("hi Ben,", "Ben lamp", names[:2])
-    memory = recall([kept], request_words("lamp Joanna", names[[1, 0]]), tokenise, 16)
+    memory = recall([kept], request_words("lamp Joanna", names[[1, 0]]), tokenise)
     assert as_text(memory) == "hi Joanna,."
     assert memory.slots.tolist() == [False] * 3 + [True] * 6 + [False] * 2
     assert memory.inside.tolist() == [False] * 4 + [True] * 5 + [False] * 2
@@ -74,16 +77,16 @@ def test_a_slot_is_filled_from_the_request_that_asks():
     assert memory.before[5].tolist() == [NONE] * (CHAIN - 2) + tokenise("Jo")
 
 
-@pytest.mark.parametrize("words", [None, "nothing near"])
+@pytest.mark.parametrize("words", ["", "nothing near"])
 def test_a_slot_without_a_place_is_left_out(words):
     names = torch.eye(16)
-    request = None if words is None else request_words(words, names[[7, 8]])
-    memory = recall([item("hi Ben,", "Ben lamp", names[:2])], request, tokenise, 16)
+    request = request_words(words, names[[7, 8]]) if words else BLANK
+    memory = recall([item("hi Ben,", "Ben lamp", names[:2])], request, tokenise)
     assert as_text(memory) == "hi ,."
 
 
 def test_a_number_of_one_item_is_left_out_and_a_habit_stays():
-    memory = recall([item("a 77 x24"), item("b x24")], None, tokenise, 16)
+    memory = recall([item("a 77 x24"), item("b x24")], BLANK, tokenise)
     assert as_text(memory) == "a  x24.b x24."
 
 
@@ -95,8 +98,18 @@ def test_a_slot_keeps_what_its_tokens_hold_besides():
     assert (slot.begin, slot.end, slot.before, slot.after) == (1, 2, " ", "")
 
 
+def test_a_place_knows_where_it_stands_and_an_item_how_near_its_request_is():
+    names = torch.eye(16)
+    kept = [item("abc", topic=names[3]), item("hi Ben,", "Ben lamp", names[:2], topic=names[1])]
+    memory = recall(kept, request_words("lamp Jo", names[[1, 0]]), tokenise)
+    starts, finishes = (t.expm1().round().int().tolist() for t in (memory.starts, memory.finishes))
+    assert starts == [0, 1, 2, 3, *range(7)]
+    assert finishes == [3, 2, 1, 0, *reversed(range(7))]
+    assert memory.nearness.tolist() == [0.0, 1.0]
+
+
 def test_nobodys_memory_is_empty():
-    memory = recall([], None, tokenise, 16)
+    memory = recall([], BLANK, tokenise)
     assert memory.count == 0
     assert len(memory.tokens) == 0
     assert WordMemory.empty(16).states.shape == (0, 16)
