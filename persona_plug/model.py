@@ -16,7 +16,8 @@ from persona_plug.embedder.contract import Embedded, Embedder
 from persona_plug.errors import ConfigError
 from persona_plug.generation import Generation, details, greedy, write_texts
 from persona_plug.heads.recollection import Recollection
-from persona_plug.heads.words import WordsHead, WordsReader
+from persona_plug.heads.states import StateMap
+from persona_plug.heads.words import SIZE, WordsHead, WordsReader
 from persona_plug.models.caching import uncached
 from persona_plug.models.encoder import HistoryEncoder, RequestEncoder
 from persona_plug.models.fingerprint import llm_fingerprint
@@ -80,7 +81,7 @@ class PlugModel(nn.Module):
             reader = RequestEncoder(self.encoder) if config.train_request and config.user_tokens else None
             embedder = make_embedder(config, embedding_norm(self.llm), start, reader)
             self.embedder = embedder.to(self.llm.device).eval()
-            self.words = WordsHead(self.llm, config.encoder_dim) if config.remembers else None
+            self.words = WordsHead(StateMap.of(self.llm, SIZE), config.encoder_dim) if config.remembers else None
         self.splicer.begin_with(self.prompter.head)
         self.recollection = (
             Recollection(self.words, self.splicer, self.prompter, self.encoder, self._nobodys_tokens)

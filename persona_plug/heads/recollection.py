@@ -11,6 +11,7 @@ import torch
 
 from persona_plug.data.history import Example, HistoryItem
 from persona_plug.heads.memory import ItemWords, WordMemory, recall
+from persona_plug.heads.packing import pack_item, unpack_item
 from persona_plug.heads.words import SIZE, TokenEncoder, WordsHead, WordsReader
 from persona_plug.splice.base import Splicer
 from persona_plug.splice.prompts import AnswerTree, Prompter
@@ -97,8 +98,12 @@ class Recollection:
         return [words[item.input, item.output] for item in items]
 
     def keep(self, pair: Pair, row: AnswerRow, owner: str = "") -> ItemWords:
-        """Return the words of an item whose pass gave this row, and cache them; for `owner` see `remember`."""
+        """Return the words of an item whose pass gave this row, and cache them; for `owner` see `remember`.
+
+        They are rounded as a store rounds them: fresh words and stored ones give the same answers.
+        """
         words = self.head.item_words(self.encoder, *pair, row.tokens, row.offsets, row.logits)
+        words = unpack_item(pack_item(words))
         self._cache[owner, pair] = words
         return words
 

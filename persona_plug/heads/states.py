@@ -28,19 +28,18 @@ class StateMap(nn.Module):
     rows: Tensor
     matrix: Tensor
 
-    def __init__(self, size: int, vocabulary: int, width: int, softcap: float | None = None) -> None:
-        """Create an empty map for an LLM of a vocabulary and width; `fit` fills it."""
+    def __init__(self, size: int, rows: int, softcap: float | None = None) -> None:
+        """Create an empty map that reads so many rows; `fit` fills it."""
         super().__init__()
-        count = min(vocabulary, max(ROWS, 2 * width))
-        self.register_buffer("rows", torch.zeros(count, dtype=torch.long))
-        self.register_buffer("matrix", torch.zeros(count, size))
+        self.register_buffer("rows", torch.zeros(rows, dtype=torch.long))
+        self.register_buffer("matrix", torch.zeros(rows, size))
         self.softcap = softcap
 
     @classmethod
     def of(cls, llm: Any, size: int) -> Self:  # noqa: ANN401
         """Create an empty map for an LLM."""
-        weight = output_embeddings(llm)
-        return cls(size, weight.shape[0], weight.shape[1], _softcap(llm))
+        vocabulary, width = output_embeddings(llm).shape
+        return cls(size, min(vocabulary, max(ROWS, 2 * width)), softcap(llm.config))
 
     @torch.no_grad()
     def fit(self, llm: Any, logits: Tensor, seed: int = 0) -> None:  # noqa: ANN401
@@ -106,6 +105,7 @@ def output_embeddings(llm: Any) -> Tensor:  # noqa: ANN401
     return weight.detach()
 
 
-def _softcap(llm: Any) -> float | None:  # noqa: ANN401
-    value = getattr(llm.config.get_text_config(decoder=True), "final_logit_softcapping", None)
+def softcap(config: Any) -> float | None:  # noqa: ANN401
+    """Return what an LLM's config says its logits are squeezed into, or None."""
+    value = getattr(config.get_text_config(decoder=True), "final_logit_softcapping", None)
     return None if value is None else float(value)

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, Self
 
 import torch
 from torch import Tensor, nn
@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from persona_plug.heads.gate import PARTS, Sight, WordGate, look
 from persona_plug.heads.memory import ItemWords, RequestWords, WordMemory, facts_of, token_slots
 from persona_plug.heads.slots import find_slots, split_words
-from persona_plug.heads.states import StateMap
+from persona_plug.heads.states import StateMap, softcap
 
-SIZE = 64  # numbers of a kept state
+SIZE = 48  # numbers of a kept state: 40 answers of 20 tokens fit into 64 kB
 COMMON = 512  # common words at most
 
 
@@ -45,15 +45,23 @@ class WordsHead(nn.Module):
     topic_map: Tensor
     common: Tensor
 
-    def __init__(self, llm: Any, encoder_dim: int, parts: Sequence[str] = PARTS) -> None:  # noqa: ANN401
-        """Create an unfitted head for an LLM and an encoder of a width."""
+    def __init__(self, states: StateMap, encoder_dim: int, parts: Sequence[str] = PARTS) -> None:
+        """Create an unfitted head for an LLM's states and an encoder of a width."""
         super().__init__()
-        self.states = StateMap.of(llm, SIZE)
+        self.states = states
         self.gate = WordGate(parts)
         self.register_buffer("fitted", torch.zeros((), dtype=torch.bool))
         self.register_buffer("word_map", torch.zeros(encoder_dim, SIZE))
         self.register_buffer("topic_map", torch.zeros(encoder_dim + 1, SIZE))
         self.register_buffer("common", torch.zeros(COMMON, dtype=torch.long))
+
+    @classmethod
+    def read(cls, weights: Mapping[str, Tensor], llm_config: Any) -> Self:  # noqa: ANN401
+        """Return the head with these weights, for an LLM of which the config alone is at hand."""
+        rows, size = weights["states.matrix"].shape
+        head = cls(StateMap(size, rows, softcap(llm_config)), weights["word_map"].shape[0])
+        head.load_state_dict(dict(weights))
+        return head.eval()
 
     def set_common(self, words: Sequence[str]) -> None:
         """Set the words that no slot begins or ends with."""
@@ -165,9 +173,7 @@ def _hash(word: str) -> int:
     return int.from_bytes(hashlib.sha256(word.encode("utf-8", "surrogatepass")).digest()[:7], "big") + 1
 
 
-def _word_states(
-    text: str, offsets: Sequence[tuple[int, int]], states: Tensor
-) -> tuple[list[tuple[int, int]], Tensor]:
+def _word_states(text: str, offsets: Sequence[tuple[int, int]], states: Tensor) -> tuple[list[tuple[int, int]], Tensor]:
     """Return the characters of each word that the encoder reads, and the mean of its tokens' states less the text's.
 
     Args:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from importlib.util import find_spec
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
 import torch
@@ -13,9 +14,8 @@ from torch import Tensor
 from persona_plug.data.history import Example
 from persona_plug.errors import ConfigError
 from persona_plug.export import dense
-from persona_plug.generation import check_wordless
 from persona_plug.models import zoo
-from persona_plug.serving.vllm import Sampling, prompt_embeds
+from persona_plug.serving.vllm import MEMORY, WORDS_FOLDER, WORDS_LOGITS, Sampling, packed_words, prompt_embeds
 
 if TYPE_CHECKING:
     from persona_plug.plug import PersonaPlug
@@ -29,11 +29,12 @@ class VllmOffline:
         width: H of the LLM.
     """
 
-    def __init__(self, llm: str, **options: Any) -> None:  # noqa: ANN401
+    def __init__(self, llm: str, words: str | os.PathLike[str] | None = None, **options: Any) -> None:  # noqa: ANN401
         """Start vLLM, which takes a minute or more.
 
         Args:
             llm: Short name, folder or Hub id of the plug's LLM.
+            words: Folder of a saved plug whose memory of users' words is to be mixed in.
             options: Of `vllm.LLM`: `dtype` (give the plug's: float32 on a CPU), `max_model_len`,
                 `tensor_parallel_size`. Prefix caching is off, so nothing of a prompt outlives its answer.
 
@@ -46,16 +47,21 @@ class VllmOffline:
         from vllm import LLM
 
         chosen = {"enable_prefix_caching": False, "disable_log_stats": True, **options}
+        self.words = words is not None
+        if words is not None:
+            os.environ[WORDS_FOLDER] = str(Path(words).absolute())
+            chosen["logits_processors"] = [*chosen.get("logits_processors", ()), WORDS_LOGITS]
         self.llm = LLM(model=zoo.resolve(llm), enable_prompt_embeds=True, **chosen)
         config = self.llm.llm_engine.model_config
         self.width = int(config.get_hidden_size())
 
-    def generate(self, embeds: Sequence[Tensor], sampling: Sampling) -> list[str]:
+    def generate(self, embeds: Sequence[Tensor], sampling: Sampling, memories: Sequence[str] = ()) -> list[str]:
         """Return the answer to each prompt.
 
         Args:
             embeds: B prompts (n_b, H), see `prompt_embeds`; those of plain text serve for any method without a plug.
             sampling: How tokens are chosen, for all prompts.
+            memories: Each user's words as `vllm.packed_words` gives them; none by default.
 
         Raises:
             DataError: A prompt is not a dense, finite (n, H).
@@ -63,7 +69,11 @@ class VllmOffline:
         from vllm import SamplingParams
 
         prompts = [{"prompt_embeds": dense(e, self.width)} for e in embeds]
-        results = self.llm.generate(prompts, SamplingParams(**sampling.fields()), use_tqdm=False)
+        settings = [
+            SamplingParams(**sampling.fields(), extra_args={MEMORY: memory} if memory else None)
+            for memory in memories or [""] * len(prompts)
+        ]
+        results = self.llm.generate(prompts, settings, use_tqdm=False)
         return [result.outputs[0].text.strip() for result in results]
 
     def answer(
@@ -82,9 +92,12 @@ class VllmOffline:
             sampling: How tokens are chosen; default greedy, as long as the plug's answers may be.
             personal: False for the plain LLM, without soft tokens.
             batch_size: Prompts handed to vLLM at a time; it decides how many run together.
+
+        Raises:
+            ConfigError: The plug has a words memory, and vLLM was started without its folder.
         """
-        if personal:
-            check_wordless(plug.config, "vLLM")
+        if personal and plug.recollection is not None and not self.words:
+            raise ConfigError("this plug has a words memory: start VllmOffline with words=FOLDER of the saved plug")
         sampling = sampling or Sampling(plug.config.max_answer_tokens)
         table = plug.table(examples) if personal else None
         texts: list[str] = []
@@ -93,7 +106,9 @@ class VllmOffline:
             parts = [plug.prompter.parts(e.input, e.prompt) for e in part]
             with torch.no_grad():
                 told = plug.embed(table.batch(part)) if table else plug.plain(len(part))
-            texts += self.generate(prompt_embeds(plug, parts, told.soft), sampling)
+            readers = plug.readers(part) if personal else None
+            memories = [packed_words(reader) for reader in readers or ()]
+            texts += self.generate(prompt_embeds(plug, parts, told.soft), sampling, memories)
         return texts
 
     def close(self) -> None:

@@ -8,6 +8,7 @@ sends the soft tokens alone and leaves template and tokenizer to the server.
 from __future__ import annotations
 
 import base64
+import contextlib
 import io
 import json
 import secrets
@@ -22,7 +23,8 @@ from torch import Tensor
 
 from persona_plug.errors import ConfigError, DataError, first_line
 from persona_plug.export import dense
-from persona_plug.generation import check_wordless
+from persona_plug.heads.packing import pack_memory
+from persona_plug.heads.words import WordsReader
 from persona_plug.serving.engine import Answer, Call, Delta, EngineError
 from persona_plug.splice.prompts import PromptParts
 from persona_plug.splice.soft import Soft
@@ -31,6 +33,11 @@ if TYPE_CHECKING:
     import httpx
 
     from persona_plug.plug import PersonaPlug
+
+
+MEMORY = "persona_words"  # what a request's memory of words is called among vLLM's extra arguments
+WORDS_FOLDER = "PERSONA_PLUG_WORDS"  # the variable that names the plug whose words head a vLLM process reads
+WORDS_LOGITS = "persona_plug.serving.words_logits:WordsLogits"
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,6 +50,7 @@ class Sampling:
         top_p: Probability mass that is sampled from.
         seed: Of the sampling; None draws one.
         stop: Texts that end the answer and do not belong to it.
+        memory: The user's words as `packed_words` gives them, or an empty text.
     """
 
     max_tokens: int
@@ -50,6 +58,7 @@ class Sampling:
     top_p: float = 1.0
     seed: int | None = None
     stop: tuple[str, ...] = ()
+    memory: str = ""
 
     def fields(self) -> dict[str, Any]:
         """Return what vLLM calls them; `top_k` is switched off, which a server may have switched on by default."""
@@ -61,6 +70,11 @@ class Sampling:
             "seed": self.seed,
             "stop": list(self.stop),
         }
+
+
+def packed_words(reader: WordsReader | None) -> str:
+    """Return a request's memory as it travels to vLLM: base64, or an empty text where there is none."""
+    return "" if reader is None else base64.b64encode(pack_memory(reader.memory, reader.request, reader.end)).decode()
 
 
 @torch.no_grad()
@@ -194,6 +208,27 @@ class VllmServer:
         async with self._sent("GET", "models", None) as response:
             return {m["id"]: m.get("max_model_len") or 0 for m in json.loads(await response.aread())["data"]}
 
+    async def check_words(self, embeds: Tensor) -> None:
+        """Refuse a server that would ignore memories of words: one that reads them refuses this broken one.
+
+        Args:
+            embeds: Any prompt (n, H).
+
+        Raises:
+            ConfigError: The server took it.
+            EngineError: The server cannot be reached.
+        """
+        try:
+            await self.complete(embeds, Sampling(1, memory="?"))
+        except EngineError as exc:
+            if MEMORY in str(exc):
+                return
+            raise
+        raise ConfigError(
+            f"vLLM at {self.url} reads no memory of words: start it with {WORDS_FOLDER}=PLUG and "
+            f"--logits-processors {WORDS_LOGITS}"
+        )
+
     async def close(self) -> None:
         """Close the connections."""
         await self.client.aclose()
@@ -225,7 +260,14 @@ class VllmServer:
             if len(names) != 1:
                 raise ConfigError(f"{self.url} serves {', '.join(names) or 'no model'}; choose one with model=")
             self.model = names[0]
-        return {**prompt, **sampling.fields(), "model": self.model, "cache_salt": salt or secrets.token_hex(16)}
+        extra = {"vllm_xargs": {MEMORY: sampling.memory}} if sampling.memory else {}
+        return {
+            **prompt,
+            **sampling.fields(),
+            **extra,
+            "model": self.model,
+            "cache_salt": salt or secrets.token_hex(16),
+        }
 
     async def _answer(self, route: str, prompt: dict[str, Any], sampling: Sampling, salt: str) -> Answer:
         async with self._sent("POST", route, await self._body(prompt, sampling, salt)) as response:
@@ -286,30 +328,38 @@ class VllmEngine:
         """Join a plug, whose LLM serves for the embeddings of ids alone, and a server of the same LLM.
 
         Raises:
-            ConfigError: The LLM is an encoder-decoder, or the plug has a words memory.
+            ConfigError: The LLM is an encoder-decoder.
         """
         prompt_embeds(plug, [], [])
-        check_wordless(plug.config, "vLLM")
         self.plug, self.server = plug, server
+        self._words_checked = plug.recollection is None
 
-    def stream(self, call: Call) -> AsyncGenerator[Delta]:
+    async def stream(self, call: Call) -> AsyncGenerator[Delta]:
         """See `Engine.stream`."""
-        return self.server.stream(self._embeds(call), _sampling(call), call.salt)
+        embeds = await self._embeds(call)
+        async with contextlib.aclosing(self.server.stream(embeds, _sampling(call), call.salt)) as deltas:
+            async for delta in deltas:
+                yield delta
 
     async def generate(self, call: Call) -> Answer:
         """See `Engine.generate`."""
-        return await self.server.complete(self._embeds(call), _sampling(call), call.salt)
+        return await self.server.complete(await self._embeds(call), _sampling(call), call.salt)
 
     async def close(self) -> None:
         """See `Engine.close`; the server goes on."""
         await self.server.close()
 
-    def _embeds(self, call: Call) -> Tensor:
-        return prompt_embeds(self.plug, [call.parts], [call.soft])[0]
+    async def _embeds(self, call: Call) -> Tensor:
+        embeds = prompt_embeds(self.plug, [call.parts], [call.soft])[0]
+        if call.reader is not None and not self._words_checked:
+            await self.server.check_words(embeds[:1])
+            self._words_checked = True
+        return embeds
 
 
 def _sampling(call: Call) -> Sampling:
-    return Sampling(call.max_tokens, call.temperature, call.top_p, call.seed, call.stop)
+    memory = packed_words(call.reader)
+    return Sampling(call.max_tokens, call.temperature, call.top_p, call.seed, call.stop, memory)
 
 
 async def _lines(response: httpx.Response) -> AsyncIterator[str]:

@@ -28,9 +28,7 @@ def samples(gate, count, own):
     for i in range(count):
         word = words[i % 4]
         known = word if own else words[(i + 1) % 4]
-        reader = WordsReader(
-            Head(gate), recall([item(known)], BLANK, tokenise), torch.zeros(0, dtype=torch.long), END
-        )
+        reader = WordsReader(Head(gate), recall([item(known)], BLANK, tokenise), torch.zeros(0, dtype=torch.long), END)
         tokens = [*tokenise(word), END]
         rows.append(gate_sample(reader, torch.randn(len(tokens), V, generator=noise), tokens))
     return rows

@@ -34,7 +34,9 @@ def item(answer, request="", states=None, common=frozenset(), topic=None):
         slots = token_slots(find_slots(request, answer, common), answer, offsets, states)
     tokens = (*tokenise(answer), END)
     kept = torch.nn.functional.one_hot(torch.arange(len(tokens)), 16).float()
-    return ItemWords(tokens, kept, torch.eye(16)[0] if topic is None else topic, slots, facts_of(answer, offsets, slots))
+    return ItemWords(
+        tokens, kept, torch.eye(16)[0] if topic is None else topic, slots, facts_of(answer, offsets, slots)
+    )
 
 
 BLANK = RequestWords("", [], torch.zeros(0, 16), torch.zeros(16), [])

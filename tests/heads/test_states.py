@@ -24,7 +24,7 @@ def test_a_softcap_is_undone(load_parts):
     llm, _ = load_parts("tiny-llama")
     weight = llm.get_output_embeddings().weight
     states = torch.randn(50, weight.shape[1], generator=torch.Generator().manual_seed(0))
-    capped = StateMap(weight.shape[1], *weight.shape, softcap=30.0)
+    capped = StateMap(weight.shape[1], len(weight), softcap=30.0)
     logits = states @ weight.T
     capped.fit(llm, 30 * torch.tanh(logits / 30))
     mapped, true = capped(30 * torch.tanh(logits / 30)), torch.nn.functional.normalize(states, dim=-1)
