@@ -74,11 +74,15 @@ METHODS: dict[str, Method] = {
     "lora_rag": Method("lora", prompt="bm25"),
     "lora_user": Method("lora", user_adapter=True),
     "plug_lora": Method("plug_lora"),
+    "words": Method("words"),
+    "words_lora": Method("words_lora"),
 }
 READ_WITH = {
     "plug": ("plug_shuffled", "plug_empty"),
     "lora_user": ("lora_user_shuffled",),
     "plug_lora": ("plug_lora_shuffled",),
+    "words": ("words_shuffled", "words_empty"),
+    "words_lora": ("words_lora_shuffled",),
 }
 CONTROLS = {"_shuffled": "other", "_empty": "none"}  # whose history any trained method is shown, by its name's end
 PRIOR = "user_prior"  # the LLM-free family, reported row by row

@@ -52,11 +52,7 @@ def save(
     from safetensors.torch import save as to_bytes
 
     folder.mkdir(parents=True, exist_ok=True)
-    state = {
-        start + name: tensor.detach().cpu().contiguous()
-        for start, part in parts.items()
-        for name, tensor in part.state_dict().items()
-    }
+    state = state_of(parts)
     metadata = {
         "format": "pt",
         "sha256": _state_digest(state),
@@ -68,6 +64,15 @@ def save(
         write_atomically(folder / REPORT_NAME, report.to_json().encode())
     write_atomically(folder / CARD_NAME, model_card(config, parts, report).encode())
     return folder
+
+
+def state_of(parts: Mapping[str, nn.Module]) -> dict[str, Tensor]:
+    """Return all tensors of what was learned, on the CPU; see `save` for their names."""
+    return {
+        start + name: tensor.detach().cpu().contiguous()
+        for start, part in parts.items()
+        for name, tensor in part.state_dict().items()
+    }
 
 
 def local_folder(folder: str | os.PathLike[str]) -> Path:

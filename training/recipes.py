@@ -12,12 +12,14 @@ from typing import Any
 from accelerate import PartialState
 from safetensors.torch import load_file, save
 
+from persona_plug.clock import clock
 from persona_plug.config import PlugConfig
 from persona_plug.data.splits import FitData
 from persona_plug.errors import ConfigError
 from persona_plug.files import write_atomically
 from persona_plug.fit.config import FitConfig
-from persona_plug.fit.loop import train
+from persona_plug.fit.run import train_parts
+from persona_plug.persistence import apply_weights, state_of
 from persona_plug.plug import PersonaPlug
 from training.lora import with_lora
 from training.prefix import with_prefix
@@ -54,6 +56,8 @@ RECIPES: dict[str, Recipe] = {
     "persoma_lora": Recipe({"recipe": "persoma"}, adapter=True),
     "lora": Recipe(None, adapter=True),
     "plug_lora": Recipe(adapter=True),
+    "words": Recipe({"recipe": "words"}),
+    "words_lora": Recipe({"recipe": "words"}, adapter=True),
 }
 
 
@@ -63,7 +67,7 @@ class Fitted:
 
     Attributes:
         plug: The plug.
-        seconds: Of all optimiser steps, see `persona_plug.clock.clock`.
+        seconds: Of all optimiser steps and of fitting a words memory, see `persona_plug.clock.clock`.
         steps: Optimiser steps.
         parameters: How many parameters are trained.
         lr: Peak learning rate.
@@ -97,15 +101,17 @@ def fit(
     plug = make(name, base, settings, config.seed)
     file = folder / FACTS
     if file.is_file():
-        plug.embedder.load_state_dict(load_file(folder / WEIGHTS))
+        apply_weights(plug.parts(), load_file(folder / WEIGHTS), folder)
     else:
-        train(plug, data, config, folder, resume=True)
+        start = clock(plug.llm)
+        train_parts(plug, data, config, folder, resume=True)
+        passed = clock(plug.llm) - start
         lines = [json.loads(line) for line in (folder / LOG).read_text(encoding="utf-8").splitlines()]
         looks = {
             line["step"]: (line["step"], line["seconds"], line["eval_loss"]) for line in lines if "eval_loss" in line
         }
         result = {
-            "seconds": lines[-1]["seconds"],
+            "seconds": passed if plug.config.remembers else lines[-1]["seconds"],
             "steps": lines[-1]["step"],
             "lr": config.lr,
             "curve": [*looks.values()],
@@ -113,7 +119,7 @@ def fit(
         processes = PartialState()
         if processes.is_main_process:
             folder.mkdir(parents=True, exist_ok=True)
-            write_atomically(folder / WEIGHTS, save({k: v.clone() for k, v in plug.embedder.state_dict().items()}))
+            write_atomically(folder / WEIGHTS, save({k: v.clone() for k, v in state_of(plug.parts()).items()}))
             write_atomically(file, (json.dumps(result) + "\n").encode())
         processes.wait_for_everyone()
     recorded = json.loads(file.read_text(encoding="utf-8"))
@@ -169,8 +175,6 @@ def make(name: str, base: PersonaPlug, settings: Mapping[str, Any], seed: int) -
         chat_template_args=known.chat_template_args,
         template_day=known.template_day,
     )
-    if config.remembers:  # its gate would stay unfitted, and the words be left out without a word
-        raise ConfigError("a comparison cannot fit a words memory: use PersonaPlug.fit, or another plug.recipe")
     plug = base.twin(config, seed=seed)
     if recipe.prefix:
         return with_prefix(plug)

@@ -32,8 +32,10 @@ def _capped(data: FitData, limit: int) -> FitData:
     return dataclasses.replace(data, held_out=held, notes=[*data.notes, note])
 
 
-def _train(plug: PlugModel, data: FitData, config: FitConfig, folder: Path, resume: bool) -> list[dict[str, float]]:
-    """Train the soft tokens, then the words head, on users of its own."""
+def train_parts(
+    plug: PlugModel, data: FitData, config: FitConfig, folder: Path, resume: bool = False
+) -> list[dict[str, float]]:
+    """Train the soft tokens, then the words head on users of its own; for the arguments see `fit.loop.train`."""
     if not plug.config.remembers:
         return train(plug, data, config, folder, resume)
     soft, gate = split_users(data, config.seed)
@@ -118,7 +120,7 @@ def fit(
         folder = Path(output_dir) if output_dir is not None else Path(scratch)
         plug.seed = config.seed
         plug.reset(plug.config.replace(template=made.template, answers=made.answers))
-        log = _train(plug, made, config, folder / "plug", resume)
+        log = train_parts(plug, made, config, folder / "plug", resume)
         twin = None
         if report and made.held_out:
             twin = _trained_task_prompt(plug, made, config, folder / "task_prompt", resume)

@@ -14,6 +14,7 @@ from persona_plug.fit.config import FitConfig
 from persona_plug.models.fingerprint import full_digest
 from persona_plug.models.llm import loaded_as
 from persona_plug.splice.prompts import AnswerTree, PromptParts
+from tests.fit.test_words import people
 from training import recipes
 from training.config import load
 from training.lora import RANK, for_each_user, with_lora
@@ -68,20 +69,14 @@ def test_no_recipe_has_a_parameter_without_dimensions(make_plug, name, answers):
     assert all(p.dim() for p in plug.embedder.parameters())
 
 
-@pytest.mark.parametrize("name", ["plug", "plug_lora"])
+@pytest.mark.parametrize("name", ["plug", "plug_lora", "words", "words_lora"])
 def test_a_finished_training_is_read_back_and_not_repeated(base, data, tmp_path, name, monkeypatch):
     first = fit(name, base, {"max_input_tokens": 64}, data, CONFIG, tmp_path)
     scores = first.plug.score(data.held_out)
-    monkeypatch.setattr(recipes, "train", lambda *_, **__: pytest.fail("trained again"))
+    monkeypatch.setattr(recipes, "train_parts", lambda *_, **__: pytest.fail("trained again"))
     again = fit(name, base, {"max_input_tokens": 64}, data, CONFIG, tmp_path)
     torch.testing.assert_close(again.plug.score(data.held_out), scores, atol=1e-6, rtol=1e-6)
     assert (again.seconds, again.steps, again.parameters) == (first.seconds, first.steps, first.parameters)
-
-
-def test_a_words_memory_is_refused_and_not_left_unfitted(make_plug):
-    base = make_plug(quote_tokens=0)
-    with pytest.raises(ConfigError, match=r"cannot fit a words memory.*PersonaPlug\.fit"):
-        make("plug", base, {"recipe": "words"}, 0)
 
 
 def test_two_adapted_llms_share_nothing(base):
@@ -241,3 +236,17 @@ def test_the_curve_holds_each_look_with_rising_seconds(base, data, tmp_path):
 def test_an_unknown_recipe_is_named(base):
     with pytest.raises(ConfigError, match=r"no recipe 'nonsense'; known are task_prompt"):
         make("nonsense", base, {}, 0)
+
+
+@pytest.mark.parametrize("name", ["words", "words_lora"])
+def test_a_words_memory_is_fitted_and_read_back(make_plug, tmp_path, monkeypatch, name):
+    monkeypatch.setattr("persona_plug.heads.fitting.STEPS", 25)
+    data = FitData(people(9, 0), people(3, 1), people(3, 2), "{input}", None)
+    base = make_plug(max_answer_tokens=40)
+    first = fit(name, base, {}, data, CONFIG, tmp_path)
+    scores = first.plug.score(data.held_out[:2], [data.held_out[0].output])
+    with first.plug.recollection.paused():
+        assert not torch.allclose(first.plug.score(data.held_out[:2], [data.held_out[0].output]), scores)
+    monkeypatch.setattr(recipes, "train_parts", lambda *_, **__: pytest.fail("trained again"))
+    again = fit(name, base, {}, data, CONFIG, tmp_path)
+    torch.testing.assert_close(again.plug.score(data.held_out[:2], [data.held_out[0].output]), scores)
