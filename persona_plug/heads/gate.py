@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from persona_plug.heads.memory import CHAIN, NONE, WordMemory
 
 PARTS = ("llm", "memory", "copy", "end")
-MEMORY_FEATURES = 9
+MEMORY_FEATURES = 11
 FEATURES = MEMORY_FEATURES + 15
 HIDDEN = 32
 FLOOR = -12.0  # log-probabilities are read down to here
@@ -30,6 +30,7 @@ class Sight:
         entropy: (L,) of the LLM, in nats.
         cosine: (L, N) of the state and each place of the memory; 1 inside a placed slot.
         equal: (L, N) how many of the last tokens are those in front of the place, CHAIN at most and inside a slot.
+        again: (L, N) whether the place's token and the two in front of it stand in the text so far.
         open: (L, N) whether the place can count: inside a slot only behind exactly its beginning.
         places: (N,) where each place's token stands among the U.
         memory: Of which each place is one.
@@ -45,6 +46,7 @@ class Sight:
     entropy: Tensor
     cosine: Tensor
     equal: Tensor
+    again: Tensor
     open: Tensor
     places: Tensor
     memory: WordMemory
@@ -104,6 +106,7 @@ def look(
         entropy,
         cosine,
         equal,
+        _written_before(memory, written, offset, length).to(device),
         is_open,
         index[1 : 1 + len(memory.tokens)],
         memory,
@@ -111,6 +114,17 @@ def look(
         index[1 + len(memory.tokens) :],
         torch.stack([position, usual], -1),
     )
+
+
+def _written_before(memory: WordMemory, written: Sequence[int], offset: int, length: int) -> Tensor:
+    """Return whether each place's last three tokens stand in the text in front of each position, (L, N)."""
+    text = torch.tensor(list(written[: offset + length - 1]), dtype=torch.long)
+    if len(text) < 3:
+        return torch.zeros(length, len(memory.tokens), dtype=torch.bool)
+    rows = torch.stack([memory.before[:, -2], memory.before[:, -1], memory.tokens], -1)
+    same = (text.unfold(0, 3, 1).unsqueeze(0) == rows.unsqueeze(1)).all(-1)  # (N, places in the text)
+    first = torch.where(same.any(-1), same.int().argmax(-1) + 3, len(text) + 2)  # tokens that the text needs
+    return torch.arange(offset, offset + length).unsqueeze(1) >= first.unsqueeze(0)
 
 
 def _matches(tails: Tensor, request: Tensor) -> Tensor:
@@ -132,8 +146,8 @@ class WordGate(nn.Module):
     Attributes:
         log_temperature: Log of what cosines are multiplied by before the softmax over places.
         equality: (3,) what one, two and four equal last tokens add to a place's score.
-        trust: (3,) what a place's score gains by a like position in its answer, by the item's recency, and by the
-            nearness of the item's request.
+        trust: (6,) what a place's score gains by a like position in its answer, the item's recency, the nearness of
+            the item's request, by being a slot's, by how well that fits, and by standing in the text already.
         log_copy: Log of what a matching token adds to a place of the request.
         parts: Which of `PARTS` take part besides the LLM.
     """
@@ -147,7 +161,7 @@ class WordGate(nn.Module):
         super().__init__()
         self.log_temperature = nn.Parameter(torch.tensor(math.log(30.0)))
         self.equality = nn.Parameter(torch.tensor([1.0, 1.0, 0.5]))
-        self.trust = nn.Parameter(torch.tensor([0.1, 0.1, 1.0]))
+        self.trust = nn.Parameter(torch.tensor([0.1, 0.1, 1.0, 0.0, 1.0, -0.5]))
         self.log_copy = nn.Parameter(torch.tensor(0.0))
         self.hidden = nn.Linear(FEATURES, HIDDEN)
         self.out = nn.Linear(HIDDEN, len(PARTS))
@@ -184,8 +198,10 @@ class WordGate(nn.Module):
         near = nearness[items]
         recency = -torch.log1p((memory.count - 1 - items).float())
         equal = torch.stack([sight.equal >= 1, sight.equal >= 2, sight.equal >= 4], -1).float()
-        place = -(sight.position[:, :1] - starts).abs() * self.trust[0] + recency * self.trust[1] + near * self.trust[2]
-        scores = self.log_temperature.exp() * sight.cosine + equal @ self.equality + place
+        slots, fits, again = memory.slots.float().to(device), memory.fits.to(device), sight.again.float()
+        known = torch.stack([recency, near, slots, fits], -1) @ self.trust[1:5]
+        passing = -(sight.position[:, :1] - starts).abs() * self.trust[0] + again * self.trust[5]
+        scores = self.log_temperature.exp() * sight.cosine + equal @ self.equality + known + passing
         attention = scores.masked_fill(~sight.open, float("-inf")).softmax(-1)
         probability = torch.zeros_like(sight.logp).index_add(1, sight.places, attention)
         top, index = probability.max(-1)
@@ -199,7 +215,9 @@ class WordGate(nn.Module):
                 voters.log(),
                 (attention * equal[..., 0]).sum(-1),
                 (attention * equal[..., 1]).sum(-1),
-                (attention * memory.slots.to(device)).sum(-1),
+                attention @ slots,
+                attention @ fits,
+                (attention * again).sum(-1),
                 (attention * torch.log1p(sight.equal.float())).sum(-1),
                 attention @ starts,
                 attention @ finishes,

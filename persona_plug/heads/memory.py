@@ -75,6 +75,7 @@ class WordMemory:
         whole: (N, CHAIN) for such places the end of the slot's tokens: behind them the slot is written, and the place
             does not count. All `NONE` elsewhere.
         slots: (N,) whether the token is a slot's.
+        fits: (N,) how near a slot's words are to those that it had, as a cosine; 0 elsewhere.
         starts: (N,) log(1 + tokens in front of the place in its answer).
         finishes: (N,) log(1 + tokens behind it).
         nearness: (count,) cosine of each item's request and this one.
@@ -89,6 +90,7 @@ class WordMemory:
     inside: Tensor
     whole: Tensor
     slots: Tensor
+    fits: Tensor
     starts: Tensor
     finishes: Tensor
     nearness: Tensor
@@ -106,6 +108,7 @@ class WordMemory:
             torch.zeros(0, dtype=torch.bool),
             torch.zeros(0, CHAIN, dtype=torch.long),
             torch.zeros(0, dtype=torch.bool),
+            torch.zeros(0),
             torch.zeros(0),
             torch.zeros(0),
             torch.zeros(0),
@@ -132,12 +135,13 @@ class RequestWords:
     topic: Tensor
     allowed: Sequence[bool]
 
-    def fill(self, slot: SlotTokens) -> str | None:
-        """Return what stands in the slot for this request, or None where nothing is near."""
-        words = place(slot.first.float(), slot.last.float(), self.states, self.allowed)
-        if words is None:
+    def fill(self, slot: SlotTokens) -> tuple[str, float] | None:
+        """Return what stands in the slot for this request, and how near it is; None where nothing is near."""
+        placed = place(slot.first.float(), slot.last.float(), self.states, self.allowed)
+        if placed is None:
             return None
-        return shape(self.text[self.spans[words[0]][0] : self.spans[words[1]][1]], slot.form)
+        first, last, cosine = placed
+        return shape(self.text[self.spans[first][0] : self.spans[last][1]], slot.form), cosine
 
 
 def token_slots(
@@ -205,6 +209,7 @@ class _Rows:
         self.inside: list[bool] = []
         self.whole: list[list[int]] = []
         self.slots: list[bool] = []
+        self.fits: list[float] = []
         self.starts: list[int] = []
         self.finishes: list[int] = []
         self.sources: list[tuple[int, int]] = []  # (item, token) whose state the place has, token -1 for none
@@ -225,18 +230,25 @@ class _Rows:
                 written.append(item.tokens[i])
                 i += 1
                 continue
-            text = request.fill(slot)
-            filled = [] if text is None else tokenise(slot.before + text + slot.after)
+            placed = request.fill(slot)
+            filled = [] if placed is None else tokenise(slot.before + placed[0] + slot.after)
             for depth, token in enumerate(filled):
-                self._add(number, i if depth == 0 else NONE, token, written, inside=depth, slot=filled)
+                self._add(number, i if depth == 0 else NONE, token, written, depth, filled, placed[1] if placed else 0)
                 written.append(token)
-            if text is None:  # what stood there is another request's
+            if placed is None:  # what stood there is another request's
                 written.append(NONE)
             i = slot.end
         self.finishes += [len(written) - 1 - start for start in self.starts[begin:]]
 
     def _add(
-        self, number: int, source: int, token: int, written: Sequence[int], inside: int, slot: Sequence[int] = ()
+        self,
+        number: int,
+        source: int,
+        token: int,
+        written: Sequence[int],
+        inside: int,
+        slot: Sequence[int] = (),
+        fit: float = 0.0,
     ) -> None:
         self.before.append(_tail(written[-inside:] if inside else written))
         self.whole.append(_tail(slot if inside else ()))
@@ -245,6 +257,7 @@ class _Rows:
         self.items.append(number)
         self.inside.append(inside > 0)
         self.slots.append(bool(slot))
+        self.fits.append(fit)
         self.sources.append((number, source))
 
     def memory(self, items: Sequence[ItemWords], topic: Tensor) -> WordMemory:
@@ -261,6 +274,7 @@ class _Rows:
             torch.tensor(self.inside, dtype=torch.bool),
             torch.tensor(self.whole, dtype=torch.long).view(-1, CHAIN),
             torch.tensor(self.slots, dtype=torch.bool),
+            torch.tensor(self.fits, dtype=torch.float),
             torch.tensor(self.starts, dtype=torch.float).log1p(),
             torch.tensor(self.finishes, dtype=torch.float).log1p(),
             torch.stack([item.topic.float() for item in items]) @ topic,

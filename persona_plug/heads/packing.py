@@ -18,7 +18,7 @@ from persona_plug.heads.memory import CHAIN, ItemWords, SlotTokens, WordMemory
 VERSION = 1
 _HEADER = struct.Struct("<BBHHI")  # version, d, tokens, slots, bytes of the JSON part
 _PLACES: Mapping[str, str] = {"tokens": "<i4", "items": "<i4", "before": "<i4", "whole": "<i4", "inside": "?",
-                              "slots": "?", "starts": "<f4", "finishes": "<f4"}  # fmt: skip
+                              "slots": "?", "fits": "<f4", "starts": "<f4", "finishes": "<f4"}  # fmt: skip
 
 
 def pack_item(item: ItemWords) -> bytes:

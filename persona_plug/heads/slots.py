@@ -17,7 +17,7 @@ from torch import Tensor
 
 WORD = re.compile(r"\w+(?:['’-]\w+)*")
 SPAN_WORDS = 6  # a slot has at most so many words
-NEAREST = 0.5  # mean cosine below which a slot has no place in a request
+NEAREST = 0.2  # mean cosine below which a slot has no place in a request; above, the gate weighs it
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,8 +116,8 @@ def shape(text: str, form: str) -> str:
     return {"lower": text.lower, "upper": text.upper, "title": text.title}.get(form, lambda: text)()
 
 
-def place(first: Tensor, last: Tensor, states: Tensor, allowed: Sequence[bool]) -> tuple[int, int] | None:
-    """Return the words (first, last) of a request that are nearest to a slot's, or None where none is near.
+def place(first: Tensor, last: Tensor, states: Tensor, allowed: Sequence[bool]) -> tuple[int, int, float] | None:
+    """Return the words (first, last) of a request nearest to a slot's and their mean cosine; None if none is near.
 
     Args:
         first: (d,) unit vector of the slot's first word.
@@ -136,6 +136,5 @@ def place(first: Tensor, last: Tensor, states: Tensor, allowed: Sequence[bool]) 
     reach = index.unsqueeze(0) - index.unsqueeze(1)
     pairs = pairs.masked_fill((reach < 0) | (reach >= SPAN_WORDS), -4.0)
     best = int(pairs.argmax())
-    if float(pairs.flatten()[best]) < 2 * NEAREST:
-        return None
-    return best // width, best % width
+    cosine = float(pairs.flatten()[best]) / 2
+    return (best // width, best % width, cosine) if cosine >= NEAREST else None

@@ -119,8 +119,35 @@ def test_places_gain_by_like_positions_recent_items_and_near_requests():
     memory.states[:] = names[0]
     logp, _ = draw(1)
     sight = look(logp, names[:1], [], 0, memory, torch.zeros(0, dtype=torch.long), END)
-    for trust, expected in (([0.0, 0.0, 9.0], "a"), ([0.0, 9.0, 0.0], "c"), ([9.0, 0.1, 0.0], "c")):
+    for trust, expected in (([0.0, 0.0, 9.0], "a"), ([0.0, 9.0, 0.0], "c"), ([9.0, 0.1, 0.0], "c")):  # of six
         gate = WordGate(["memory"])
         with torch.no_grad():
-            gate.trust.copy_(torch.tensor(trust))
+            gate.trust.copy_(torch.tensor([*trust, 0.0, 0.0, 0.0]))
         assert chr(int(sight.tokens[gate._memory(sight).probability[0].argmax()])) == expected
+
+
+def test_what_is_written_already_is_known_as_such():
+    """An answer that repeats itself goes round in circles: the gate has to see it."""
+    memory = recall([item("abcd")], BLANK, tokenise)
+    logp, states = draw(7)
+    sight = look(logp, states, tokenise("abcabc"), 0, memory, torch.zeros(0, dtype=torch.long), END)
+    assert [chr(int(t)) for t in memory.tokens[:4]] == list("abcd")
+    assert sight.again.int().T.tolist()[2] == [0, 0, 0, 1, 1, 1, 1]
+    assert not sight.again[:, [0, 1, 3]].any()
+    alone = look(logp[4:5], states[4:5], tokenise("abca"), 4, memory, torch.zeros(0, dtype=torch.long), END)
+    assert torch.equal(alone.again[0], sight.again[4])
+
+
+def test_a_slot_that_fits_better_is_preferred():
+    names = torch.eye(D)
+    kept = [item("Ben!", "Ben lamp", names[[1, 0]]), item("Ben?", "Ben lamp", names[[0, 1]])]
+    request = request_words("Jo Max", torch.stack([0.6 * names[0] + 0.8 * names[3], 0.9 * names[1] + 0.43 * names[4]]))
+    memory = recall(kept, request, tokenise)
+    assert memory.fits[memory.slots].unique().tolist() == pytest.approx([0.6, 0.9])
+    logp, states = draw(1)
+    sight = look(logp, states, [], 0, memory, torch.zeros(0, dtype=torch.long), END)
+    gate = WordGate(["memory"])
+    with torch.no_grad():
+        gate.log_temperature.fill_(-9)
+        gate.trust.copy_(torch.tensor([0.0, 0.0, 0.0, 0.0, 30.0, 0.0]))
+    assert chr(int(sight.tokens[gate._memory(sight).probability[0].argmax()])) == "M"

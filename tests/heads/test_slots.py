@@ -56,9 +56,10 @@ def test_a_text_takes_the_slots_form(form, text):
 
 def test_a_slot_goes_to_the_nearest_words_in_order():
     states = torch.eye(4)
-    assert place(states[1], states[2], states, [True] * 4) == (1, 2)
-    assert place(states[2], states[1], states, [True] * 4) != (2, 1)
+    assert place(states[1], states[2], states, [True] * 4) == (1, 2, 1.0)
+    assert place(states[2], states[1], states, [True] * 4)[:2] != (2, 1)
     assert place(states[1], states[1], states, [True, False, True, True]) is None
+    assert place(states[1] + states[2], states[1], states, [True] * 4)[2] == 1.0
     assert place(states[1], states[1], states, [False] * 4) is None
 
 

@@ -25,12 +25,15 @@ import pytest
 import torch
 
 from persona_plug import PersonaPlug
+from persona_plug.data import replies
 from persona_plug.data.history import Example, HistoryItem
+from persona_plug.data.splits import prepare
 from persona_plug.errors import ConfigError, DataError, PersonaPlugError
+from persona_plug.fit.words import fit_words
 from persona_plug.serving import offline
 from persona_plug.serving.engine import Call, EngineError, TransformersEngine
 from persona_plug.serving.offline import VllmOffline
-from persona_plug.serving.vllm import Sampling, VllmEngine, VllmServer, prompt_embeds
+from persona_plug.serving.vllm import WORDS_FOLDER, WORDS_LOGITS, Sampling, VllmEngine, VllmServer, prompt_embeds
 from persona_plug.splice.prompts import PromptParts
 
 GREEDY = Sampling(16)
@@ -340,9 +343,9 @@ def vllm_offline():
         yield made
 
 
-@pytest.fixture(scope="module")
-def vllm_url():
-    """Address of a real server on loopback, ended when the tests are."""
+@contextlib.contextmanager
+def served(*more, **variables):
+    """Address of a real server on loopback, ended when the block is; with more options and variables."""
     from persona_plug.models import zoo
 
     with socket.socket() as free:
@@ -351,8 +354,8 @@ def vllm_url():
     options = ["--dtype", "float32", "--max-model-len", "1024", "--enforce-eager", "--enable-prompt-embeds"]
     options += ["--host", "127.0.0.1", "--port", str(port), "--served-model-name", "smollm", "--api-key", "secret"]
     command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", zoo.resolve("smollm2-135m")]
-    command += [*options, "--enable-prompt-tokens-details"]
-    env = {"VLLM_CPU_KVCACHE_SPACE": "1", "DO_NOT_TRACK": "1", "HF_HUB_OFFLINE": "1", **os.environ}
+    command += [*options, "--enable-prompt-tokens-details", *more]
+    env = {"VLLM_CPU_KVCACHE_SPACE": "1", "DO_NOT_TRACK": "1", "HF_HUB_OFFLINE": "1", **os.environ, **variables}
     process = subprocess.Popen(command, env=env, start_new_session=True)
     try:
         url, deadline = f"http://127.0.0.1:{port}", time.monotonic() + 600
@@ -371,6 +374,12 @@ def vllm_url():
         except subprocess.TimeoutExpired:
             os.killpg(process.pid, signal.SIGKILL)
             process.wait()
+
+
+@pytest.fixture(scope="module")
+def vllm_url():
+    with served() as url:
+        yield url
 
 
 @pytest.fixture
@@ -581,3 +590,69 @@ def test_a_comparison_written_by_vllm_has_the_texts_of_transformers(tmp_path):
         run.main([*common, f"generator={name}", engine, f"out={out}"])
         texts.append({m: (out / "predictions" / f"{m}.json").read_text() for m in ("none", "plug", "bm25")})
     assert texts[0] == texts[1]
+
+
+# --- a user's own words in vLLM
+
+
+@pytest.fixture(scope="module")
+def words_plug(tmp_path_factory):
+    """A saved and loaded plug with a words memory, fitted on a few generated replies, and its folder."""
+    made = replies.build(10, 5, held_out=0.0)
+    data = prepare(made.records, template=made.template, held_out=0.0, valid=0.3, answers=None)
+    plug = PersonaPlug.build(
+        "smollm2-135m", "minilm-l6", device="cpu", recipe="words", max_answer_tokens=32, template=data.template
+    )
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("persona_plug.heads.fitting.STEPS", 75)
+        fit_words(plug, data.train, data.valid)
+    folder = plug.save_pretrained(tmp_path_factory.mktemp("words"))
+    return PersonaPlug.from_pretrained(folder, device="cpu"), folder
+
+
+@pytest.fixture(scope="module")
+def replies_asked():
+    """Users of other replies, one of them without a history."""
+    rows = replies.build(6, 5, 1, held_out=0.0).records
+    users = {
+        r["user_id"]: [HistoryItem(q["input"], q["output"]) for q in rows if q["user_id"] == r["user_id"]] for r in rows
+    }
+    asked = [Example(u, items[-1].input, "", tuple(items[:-1])) for u, items in users.items()]
+    return [*asked[:3], replace(asked[3], history=())]
+
+
+@services
+def test_words_are_mixed_in_vllm_as_in_the_process(words_plug, replies_asked):
+    """Greedy text of a mixed batch, in one process and through a server, and no change where there is no memory."""
+    plug, folder = words_plug
+    expected = plug.generate(replies_asked)
+    with plug.recollection.paused():
+        assert sum(a != b for a, b in zip(plug.generate(replies_asked), expected, strict=True)) >= 3
+    os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
+    options = {"dtype": "float32", "max_model_len": 1024, "enforce_eager": True}
+    with VllmOffline("smollm2-135m", words=folder, **options) as made:
+        assert made.answer(plug, replies_asked) == expected
+        assert made.answer(plug, replies_asked, personal=False) == plug.generate(replies_asked, personal=False)
+    readers = plug.readers(replies_asked)
+    soft = [plug.soft_prompt(e.input) for e in replies_asked]
+    calls = [
+        Call(plug.prompter.parts(e.input), s, 32, reader=r)
+        for e, s, r in zip(replies_asked, soft, readers, strict=True)
+    ]
+
+    async def use(server):
+        engine = VllmEngine(plug, server)
+        return await asyncio.gather(*(engine.generate(call) for call in calls))
+
+    with served("--logits-processors", WORDS_LOGITS, **{WORDS_FOLDER: str(folder)}) as url:
+        answers = ask(VllmServer(url, "smollm", "secret", width=576), use)
+    assert [answer.text for answer in answers] == expected
+
+
+@services
+def test_a_real_server_without_the_processor_is_refused(server, words_plug, replies_asked):
+    plug, _ = words_plug
+    (reader,) = plug.readers(replies_asked[:1])
+    call = Call(plug.prompter.parts("x"), plug.soft_prompt("x"), 4, reader=reader)
+    with pytest.raises(ConfigError, match="--logits-processors"):
+        ask(server, lambda server: VllmEngine(plug, server).generate(call))
