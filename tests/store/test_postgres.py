@@ -127,7 +127,7 @@ def test_a_store_of_the_first_schema_is_migrated(database, encoder, monkeypatch)
                 names = ", ".join(row)
                 values = ", ".join(f":{name}" for name in row)
                 connection.execute(
-                    module.sql(f"INSERT INTO persona_items (id, user_key, {names}) VALUES (:i, :k, {values})"),
+                    module.sql(f"INSERT INTO persona_items (id, user_key, {names}) VALUES (:i, :k, {values})"),  # noqa: S608
                     {"i": key * (1 << 32) + n, "k": key, **row},
                 )
     engine.dispose()
