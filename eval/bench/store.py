@@ -80,7 +80,7 @@ def measure(settings: StoreSettings, folder: Path) -> dict[str, Any]:
         again = store.load_file(file, progress=False)
         found |= {"import_again_s": time.perf_counter() - start, "import_again_new": again.new}
         if settings.url is None:
-            scrub(folder / "users.db", rewrite=False)  # what is still in the log comes into the file
+            scrub(folder / "users.db")  # what is still in the log comes into the file
             found["bytes_per_event"] = (folder / "users.db").stat().st_size / settings.events
         rng = np.random.default_rng(0)
         names = [f"user-{i}" for i in rng.integers(settings.users, size=settings.reads)]

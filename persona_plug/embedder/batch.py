@@ -14,6 +14,7 @@ from persona_plug.data.labels import label_of
 from persona_plug.errors import ConfigError, DataError
 from persona_plug.models.encoder import HistoryEncoder
 
+LONGEST_TOKEN = 32  # characters; longer ones are runs of blanks or dashes
 Tokenise = Callable[[Sequence[str]], Sequence[Sequence[int]]]  # texts -> the LLM's ids of each
 
 
@@ -49,6 +50,11 @@ class HistoryBatch:
             None if self.quotes is None else self.quotes.to(device),
             None if self.request_ids is None else self.request_ids.to(device),
         )
+
+
+def first_tokens(ids: Tokenise, texts: Sequence[str], count: int) -> list[list[int]]:
+    """Return the first tokens of texts; only so much of a text is tokenised as these can take."""
+    return [list(row)[:count] for row in ids([text[: count * LONGEST_TOKEN] for text in texts])]
 
 
 class VectorTable:
@@ -87,8 +93,7 @@ class VectorTable:
             raise ConfigError(f"quote_tokens={self.config.quote_tokens} needs the LLM's tokenizer: pass ids=")
         table = torch.full((len(self.rows), self.config.quotes), -1)
         texts = list({i.output for e in examples for i in e.history[-self.config.max_history :]})
-        for text, row in zip(texts, ids(texts), strict=True):
-            first = list(row)[: self.config.quotes]
+        for text, first in zip(texts, first_tokens(ids, texts, self.config.quotes), strict=True):
             table[self.rows[text], : len(first)] = torch.tensor(first, dtype=torch.long)
         return table
 

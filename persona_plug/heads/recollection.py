@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -16,6 +17,7 @@ from persona_plug.heads.words import SIZE, TokenEncoder, WordsHead, WordsReader
 from persona_plug.splice.base import Splicer
 from persona_plug.splice.prompts import AnswerTree, Prompter
 from persona_plug.splice.soft import Soft
+from persona_plug.store import keepers
 from persona_plug.store.batches import StoredExample
 
 ROWS = 8  # items per pass of the LLM
@@ -63,6 +65,8 @@ class Recollection:
         self.head, self.splicer, self.prompter, self.encoder = head, splicer, prompter, encoder
         self.soft_tokens = soft_tokens
         self._cache: OrderedDict[tuple[str, Pair], ItemWords] = OrderedDict()
+        self._caching = threading.Lock()  # a store tells of a deletion on any thread
+        keepers.tell(self)
         self._paused = False
 
     @contextmanager
@@ -76,8 +80,15 @@ class Recollection:
 
     def forget(self, owner: str | None = None) -> None:
         """Drop the words of one owner; by default all, since a head or soft tokens that change make them stale."""
-        for key in [key for key in self._cache if owner is None or key[0] == owner]:
-            del self._cache[key]
+        with self._caching:
+            for key in [key for key in self._cache if owner is None or key[0] == owner]:
+                del self._cache[key]
+
+    @property
+    def owners(self) -> set[str]:
+        """Whose words are kept."""
+        with self._caching:
+            return {owner for owner, _ in self._cache}
 
     @torch.no_grad()
     def remember(self, items: Sequence[HistoryItem], owner: str = "") -> list[ItemWords]:
@@ -88,13 +99,16 @@ class Recollection:
             owner: Whose they are: users of a store share no cached words, or times would tell who wrote the same.
         """
         pairs = list(dict.fromkeys((item.input, item.output) for item in items))
-        words = {pair: self._cache[owner, pair] for pair in pairs if (owner, pair) in self._cache}
+        with self._caching:
+            words = {pair: self._cache[owner, pair] for pair in pairs if (owner, pair) in self._cache}
         for pair, row in self.passes([pair for pair in pairs if pair not in words]):
             words[pair] = self.keep(pair, row, owner)
-        for pair in words:
-            self._cache.move_to_end((owner, pair))
-        while len(self._cache) > CACHED:
-            self._cache.popitem(last=False)
+        with self._caching:
+            for pair in words:
+                if (owner, pair) in self._cache:  # and not forgotten meanwhile
+                    self._cache.move_to_end((owner, pair))
+            while len(self._cache) > CACHED:
+                self._cache.popitem(last=False)
         return [words[item.input, item.output] for item in items]
 
     def keep(self, pair: Pair, row: AnswerRow, owner: str = "") -> ItemWords:
@@ -104,7 +118,8 @@ class Recollection:
         """
         words = self.head.item_words(self.encoder, *pair, row.tokens, row.offsets, row.logits)
         words = unpack_item(pack_item(words))
-        self._cache[owner, pair] = words
+        with self._caching:
+            self._cache[owner, pair] = words
         return words
 
     def passes(self, pairs: Sequence[Pair]) -> Iterator[tuple[Pair, AnswerRow]]:

@@ -53,6 +53,7 @@ class HistoryEncoder:
         fingerprint: Identity of weights, tokenizer, pooling, maximum length and prefix (16 hex digits).
         stats: Counts of what was encoded and truncated.
         cache: Vectors on disk; None caches nothing.
+        cache_path: Where they are, or where others on this machine keep them.
     """
 
     def __init__(
@@ -117,10 +118,9 @@ class HistoryEncoder:
         self.fingerprint = hashlib.sha256(repr(identity).encode()).hexdigest()[:16]
         self.pads = self._bears_padding()
         self.stats = EncodeStats()
-        self.cache: VectorCache | None = None
-        if use_cache:
-            root = Path(cache_dir) if cache_dir is not None else zoo.cache_dir() / "vectors"
-            self.cache = VectorCache(root / f"{self.fingerprint}.sqlite", self.dim)
+        root = Path(cache_dir) if cache_dir is not None else zoo.cache_dir() / "vectors"
+        self.cache_path = root / f"{self.fingerprint}.sqlite"
+        self.cache: VectorCache | None = VectorCache(self.cache_path, self.dim) if use_cache else None
 
     def _length(self, wanted: int | None) -> int:
         """Return how many tokens are read of a text, within what the model has positions for."""

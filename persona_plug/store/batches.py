@@ -12,7 +12,7 @@ from torch import Tensor
 from persona_plug.config import PlugConfig
 from persona_plug.data.history import Example
 from persona_plug.data.labels import label_of
-from persona_plug.embedder.batch import HistoryBatch, Tokenise, collate, with_request_ids
+from persona_plug.embedder.batch import HistoryBatch, Tokenise, collate, first_tokens, with_request_ids
 from persona_plug.errors import ConfigError, DataError, MismatchError
 from persona_plug.models.caching import uncached
 from persona_plug.models.encoder import HistoryEncoder
@@ -106,7 +106,7 @@ class StoredTable:
             return None
         quotes = torch.full((*shape, self.config.quotes), -1)
         for b, history in enumerate(histories):
-            for i, row in enumerate(self.ids([item.output for item in history.texts or ()])):
-                first = list(row)[: self.config.quotes]
+            outputs = [item.output for item in history.texts or ()]
+            for i, first in enumerate(first_tokens(self.ids, outputs, self.config.quotes)):
                 quotes[b, i, : len(first)] = torch.tensor(first, dtype=torch.long)
         return quotes

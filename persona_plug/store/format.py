@@ -29,6 +29,7 @@ class StoredHistory:
         timestamps: Seconds since 1970, None where an item has no time.
         output_hashes: The first 8 bytes of the SHA-256 of each output, spelled as `labels.label_of` says.
         total: Items held of the user, those beyond the limit of the reading included.
+        moment: How many deletions the store had seen: what is stored of an answer to this carries it.
     """
 
     user: str
@@ -39,6 +40,7 @@ class StoredHistory:
     timestamps: list[float | None]
     output_hashes: list[bytes]
     total: int
+    moment: int = 0
 
     @property
     def texts(self) -> list[HistoryItem] | None:

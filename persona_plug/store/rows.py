@@ -6,17 +6,18 @@ import base64
 import dataclasses
 import hashlib
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from persona_plug.data.history import HistoryItem, events_of
+from persona_plug.data.history import HistoryItem, events_of, parse_event
 from persona_plug.data.labels import label_of
 from persona_plug.data.rows import read_rows
 from persona_plug.errors import DataError
-from persona_plug.store.format import HASH, VectorFormat, layout, pack, to_bytes
+from persona_plug.store.format import FORMATS, HASH, VectorFormat, layout, pack, to_bytes, unpack
 
 if TYPE_CHECKING:
     from persona_plug.models.encoder import HistoryEncoder
@@ -24,13 +25,31 @@ if TYPE_CHECKING:
 LONGEST_ID = 1000  # bytes; an entry of PostgreSQL's indexes is limited to 2.7 kB
 
 
-def events(
-    path: Path, skipped: list[str] | None, columns: Mapping[str, str] | None = None
-) -> Iterator[tuple[str, HistoryItem]]:
-    """Yield (user, item with id) of a file; bad records raise, or go to `skipped`.
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """An item on its way into a store: its owner, the item with its id, and its row where it need not be encoded."""
+
+    user: str
+    item: HistoryItem
+    row: Mapping[str, Any] | None = None
+
+
+def entries(
+    path: Path,
+    skipped: list[str] | None,
+    columns: Mapping[str, str] | None,
+    take: Callable[[Mapping[str, Any], str], Entry],
+) -> Iterator[Entry]:
+    """Yield the items of a file; bad records raise, or go to `skipped`.
 
     A record without an id gets one from its content and from how often the same content came before: the same again
-    when the file is read again, also when it has grown at its end. `columns` are those of `rows.read_rows`.
+    when the file is read again, also when it has grown at its end.
+
+    Args:
+        path: The file.
+        skipped: Takes a line for each bad record; None raises.
+        columns: See `rows.read_rows`.
+        take: Makes an entry of a record that a store without texts has exported.
 
     Raises:
         DataError: The file cannot be read or a record is bad.
@@ -40,10 +59,13 @@ def events(
         try:
             if isinstance(record, DataError):
                 raise record
-            fresh = [(event.user_id, _with_id(event.user_id, event.item, seen)) for event in events_of(record, where)]
-            for user, item in fresh:
-                check_id(f"{where}: user id", user)
-                check_id(f"{where}: id", item.id)
+            if "vector_format" in record and "output" not in record:
+                fresh = [take(record, where)]
+            else:
+                fresh = [Entry(e.user_id, with_id(e.item, seen, e.user_id)) for e in events_of(record, where)]
+            for entry in fresh:
+                check_id(f"{where}: user id", entry.user)
+                check_id(f"{where}: id", entry.item.id)
         except DataError as exc:
             if skipped is None:
                 raise
@@ -52,14 +74,50 @@ def events(
             yield from fresh
 
 
-def _with_id(user: str, item: HistoryItem, seen: Counter[bytes]) -> HistoryItem:
-    """Return the item with an id, made of its content where it has none."""
+def with_id(item: HistoryItem, seen: Counter[bytes], user: str = "") -> HistoryItem:
+    """Return the item with an id, made of its content where it has none.
+
+    Args:
+        item: The item.
+        seen: How often each content came before; of one content the first, second, ... item have ids of their own.
+        user: Whose it is.
+    """
     if item.id is not None:
         return item
-    content = repr((user, item.input, item.output, item.timestamp))
-    digest = hashlib.sha256(content.encode()).digest()[:12]
-    seen[digest] += 1
-    return dataclasses.replace(item, id=f"{digest.hex()}-{seen[digest]}")
+    content = repr((item.input, item.output, item.timestamp))
+    digest = hashlib.sha256(content.encode("utf-8", "surrogatepass")).digest()[:12]
+    owned = digest + user.encode("utf-8", "surrogatepass")
+    seen[owned] += 1
+    return dataclasses.replace(item, id=f"{digest.hex()}-{seen[owned]}")
+
+
+def exported_row(record: Mapping[str, Any], where: str, encoder: str, kind: VectorFormat, dim: int) -> Entry:
+    """Return what a store without texts has exported, as it was stored.
+
+    Raises:
+        DataError: The vectors are another encoder's, or the record is damaged.
+    """
+    if record.get("encoder") != encoder:
+        raise DataError(
+            f"{where}: vectors of encoder {record.get('encoder')!s:.40}, the store holds those of {encoder}; "
+            "without texts they cannot be made anew"
+        )
+    if record["vector_format"] not in FORMATS:
+        raise DataError(f"{where}: field 'vector_format' {record['vector_format']!r:.40} is unknown")
+    made = parse_event({**record, "input": "", "output": "-"}, where)
+    shape = layout(record["vector_format"], dim)
+    try:
+        blob = b"".join(base64.b64decode(record[f"{name}_bytes"], validate=True) for name in shape.names or ())
+        hashes = base64.b64decode(record["text_hashes"], validate=True)
+    except (KeyError, TypeError, ValueError) as exc:
+        raise DataError(f"{where}: vectors or hashes are missing or damaged ({exc!s:.60}); export them again") from exc
+    if len(blob) != shape.itemsize or len(hashes) != 3 * HASH:
+        raise DataError(f"{where}: vectors are not {dim} wide, or hashes are cut; export them again")
+    if record["vector_format"] != kind:
+        blob = pack(*unpack([blob], record["vector_format"], dim), kind)[0]
+    item = dataclasses.replace(made.item, output="")
+    row = {"item_id": item.id, "at": item.timestamp, "hashes": hashes, "vectors": blob, "input": None, "output": None}
+    return Entry(made.user_id, item, row)
 
 
 def check_id(what: str, value: object) -> None:

@@ -22,6 +22,7 @@ from persona_plug.errors import ConfigError, CorruptFileError, DataError, Mismat
 from persona_plug.models.encoder import HistoryEncoder
 from persona_plug.store import database as store_engine
 from persona_plug.store import history_store as store_module
+from persona_plug.store import reading as reading_module
 from persona_plug.store.database import StoreUnavailable
 from persona_plug.store.rows import LONGEST_ID
 
@@ -180,7 +181,7 @@ def test_a_single_item_must_be_in_a_list(make_store, items):
 
 
 def test_users_are_listed_by_prefix_over_many_pages(make_store, monkeypatch):
-    monkeypatch.setattr(store_module, "PAGE_ROWS", 3)
+    monkeypatch.setattr(reading_module, "PAGE_ROWS", 3)
     store = make_store()
     names = [f"acme/{i}" for i in range(8)] + ["acmf", "acm", "Acme/0", "acme/ü"]
     for i, name in enumerate(names):
@@ -194,7 +195,7 @@ def test_users_are_listed_by_prefix_over_many_pages(make_store, monkeypatch):
 
 
 def test_export_is_all_there_is_and_can_be_loaded_again(make_store, tmp_path, monkeypatch, encoder):
-    monkeypatch.setattr(store_module, "PAGE_ROWS", 2)
+    monkeypatch.setattr(reading_module, "PAGE_ROWS", 2)
     store = make_store(keep_text=True)
     store.append("ann", ANN)
     store.append("bob", ANN[:1])
@@ -337,7 +338,7 @@ def later_version(tmp_path):
     folder = tmp_path / "migrations"
     shutil.copytree(store_engine.MIGRATIONS, folder, ignore=shutil.ignore_patterns("__pycache__"))
     (folder / "versions" / "v9999_note.py").write_text(
-        "import sqlalchemy as sa\nfrom alembic import op\nrevision, down_revision = '9999', '0001'\n"
+        "import sqlalchemy as sa\nfrom alembic import op\nrevision, down_revision = '9999', '0002'\n"
         "def upgrade():\n    op.add_column('persona_users', sa.Column('note', sa.String, server_default='-'))\n"
     )
 
@@ -362,7 +363,7 @@ def test_an_older_schema_is_migrated_and_a_newer_refused(make_store, later_versi
             assert connection.execute(text("SELECT note FROM persona_users")).scalar() == "-"
     finally:
         patch.undo()
-    with pytest.raises(MismatchError, match=r"9999.*0001.*newer persona_plug"):
+    with pytest.raises(MismatchError, match=r"9999.*0002.*newer persona_plug"):
         make_store()
 
 
