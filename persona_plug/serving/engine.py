@@ -62,7 +62,7 @@ class Call:
     @property
     def prompt_tokens(self) -> int:
         """Positions of the LLM's input, soft tokens included."""
-        return len(self.parts.left) + len(self.soft) + len(self.parts.right)
+        return len(self.parts) + len(self.soft)
 
 
 @dataclass(frozen=True, slots=True)
