@@ -63,7 +63,7 @@ def test_a_comparison_has_every_method_and_repeats_nothing(folder, capsys, monke
         low, high = row["metrics"]["nll"]["ci95"]
         assert low <= row["metrics"]["nll"]["value"] <= high
     assert "| plug − plug_shuffled | nll |" in capsys.readouterr().out
-    monkeypatch.setattr("training.recipes.train_parts", lambda *_, **__: pytest.fail("a finished seed was fitted again"))
+    monkeypatch.setattr("training.recipes.train_parts", lambda *_, **__: pytest.fail("trained again"))
     run.main(arguments)
     again = json.loads((folder / "out" / "results.json").read_text())
     assert again["methods"] == results["methods"]

@@ -257,10 +257,10 @@ def test_a_words_memory_is_fitted_and_read_back(make_plug, tmp_path, monkeypatch
     monkeypatch.setattr("persona_plug.heads.fitting.STEPS", 25)
     data = FitData(people(9, 0), people(3, 1), people(3, 2), "{input}", None)
     base = make_plug(max_answer_tokens=40)
-    first = fit(name, base, {}, data, CONFIG, tmp_path)
+    first = fit(name, base, data, settings(tmp_path, plug={}), 0)
     scores = first.plug.score(data.held_out[:2], [data.held_out[0].output])
     with first.plug.recollection.paused():
         assert not torch.allclose(first.plug.score(data.held_out[:2], [data.held_out[0].output]), scores)
     monkeypatch.setattr(recipes, "train_parts", lambda *_, **__: pytest.fail("trained again"))
-    again = fit(name, base, {}, data, CONFIG, tmp_path)
+    again = fit(name, base, data, settings(tmp_path, plug={}), 0)
     torch.testing.assert_close(again.plug.score(data.held_out[:2], [data.held_out[0].output]), scores)
