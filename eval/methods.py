@@ -7,6 +7,7 @@ trained plug another history than the user's. A new method is a line here.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from persona_plug.errors import ConfigError
@@ -30,6 +31,7 @@ class Method:
         user_adapter: Whether the adapters are trained further on each user's history.
         train_prompt: Whether training sees the same kind of prompt.
         head: Whether a plug's answer head counts beside the LLM.
+        llm: Whether the LLM is asked; what does without it is a family of its own, reported row by row.
     """
 
     recipe: str | None = None
@@ -39,6 +41,7 @@ class Method:
     user_adapter: bool = False
     train_prompt: bool = True
     head: bool = True
+    llm: bool = True
 
     def __post_init__(self) -> None:
         """Refuse a choice that does not exist."""
@@ -46,7 +49,21 @@ class Method:
             if value not in known:
                 raise ConfigError(f"{name}={value!r} is not one of {', '.join(map(str, known))}")
 
+    @property
+    def training(self) -> str:
+        """What is trained for the method, "" for nothing; methods that share it share its name."""
+        prompt = f"+{self.prompt}-{self.items}" if self.prompt and self.train_prompt else ""
+        return self.recipe + prompt if self.recipe else ""
 
+    @property
+    def repeats(self) -> str:
+        """Why the method gives for free text just what another one gives; "" if it does not."""
+        if not self.head:
+            return "it is the plug itself, which has no answer head"
+        return "it is summary, as there are no labels to count" if self.prompt == "profile" else ""
+
+
+PRIOR = "user_prior"
 METHODS: dict[str, Method] = {
     "none": Method(),
     "task_prompt": Method("task_prompt"),
@@ -76,6 +93,7 @@ METHODS: dict[str, Method] = {
     "plug_lora": Method("plug_lora"),
     "words": Method("words"),
     "words_lora": Method("words_lora"),
+    PRIOR: Method(llm=False),
 }
 READ_WITH = {
     "plug": ("plug_shuffled", "plug_empty"),
@@ -85,9 +103,8 @@ READ_WITH = {
     "words_lora": ("words_lora_shuffled",),
 }
 CONTROLS = {"_shuffled": "other", "_empty": "none"}  # whose history any trained method is shown, by its name's end
-PRIOR = "user_prior"  # the LLM-free family, reported row by row
 # Every method, followed by those of its controls that its row is read with.
-ALL = (*(name for stem in METHODS for name in (stem, *READ_WITH.get(stem, ()))), PRIOR)
+ALL = tuple(name for stem in METHODS for name in (stem, *READ_WITH.get(stem, ())))
 
 
 def method(name: str) -> Method:
@@ -106,6 +123,12 @@ def method(name: str) -> Method:
         if asked and asked.recipe:
             return dataclasses.replace(asked, history=history)
     raise ConfigError(
-        f"no method {name!r}; known are {', '.join([*METHODS, PRIOR])}; NAME-K puts K items into the prompt, "
+        f"no method {name!r}; known are {', '.join(METHODS)}; NAME-K puts K items into the prompt, "
         "NAME_shuffled and NAME_empty ask a trained one with another user's history, or none"
     )
+
+
+def by_training(names: Sequence[str]) -> list[str]:
+    """Return method names so that those that share a training stand together."""
+    trainings = [method(name).training for name in names]
+    return sorted(names, key=lambda name: trainings.index(method(name).training))

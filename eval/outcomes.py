@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -78,3 +78,19 @@ def read_outcome(stem: Path) -> Outcome | None:
         values = {key.partition("|")[2]: arrays[key] for key in arrays.files if key.startswith("value|")}
         probabilities = arrays["probabilities"] if "probabilities" in arrays.files else None
     return Outcome(Answers(values, texts["texts"], probabilities), Costs(**texts["costs"]), texts.get("notes", {}))
+
+
+def write_outcomes(folder: Path, name: str, outcomes: Mapping[str, Outcome]) -> None:
+    """Keep a method's outcome, or those of a family's rows `NAME: ROW` with a mark that none is missing."""
+    for row, outcome in outcomes.items():
+        write_outcome(folder / row.replace(": ", "="), outcome)
+    if name not in outcomes:
+        (folder / f"{name}.done").touch()
+
+
+def read_outcomes(folder: Path, name: str) -> dict[str, Outcome]:
+    """Return what `write_outcomes` left, or nothing."""
+    is_family = (folder / f"{name}.done").is_file()
+    names = [file.stem for file in sorted(folder.glob(f"{name}=*.npz"))] if is_family else [name]
+    outcomes = {stem.replace("=", ": "): read_outcome(folder / stem) for stem in names}
+    return {row: outcome for row, outcome in outcomes.items() if outcome is not None}

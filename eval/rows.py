@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 from eval.metrics.classes import expected_calibration_error
-from eval.metrics.lamp import SET_RULES, question_values
+from eval.metrics.lamp import QUESTION_RULES, SET_RULES
 from eval.outcomes import Outcome
+from eval.questions import Questions
 from eval.report.results import interval_row
-from persona_plug.data.splits import FitData
 from persona_plug.measure.contrasts import estimate
 from persona_plug.measure.metrics import find_metric
-from persona_plug.measure.stats import Interval, set_bootstrap
-from training.tasks import Task
+from persona_plug.measure.stats import set_bootstrap
 
 Merged = dict[str, np.ndarray]  # metric -> (N,) means over seeds
 
@@ -34,41 +32,16 @@ COSTS = {
 }
 
 
-@dataclass(frozen=True, slots=True)
-class Questions:
-    """What every method is asked.
-
-    Attributes:
-        task: The task.
-        data: Its data; `held_out` are the N questions.
-        texts: Indices of the M questions whose answers an outcome holds as texts.
-    """
-
-    task: Task
-    data: FitData
-    texts: Sequence[int]
-
-    @property
-    def users(self) -> list[str]:
-        """The owner of each question, (N,)."""
-        return [e.user_id for e in self.data.held_out]
-
-    @property
-    def references(self) -> list[str]:
-        """What the users wrote, (M,)."""
-        return [self.data.held_out[i].output.strip() for i in self.texts]
-
-
 def add_official_values(outcome: Outcome, questions: Questions) -> None:
     """Add the official rules' values per question of free text, which need its texts and no model."""
     texts = outcome.answers.texts
     if texts is None or questions.data.answers:
         return
-    references = [questions.data.held_out[i].output for i in questions.texts]
-    for metric, some in question_values(questions.task, texts, references).items():
-        values = np.full(len(questions.data.held_out), np.nan)
-        values[list(questions.texts)] = some
-        outcome.answers.values[metric] = values
+    for metric in questions.task.metrics:
+        if metric in QUESTION_RULES:
+            values = np.full(len(questions.data.held_out), np.nan)
+            values[list(questions.texts)] = QUESTION_RULES[metric](texts, questions.references, ())
+            outcome.answers.values[metric] = values
 
 
 def mean_values(outcomes: Sequence[Outcome]) -> Merged:
@@ -87,7 +60,8 @@ def method_row(merged: Merged, outcomes: Sequence[Outcome], questions: Questions
     """
     users = questions.users
     intervals = {metric: estimate(values, users, metric) for metric, values in merged.items()}
-    intervals |= {m: _over_users(rule, questions) for m, rule in _set_rules(outcomes, questions).items()}
+    owners = [users[i] for i in questions.texts]
+    intervals |= {m: set_bootstrap(rule, owners) for m, rule in _set_rules(outcomes, questions).items()}
     costs = {key: _mean([getattr(o.costs, name) for o in outcomes]) for key, name in COSTS.items()}
     return {
         "metrics": {metric: interval_row(interval) for metric, interval in intervals.items()},
@@ -115,8 +89,8 @@ def details(
     }
 
 
-# From the indices of questions, among those with texts, to a metric's value for each seed.
-SetRule = Callable[[np.ndarray], list[float]]
+# From the indices of questions, among those with texts, to a metric's mean over seeds.
+SetRule = Callable[[np.ndarray], float]
 
 
 def _set_rules(outcomes: Sequence[Outcome], questions: Questions) -> dict[str, SetRule]:
@@ -131,21 +105,20 @@ def _set_rules(outcomes: Sequence[Outcome], questions: Questions) -> dict[str, S
                 rules[name] = _text_rule(name, texts, questions.references, answers)
     if answers and len(tables) == len(outcomes):
         gold = np.array([answers.index(text) for text in questions.references])
-        rules["ece"] = lambda rows: [expected_calibration_error(table[rows], gold[rows]) for table in tables]
+        rules["ece"] = lambda rows: _over_seeds(expected_calibration_error(table[rows], gold[rows]) for table in tables)
     return rules
 
 
 def _text_rule(name: str, runs: Sequence[Sequence[str]], references: Sequence[str], answers: Sequence[str]) -> SetRule:
-    def measure(rows: np.ndarray) -> list[float]:
+    def measure(rows: np.ndarray) -> float:
         gold = [references[i] for i in rows]
-        return [SET_RULES[name]([run[i] for i in rows], gold, answers) for run in runs]
+        return _over_seeds(SET_RULES[name]([run[i] for i in rows], gold, answers) for run in runs)
 
     return measure
 
 
-def _over_users(rule: SetRule, questions: Questions) -> Interval:
-    users = questions.users
-    return set_bootstrap(lambda rows: float(np.mean(rule(rows))), [users[i] for i in questions.texts])
+def _over_seeds(values: Iterable[float]) -> float:
+    return float(np.mean(list(values)))
 
 
 def _seed_row(outcome: Outcome, metrics: Sequence[str]) -> dict[str, float]:
@@ -155,4 +128,4 @@ def _seed_row(outcome: Outcome, metrics: Sequence[str]) -> dict[str, float]:
 
 def _mean(values: Sequence[float | None]) -> float | None:
     known = [value for value in values if value is not None]
-    return float(np.mean(known)) if known else None
+    return _over_seeds(known) if known else None

@@ -16,18 +16,18 @@ import platform
 import shlex
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
+from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from eval.methods import PRIOR, method
-from eval.questions import with_questions
+from eval.methods import by_training, method
+from eval.questions import Questions
 from eval.report.page import html, markdown
 from eval.report.results import contrast_row, portable, to_json
 from eval.settings import ComparisonSettings
-from persona_plug.data.splits import FitData
 from persona_plug.errors import ConfigError
 from persona_plug.files import write_atomically
 from persona_plug.measure.contrasts import contrasts, usual_pairs
@@ -36,11 +36,10 @@ from training.claim import claim
 from training.config import load, run_command
 from training.data import load_data
 from training.run import TRAINED, build_plug
-from training.tasks import Task, load_task
+from training.tasks import load_task
 
 if TYPE_CHECKING:
     from eval.outcomes import Outcome
-    from eval.rows import Questions
     from persona_plug.plug import PersonaPlug
 
 # What finished outcomes depend on; methods, seeds and threads may change from run to run in one folder.
@@ -52,57 +51,52 @@ def main(arguments: Sequence[str]) -> None:
     settings = load(arguments, ComparisonSettings)
     out = Path(settings.out)
     out.mkdir(parents=True, exist_ok=True)
-    results, extra = compare(settings, out)
+    results, details = compare(settings)
     results["command"] = shlex.join(["python", "-m", "eval.run", *portable(arguments)])
-    write_atomically(out / "results.json", to_json(results).encode())
     report = markdown(results)
-    write_atomically(out / "report.md", report.encode())
-    write_atomically(out / "report.html", html(results, extra).encode())
+    files = {"results.json": to_json(results), "report.md": report, "report.html": html(results, details)}
+    for name, text in files.items():
+        write_atomically(out / name, text.encode())
     sys.stdout.write(report)
 
 
-def prepare(settings: ComparisonSettings) -> tuple[Task, FitData, PersonaPlug, Mapping[str, Any]]:
-    """Return the task, its data with the questions, an untrained plug, and the fields of plugs that share models."""
+def prepare(settings: ComparisonSettings) -> tuple[Questions, PersonaPlug]:
+    """Return what is asked, with what is trained on, and an untrained plug."""
     task = load_task(settings.task_name)
     if settings.generator == "vllm" and task.no_repeat_ngram:
         raise ConfigError(f"generator=vllm writes greedily: it knows no no_repeat_ngram, which {task.name} asks for")
-    trained = load_data(settings, task)
-    data = with_questions(trained, settings, task)
-    base, plug = build_plug(settings, task, data)
+    data = load_data(settings, task, settings.split, settings.questions)
+    base = build_plug(settings, task, data)
     base.llm.generation_config.num_beams = settings.beams
-    return task, data, base, plug
+    return Questions(task, data, settings.generated), base
 
 
-def compare(settings: ComparisonSettings, out: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+def compare(settings: ComparisonSettings) -> tuple[dict[str, Any], dict[str, Any]]:
     """Run every method for every seed; what is finished is read back from `out`, not computed again."""
-    from eval.rows import Questions, add_official_values, details, mean_values, method_row
-    from eval.session import Session, ordered
+    from eval.rows import add_official_values, details, mean_values, method_row
+    from eval.session import Session
 
     git = _git()  # before, not after: sources may change while it runs
-    task, data, base, plug = prepare(settings)
-    claim(out, settings, FIXED, task, ("train", settings.split))
-    session = Session(task, data, base, dataclasses.replace(settings, plug=plug), out)
-    found: dict[str, list[Outcome]] = {}
-    repeats = {} if data.answers else {n: why for n in settings.methods if (why := _repeats(n))}
+    questions, base = prepare(settings)
+    task, data, users = questions.task, questions.data, questions.users
+    claim(settings, FIXED, task, ("train", settings.split))
+    repeats = {} if data.answers else {name: why for name in settings.methods if (why := method(name).repeats)}
     notes = [f"{name} not run: for free text {why}" for name, why in repeats.items()]
-    runnable = [n for n in settings.methods if n not in repeats]
-    if not runnable:
+    names = [name for name in settings.methods if name not in repeats]
+    if not names:
         raise ConfigError("; ".join(notes))
-    for name in ordered(runnable):
-        for seed in settings.seeds[: 1 if name in settings.one_seed else None]:
-            for row, outcome in session.outcomes(name, seed).items():
-                found.setdefault(row, []).append(outcome)
-    session.close()
-    listed = [n for n in settings.methods if n in found] + [n for n in found if n not in settings.methods]
-    found = {name: found[name] for name in listed}
-    questions = Questions(task, data, session.texts)
-    users = questions.users
-    for outcomes in found.values():
-        for outcome in outcomes:
-            add_official_values(outcome, questions)
-    merged = {name: mean_values(outcomes) for name, outcomes in found.items()}
-    for name, outcomes in found.items():
-        _write_predictions(out / "predictions", name, outcomes[0], questions)
+    runs: dict[str, list[Outcome]] = {}
+    with closing(Session(questions, base, settings)) as session:
+        for name in by_training(names):
+            for seed in settings.seeds[: 1 if name in settings.one_seed else None]:
+                for row, outcome in session.outcomes(name, seed).items():
+                    add_official_values(outcome, questions)
+                    runs.setdefault(row, []).append(outcome)
+    order = [*(name for name in names if name in runs), *runs]  # the prior's rows last
+    runs = {name: runs[name] for name in order}
+    merged = {name: mean_values(outcomes) for name, outcomes in runs.items()}
+    for name, outcomes in runs.items():
+        _write_predictions(Path(settings.out) / "predictions", name, outcomes[0], questions)
     pairs = dict.fromkeys([*usual_pairs(merged), *settings.pairs])
     results = {
         "task": task.name,
@@ -119,26 +113,15 @@ def compare(settings: ComparisonSettings, out: Path) -> tuple[dict[str, Any], di
         "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
         "machine": f"{platform.machine()}, {os.cpu_count()} cores, {platform.python_implementation()}",
         "data_notes": [*data.notes, *truncation_notes(base, data), *notes],
-        "notes": {name: o[0].notes for name, o in found.items() if o[0].notes},
-        "methods": {name: method_row(merged[name], outcomes, questions) for name, outcomes in found.items()},
+        "notes": {name: outcomes[0].notes for name, outcomes in runs.items() if outcomes[0].notes},
+        "methods": {name: method_row(merged[name], outcomes, questions) for name, outcomes in runs.items()},
         "contrasts": [contrast_row(row) for row in contrasts(merged, users, pairs)],
     }
-    return results, details(merged, found, questions)
-
-
-def _repeats(name: str) -> str | None:
-    """Return why a method gives for free text just what another one gives, if it does."""
-    if name == PRIOR:
-        return None
-    if not method(name).head:
-        return "it is the plug itself, which has no answer head"
-    return "it is summary, as there are no labels to count" if method(name).prompt == "profile" else None
+    return results, details(merged, runs, questions)
 
 
 def _write_predictions(folder: Path, name: str, outcome: Outcome, questions: Questions) -> None:
     """Write the first seed's answers in LaMP's shape; for ratings also the distribution's means, which RMSE is of."""
-    from persona_plug.measure.priors import is_rating
-
     folder.mkdir(parents=True, exist_ok=True)
     stem = name.replace(": ", "=").replace("/", "_")
     data, answers = questions.data, outcome.answers
@@ -150,7 +133,7 @@ def _write_predictions(folder: Path, name: str, outcome: Outcome, questions: Que
 
     if answers.texts is not None:
         write(f"{stem}.json", answers.texts)
-    if answers.probabilities is not None and is_rating(data.answers):
+    if answers.probabilities is not None and "rmse" in answers.values:
         means = answers.probabilities @ np.array([float(a) for a in data.answers or ()])
         write(f"{stem}.mean.json", [repr(float(m)) for m in means])
 

@@ -52,8 +52,7 @@ class ComparisonSettings(RunSettings):
         each = (name for listed in self.methods for name in (ALL if listed == "all" else (listed,)))
         object.__setattr__(self, "methods", tuple(dict.fromkeys(each)))
         for name in (*self.methods, *self.one_seed):
-            if name != PRIOR:
-                method(name)
+            method(name)
         for name in (name for pair in self.pairs for name in pair):
             if name not in self.methods and not name.startswith(f"{PRIOR}: "):
                 raise ConfigError(f"pairs: {name!r} is none of the methods compared; add it to methods=[...]")

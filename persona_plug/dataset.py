@@ -65,7 +65,7 @@ class PlugDataset(Dataset[int]):
         """
         if not examples:
             raise DataError("there are no samples to train on")
-        self.examples, self._readers = list(examples), plug.readers
+        self.examples, self.plug = list(examples), plug
         self.table = plug.table(examples) if personal else None
         self.offsets: Tensor | None = None  # (N, C) scores of the answer head in training
         prompter, answers = plug.prompter, plug.config.answers
@@ -90,7 +90,7 @@ class PlugDataset(Dataset[int]):
 
     def readers(self, indices: Sequence[int]) -> list[WordsReader] | None:
         """Return what reads the words of samples' users; None where the plug remembers none."""
-        return self._readers([self.examples[i] for i in indices]) if self.table is not None else None
+        return self.plug.readers([self.examples[i] for i in indices]) if self.table is not None else None
 
     def collate(self, indices: Sequence[int]) -> Batch:
         """Return samples as a batch on the CPU."""
@@ -105,3 +105,14 @@ class PlugDataset(Dataset[int]):
             torch.tensor(lengths),
             None if self.offsets is None else self.offsets[list(indices)],
         )
+
+    @torch.no_grad()
+    def scores(self, batch_size: int = 32) -> Tensor:
+        """Return the answers' scores (N, C), for free text with the end token included, on the CPU."""
+        rows = []
+        for start in range(0, len(self), batch_size):
+            indices = range(start, min(start + batch_size, len(self)))
+            batch = self.collate(indices)
+            loglik, _, bias = self.plug(batch.history, batch.parts, batch.trees, self.readers(indices))
+            rows.append(self.plug.embedder.combine(loglik, bias).float().cpu())
+        return torch.cat(rows)

@@ -122,5 +122,5 @@ def details(
         unquoted = len(used) if config.quotes and example.stored.texts is None else 0
     pairs = [] if weights is None else list(zip(used, weights[: len(used)].tolist(), strict=True))
     pairs.sort(key=lambda pair: -pair[1])
-    tokens = len(parts.left) + soft + len(parts.right)
+    tokens = len(parts) + soft
     return Generation(text, pairs, parts.cut, total - len(used), tokens, unquoted)

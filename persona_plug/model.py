@@ -246,9 +246,8 @@ class PlugModel(nn.Module):
             raise ConfigError(f"candidates must be a list of texts, not the text {candidates!r:.60}")
         if not candidates:
             raise ConfigError("no candidates to score: pass candidates=[...] or fit the plug on a labelling task")
-        ids = self.prompter.candidates(candidates)
-        tree = AnswerTree.build(ids, self.prompter.eos)
         examples = pair(self.config, inputs, history, user, store)
+        tree = AnswerTree.build(self.prompter.candidates(candidates), self.prompter.eos)
         columns = [known.index(c) for c in candidates] if head and all(c in known for c in candidates) else []
 
         def scores(batch: list[Example], embedded: Embedded, parts: list[PromptParts]) -> Tensor:

@@ -57,7 +57,7 @@ def test_a_store_opens_with_its_users(plug, earlier):
 
 def test_a_run_folder_is_read_back_and_nothing_is_trained(earlier, tmp_path, monkeypatch):
     out = shutil.copytree(earlier / "run", tmp_path / "run")
-    monkeypatch.setattr("training.recipes.train", lambda *_, **__: pytest.fail("trained again"))
+    monkeypatch.setattr("training.recipes.train_parts", lambda *_, **__: pytest.fail("trained again"))
     run.main(
         [
             *("task=LaMP_3", "llm=tiny-llama", "encoder=tiny-encoder", "methods=[none, plug, lora]"),

@@ -17,14 +17,13 @@ from training.tasks import Task
 FILE = "settings.json"
 
 
-def claim(out: Path, settings: RunSettings, keys: Sequence[str], task: Task, parts: Sequence[str]) -> None:
+def claim(settings: RunSettings, keys: Sequence[str], task: Task, parts: Sequence[str]) -> None:
     """Write down what a folder's results depend on, or check that it is the same as when they were made.
 
     A training writes less than a comparison, which adds what it depends on besides.
 
     Args:
-        out: The folder; it is made if it is not there.
-        settings: The run's.
+        settings: The run's; the folder `out` is made if it is not there.
         keys: Names of settings that matter.
         task: The task, which matters as a whole.
         parts: Parts of the data that matter, such as `train`.
@@ -37,6 +36,7 @@ def claim(out: Path, settings: RunSettings, keys: Sequence[str], task: Task, par
         files = [Path(settings.data) / f"{part}_{kind}.json" for kind in ("questions", "outputs")]
         mine[f"data ({part})"] = hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()
     mine = json.loads(json.dumps({**mine, **{key: getattr(settings, key) for key in keys}}))
+    out = Path(settings.out)
     file = out / FILE
     kept = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
     for key, value in mine.items():

@@ -1,7 +1,9 @@
-"""A LaMP-shaped folder as samples for training and validation."""
+"""A LaMP-shaped folder as samples for training and validation, and as the questions of a comparison."""
 
 from __future__ import annotations
 
+import dataclasses
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -9,50 +11,89 @@ import numpy as np
 
 from persona_plug.data.history import Example
 from persona_plug.data.lamp import LampData, leave_one_out_profiles, read_lamp
-from persona_plug.data.splits import FitData, augment
+from persona_plug.data.splits import FitData
 from training.settings import RunSettings
 from training.tasks import Task
 
+logger = logging.getLogger(__name__)
 
-def load_data(settings: RunSettings, task: Task) -> FitData:
-    """Read the training questions, and leave-one-out samples of their profiles; nothing is held out.
+
+def load_data(settings: RunSettings, task: Task, split: str = "", questions: int | None = None) -> FitData:
+    """Read the training questions, and leave-one-out samples of their profiles; hold out the questions of a split.
 
     Args:
         settings: The run's.
         task: Gives answer space and profile fields.
+        split: Whose questions are held out; without a name none are.
+        questions: See `sample_questions`.
 
     Raises:
         DataError: A file is missing or not LaMP-shaped.
     """
-    train = read_part(settings.data, "train", task)
+    train = _read(settings.data, "train", task)
     possible = leave_one_out_profiles(train.examples)
     targets = _draw(possible, settings.profile_targets)
-    everything, notes = _usable([*train.examples, *targets], task.answers)
+    usable, notes = _usable([*train.examples, *targets], task.answers)
     users = sorted({e.user_id for e in train.examples})
     count = max(1, round(settings.valid * len(users)))
     valid = {str(u) for u in np.random.default_rng(0).choice(users, count, replace=False)}
-    learned = [e for e in everything if e.user_id not in valid]
-    validation = [e for e in everything if e.user_id in valid]
+    learned = [e for e in usable if e.user_id not in valid]
+    validation = [e for e in usable if e.user_id in valid]
     sizes = f"{len(learned)} training samples of {len(users) - len(valid)} users, {len(validation)} of {len(valid)}"
     notes.append(f"{sizes} users held back, {len(targets)} of {len(possible)} profile items are targets")
-    return FitData(augment(learned, settings.augment), validation, [], train.template, task.answers, notes=notes)
+    asked = _read(settings.data, split, task, train.template).examples if split else []
+    held_out = sample_questions(asked, questions)
+    if shared := {*users} & {e.user_id for e in asked}:
+        logger.warning("%d users are in train and in %s", len(shared), split)
+    if split:
+        notes.append(f"{len(held_out)} of {len(asked)} {split} questions asked")
+    return FitData(augment(learned, settings.augment), validation, held_out, train.template, task.answers, notes)
 
 
-def read_part(folder: str, part: str, task: Task, template: str | None = None) -> LampData:
-    """Read one part of a LaMP-shaped folder.
+def augment(examples: Sequence[Example], times: int, seed: int = 0) -> list[Example]:
+    """Follow each sample of more than two history items by copies with random parts of its history.
+
+    A copy leaves out a share of the items drawn from [0, 0.5), and one item more; the others keep their order. PPlug's
+    released code does so ten times, which its paper does not mention: an epoch is then eleven times as long.
+    `FitConfig.history_dropout` draws such parts anew at each step instead.
 
     Args:
-        folder: Holds `{part}_questions.json` and `{part}_outputs.json`.
-        part: `train` or a split.
-        task: Gives the profile fields.
-        template: The instruction of the questions; None finds it.
-
-    Raises:
-        DataError: A file is missing or not LaMP-shaped.
+        examples: Training samples.
+        times: Copies of a sample; 0 for none.
+        seed: Seed of the draws.
     """
+    rng = np.random.default_rng(seed)
+    samples = []
+    for example in examples:
+        samples.append(example)
+        size = len(example.history)
+        for _ in range(times if size > 2 else 0):
+            kept = size - int(rng.uniform(0, 0.5) * size) - 1
+            chosen = sorted(rng.choice(size, kept, replace=False))
+            samples.append(dataclasses.replace(example, history=tuple(example.history[i] for i in chosen)))
+    return samples
+
+
+def sample_questions(examples: Sequence[Example], limit: int | None) -> list[Example]:
+    """Return a fixed sample of about `limit` questions that keeps every user, in their order; None keeps all."""
+    if limit is None or limit >= len(examples):
+        return list(examples)
+    order = np.random.default_rng(0).permutation(len(examples)).tolist()
+    first: dict[str, int] = {}
+    for i in order:
+        first.setdefault(examples[i].user_id, i)
+    chosen = set(first.values())
+    for i in order:
+        if len(chosen) >= limit:
+            break
+        chosen.add(i)
+    return [examples[i] for i in sorted(chosen)]
+
+
+def _read(folder: str, part: str, task: Task, template: str | None = None) -> LampData:
+    """Read `train` or a split, whose questions have the template of `train`."""
     questions, outputs = (Path(folder) / f"{part}_{kind}.json" for kind in ("questions", "outputs"))
-    fields = task.fields if task.fields != ("input", "output") else None
-    return read_lamp(questions, outputs, template, fields)
+    return read_lamp(questions, outputs, template, task.fields if task.fields != ("input", "output") else None)
 
 
 def _draw(samples: list[Example], limit: int | None) -> list[Example]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,13 @@ from persona_plug.persistence import apply_weights, state_of
 from persona_plug.plug import PersonaPlug
 from training.lora import with_lora
 from training.prefix import with_prefix
+from training.settings import RunSettings
 
+# What every plug of a run has in common, whatever its recipe.
+SHARED = (
+    *("llm_width", "llm_fingerprint", "encoder_dim", "encoder_fingerprint", "template", "answers"),
+    *("max_input_tokens", "max_answer_tokens", "chat_template_args", "template_day"),
+)
 WEIGHTS, FACTS, LOG = "fitted.safetensors", "fitted.json", "log.jsonl"
 
 
@@ -82,79 +88,71 @@ class Fitted:
     curve: tuple[tuple[int, float, float], ...]
 
 
-def fit(
-    name: str, base: PersonaPlug, settings: Mapping[str, Any], data: FitData, config: FitConfig, folder: Path
-) -> Fitted:
-    """Train a recipe, or read it back from `folder` if it was trained there; an interrupted training goes on.
+def fit(recipe: str, base: PersonaPlug, data: FitData, settings: RunSettings, seed: int, name: str = "") -> Fitted:
+    """Train a recipe with a seed, or read it back from the run's folder; an interrupted training goes on.
 
     Args:
-        name: A name in `RECIPES`.
-        base: Gives the frozen LLM, its cached states and the encoder; its config holds template and answers.
-        settings: Fields of `PlugConfig` given by the user; a recipe's own choices win over them.
+        recipe: A name in `RECIPES`.
+        base: Gives the frozen LLM, its cached states and the encoder; its config holds lengths, template and answers.
         data: Samples.
-        config: Training settings, the seed among them.
-        folder: Checkpoints, log and the result.
+        settings: The run's.
+        seed: Seed of weights, order and dropout.
+        name: What the training is called in the run's folder; default the recipe's name.
 
     Raises:
         ConfigError: There is no such recipe.
     """
-    plug = make(name, base, settings, config.seed)
-    file = folder / FACTS
-    if file.is_file():
+    name = name or recipe
+    folder, config = Path(settings.out) / f"seed-{seed}" / "fitted" / name, settings.fit_config(seed)
+    is_trained = (folder / FACTS).is_file()
+    if not is_trained:
+        config = dataclasses.replace(config, lr=choose_lr(recipe, base, data, settings, name))
+    plug = make(recipe, base, settings.plug, seed)
+    if is_trained:
         apply_weights(plug.parts(), load_file(folder / WEIGHTS), folder)
     else:
-        start = clock(plug.llm)
-        train_parts(plug, data, config, folder, resume=True)
-        passed = clock(plug.llm) - start
-        lines = [json.loads(line) for line in (folder / LOG).read_text(encoding="utf-8").splitlines()]
-        looks = {
-            line["step"]: (line["step"], line["seconds"], line["eval_loss"]) for line in lines if "eval_loss" in line
-        }
-        result = {
-            "seconds": passed if plug.config.remembers else lines[-1]["seconds"],
-            "steps": lines[-1]["step"],
-            "lr": config.lr,
-            "curve": [*looks.values()],
-        }
-        processes = PartialState()
-        if processes.is_main_process:
-            folder.mkdir(parents=True, exist_ok=True)
-            write_atomically(folder / WEIGHTS, save({k: v.clone() for k, v in state_of(plug.parts()).items()}))
-            write_atomically(file, (json.dumps(result) + "\n").encode())
-        processes.wait_for_everyone()
-    recorded = json.loads(file.read_text(encoding="utf-8"))
+        _train(plug, data, config, folder)
+    facts = _facts(folder)
     count = sum(p.numel() for p in plug.embedder.parameters() if p.requires_grad)
-    curve = tuple((int(step), float(seconds), float(loss)) for step, seconds, loss in recorded["curve"])
-    return Fitted(plug, recorded["seconds"], recorded["steps"], count, recorded["lr"], curve)
+    curve = tuple((int(step), float(seconds), float(loss)) for step, seconds, loss in facts["curve"])
+    return Fitted(plug, facts["seconds"], facts["steps"], count, facts["lr"], curve)
 
 
-def choose_lr(
-    name: str,
-    base: PersonaPlug,
-    settings: Mapping[str, Any],
-    data: FitData,
-    config: FitConfig,
-    folder: Path,
-    grid: Sequence[float],
-    steps: int,
-) -> float:
-    """Return the learning rate of a grid with the lowest validation loss after a short training each.
+def choose_lr(recipe: str, base: PersonaPlug, data: FitData, settings: RunSettings, name: str) -> float:
+    """Return the rate of `lr_grid` with the least validation loss after a short training; without a grid that of `fit`.
 
-    Args:
-        name: See `fit`, also for the next five arguments; each trial is kept in a folder of its own under `folder`.
-        base: See above.
-        settings: See above.
-        data: See above.
-        config: See above; its learning rate is returned if the grid is empty.
-        folder: See above.
-        grid: Peak learning rates to try.
-        steps: Optimiser steps of a trial.
+    Trials have the first seed and are kept: every seed learns at the same rate. See `fit` for the arguments.
     """
+    config = settings.fit_config(settings.seeds[0])
     losses = {}
-    for lr in grid:
-        trial = dataclasses.replace(config, lr=lr, steps=steps, eval_every=steps)
-        losses[lr] = fit(name, base, settings, data, trial, folder / f"lr-{lr:g}").curve[-1][2]
+    for lr in settings.lr_grid:
+        folder = Path(settings.out) / "lr" / name / f"lr-{lr:g}"
+        if not (folder / FACTS).is_file():
+            trial = dataclasses.replace(config, lr=lr, steps=settings.lr_steps, eval_every=settings.lr_steps)
+            _train(make(recipe, base, settings.plug, trial.seed), data, trial, folder)
+        losses[lr] = _facts(folder)["curve"][-1][2]
     return min(losses, key=losses.__getitem__, default=config.lr)
+
+
+def _train(plug: PersonaPlug, data: FitData, config: FitConfig, folder: Path) -> None:
+    """Train a plug, and keep its weights and what the training took."""
+    start = clock(plug.llm)
+    train_parts(plug, data, config, folder, resume=True)
+    passed = clock(plug.llm) - start
+    lines = [json.loads(line) for line in (folder / LOG).read_text(encoding="utf-8").splitlines()]
+    looks = {line["step"]: (line["step"], line["seconds"], line["eval_loss"]) for line in lines if "eval_loss" in line}
+    seconds = passed if plug.config.remembers else lines[-1]["seconds"]
+    facts = {"seconds": seconds, "steps": lines[-1]["step"], "lr": config.lr, "curve": [*looks.values()]}
+    processes = PartialState()
+    if processes.is_main_process:
+        folder.mkdir(parents=True, exist_ok=True)
+        write_atomically(folder / WEIGHTS, save({k: v.clone() for k, v in state_of(plug.parts()).items()}))
+        write_atomically(folder / FACTS, (json.dumps(facts) + "\n").encode())
+    processes.wait_for_everyone()
+
+
+def _facts(folder: Path) -> dict[str, Any]:
+    return dict(json.loads((folder / FACTS).read_text(encoding="utf-8")))
 
 
 def make(name: str, base: PersonaPlug, settings: Mapping[str, Any], seed: int) -> PersonaPlug:
@@ -162,19 +160,10 @@ def make(name: str, base: PersonaPlug, settings: Mapping[str, Any], seed: int) -
     if name not in RECIPES:
         raise ConfigError(f"no recipe {name!r}; known are {', '.join(RECIPES)}")
     recipe, known = RECIPES[name], base.config
-    fields = {**settings, **(recipe.plug or {})}
+    fields = {**{field: getattr(known, field) for field in SHARED}, **settings, **(recipe.plug or {})}
     if fields.get("task_tokens") == "all":  # as many soft tokens as the plug has
         fields["task_tokens"] = known.soft_tokens
-    config = PlugConfig.create(known.llm, known.encoder, fields.pop("recipe", known.recipe), **fields).replace(
-        llm_width=known.llm_width,
-        encoder_dim=known.encoder_dim,
-        llm_fingerprint=known.llm_fingerprint,
-        encoder_fingerprint=known.encoder_fingerprint,
-        template=known.template,
-        answers=known.answers,
-        chat_template_args=known.chat_template_args,
-        template_day=known.template_day,
-    )
+    config = PlugConfig.create(known.llm, known.encoder, **{"recipe": known.recipe, **fields})
     plug = base.twin(config, seed=seed)
     if recipe.prefix:
         return with_prefix(plug)

@@ -9,11 +9,10 @@ trains on several devices (configs/accelerate).
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Sequence
 from datetime import timedelta
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from persona_plug.data.splits import FitData
 from persona_plug.errors import ConfigError
@@ -33,25 +32,25 @@ TRAINED = (
 )
 
 
-def build_plug(settings: RunSettings, task: Task, data: FitData) -> tuple[PersonaPlug, Mapping[str, Any]]:
-    """Load the frozen models; return an untrained plug for the data, and the fields of plugs that share its models."""
+def build_plug(settings: RunSettings, task: Task, data: FitData) -> PersonaPlug:
+    """Load the frozen models, and return an untrained plug for the data."""
     import torch
 
     from persona_plug.plug import PersonaPlug
 
     if settings.threads:
         torch.set_num_threads(settings.threads)
-    plug = {"max_answer_tokens": task.max_answer_tokens, "max_input_tokens": task.max_input_tokens, **settings.plug}
-    base = PersonaPlug.build(
+    lengths = {"max_answer_tokens": task.max_answer_tokens, "max_input_tokens": task.max_input_tokens}
+    return PersonaPlug.build(
         settings.llm,
         settings.encoder,
         dtype=settings.dtype,
         quantization=settings.quantization,
         state_budget=int(settings.state_gigabytes * 2**30),
-        **plug,
+        template=data.template,
+        answers=data.answers,
+        **{**lengths, **settings.plug},
     )
-    base.reset(base.config.replace(template=data.template, answers=data.answers))
-    return base, plug
 
 
 def main(arguments: Sequence[str]) -> None:
@@ -60,7 +59,7 @@ def main(arguments: Sequence[str]) -> None:
     import torch
     from accelerate import PartialState
 
-    from training.recipes import RECIPES, choose_lr, fit
+    from training.recipes import RECIPES, fit
 
     if unknown := [name for name in settings.recipes if name not in RECIPES]:
         raise ConfigError(f"no recipe {unknown[0]!r}; known are {', '.join(RECIPES)}")
@@ -69,21 +68,17 @@ def main(arguments: Sequence[str]) -> None:
     processes = PartialState(cpu=not torch.cuda.is_available(), timeout=timedelta(days=1))
     task = load_task(settings.task_name)
     data = load_data(settings, task)
-    base, plug = build_plug(settings, task, data)
-    out = Path(settings.out)
+    base = build_plug(settings, task, data)
     with processes.main_process_first():
-        claim(out, settings, TRAINED, task, ("train",))
+        claim(settings, TRAINED, task, ("train",))
     for name in settings.recipes:
-        first = settings.fit_config(settings.seeds[0])
-        lr = choose_lr(name, base, plug, data, first, out / "lr" / name, settings.lr_grid, settings.lr_steps)
         for seed in settings.seeds:
-            config = replace(settings.fit_config(seed), lr=lr)
-            fitted = fit(name, base, plug, data, config, out / f"seed-{seed}" / "fitted" / name)
+            fitted = fit(name, base, data, settings, seed)
             line = f"{name}, seed {seed}: {fitted.steps} steps, {fitted.seconds:.0f} s, {fitted.parameters:,} numbers"
             line += f", learning rate {fitted.lr:g}"
             if processes.is_main_process:
                 if not (RECIPES[name].adapter or RECIPES[name].prefix):
-                    line += f", {fitted.plug.save_pretrained(out / f'{name}-{seed}')}"
+                    line += f", {fitted.plug.save_pretrained(Path(settings.out) / f'{name}-{seed}')}"
                 sys.stdout.write(line + "\n")
     processes.wait_for_everyone()
     processes.destroy_process_group()

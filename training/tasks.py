@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from string import Formatter
@@ -112,30 +111,6 @@ class Task:
             raise ConfigError(f"task {self.name}: {field} must contain {{{missing[0]}}}")
         if odd := sorted(found - allowed):
             raise ConfigError(f"task {self.name}: {field} cannot contain {{{odd[0]}}}; write a literal brace twice")
-
-    def find_query(self, text: str) -> str | None:
-        """Return what retrieval looks for in a question's whole input, or None where `query` does not match."""
-        if not self.query:
-            return text
-        found = re.search(self.query, text, re.DOTALL)
-        return " ".join(g.strip() for g in found.groups() if g is not None) if found else None
-
-    def assemble(self, items: Sequence[str], text: str) -> str:
-        """Return the prompt of a question's whole input with items of its history, none being the input alone.
-
-        Where `insert_after` does not occur in the input, the input stays without items, as in LaMP's own code.
-
-        Args:
-            items: History items, each already written out by `item`.
-            text: The question's whole input.
-        """
-        if not items:
-            return text
-        joined = self.join.join(items)
-        if not self.insert_after:
-            return self.prompt.format(items=joined, input=text)
-        before, found, after = text.partition(self.insert_after)
-        return before + found + self.prompt.format(items=joined) + after if found else text
 
 
 def load_task(name: str) -> Task:

@@ -60,7 +60,7 @@ def throughput(plug: PersonaPlug, engine: VllmOffline, texts: Texts, settings: S
     examples = [Example(str(i), texts.of(body - i % 8), "", items) for i, items in enumerate(histories)]
     parts = [plug.prompter.parts(e.input) for e in examples]
     sampling = SamplingParams(temperature=0, max_tokens=settings.new_tokens, ignore_eos=True)
-    lengths = [len(p.left) + plug.config.soft_tokens + len(p.right) for p in parts]
+    lengths = [len(p) + plug.config.soft_tokens for p in parts]
     noise = torch.Generator().manual_seed(0)
     plain = [{"prompt_token_ids": torch.randint(10, 40_000, (n,), generator=noise).tolist()} for n in lengths]
 

@@ -48,25 +48,6 @@ def score(
     return {name: compute(name, outputs, gold, task.answers or (), resample) for name in task.metrics}
 
 
-def question_values(task: str | Task, predictions: object, references: object) -> dict[str, np.ndarray]:
-    """Return what each question adds to those of a task's metrics that are means over questions.
-
-    Args:
-        task: As in `score`.
-        predictions: As in `score`.
-        references: As in `score`; its order is that of the result.
-
-    Returns:
-        Metric name -> (N,) values, see `values`; without those of `SET_RULES`.
-
-    Raises:
-        ConfigError: As in `score`.
-        DataError: As in `score`.
-    """
-    task, outputs, gold = _prepare(task, predictions, references)
-    return {name: values(name, outputs, gold, task.answers or ()) for name in task.metrics if name in QUESTION_RULES}
-
-
 def compute(
     name: str,
     predictions: Sequence[str],
@@ -85,22 +66,10 @@ def compute(
     """
     if name in SET_RULES:
         return SET_RULES[name](predictions, references, answers)
-    each = values(name, predictions, references, answers)
+    each = QUESTION_RULES[name](predictions, references, answers)
     if name.startswith("rouge") and seed is not None:
         return bootstrap_median(each, seed)
     return float(METRICS[name].transform(each.mean()))
-
-
-def values(name: str, predictions: Sequence[str], references: Sequence[str], answers: Sequence[str] = ()) -> np.ndarray:
-    """Return (N,) values whose mean is a metric; for "rmse" squared errors, whose mean's root it is.
-
-    Args:
-        name: One of `QUESTION_RULES`.
-        predictions: (N,) texts.
-        references: (N,) texts.
-        answers: The answer space, for "mae" and "rmse".
-    """
-    return QUESTION_RULES[name](predictions, references, answers)
 
 
 # The rules. Texts are stripped first, as the official code does.

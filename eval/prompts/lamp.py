@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -56,23 +57,51 @@ def render(task: Task, text: str, items: Sequence[HistoryItem], tokenizer: Any, 
     """
     plain = Rendered(text, 0, 0, count_tokens(tokenizer, text))
     # The question alone fills the length, or has no place for items: `insert_after` does not occur in it.
-    if plain.tokens >= max_tokens or task.assemble(["-"], text) == text:
+    if plain.tokens >= max_tokens or assemble(task, ["-"], text) == text:
         return plain
     # More items than tokens never fit: a long history is not tokenised in vain.
     given = [item for item in items if item.output.strip()][:max_tokens]
     pieces = [_Piece.of(task, item, tokenizer) for item in given]
-    frame = count_tokens(tokenizer, task.assemble([""], text))
+    frame = count_tokens(tokenizer, assemble(task, [""], text))
     join = count_tokens(tokenizer, task.join)
     for used in range(len(pieces), 0, -1):
         budget = max_tokens - frame - join * (used - 1)
         while (fitted := _fit(pieces[:used], budget)) is not None:
-            prompt = task.assemble([piece.write(*sizes) for piece, sizes in zip(pieces, fitted, strict=False)], text)
+            items_shown = [piece.write(*sizes) for piece, sizes in zip(pieces, fitted, strict=False)]
+            prompt = assemble(task, items_shown, text)
             tokens = count_tokens(tokenizer, prompt)
             if tokens <= max_tokens:
                 cut = sum(p.cuts(*sizes) for p, sizes in zip(pieces, fitted, strict=False))
                 return Rendered(prompt, used, cut, tokens)
             budget -= tokens - max_tokens  # texts that meet may be tokenised otherwise than each alone
     return plain
+
+
+def find_query(task: Task, text: str) -> str | None:
+    """Return what retrieval looks for in a question's whole input, or None where the task's `query` does not match."""
+    if not task.query:
+        return text
+    match = re.search(task.query, text, re.DOTALL)
+    return " ".join(g.strip() for g in match.groups() if g is not None) if match else None
+
+
+def assemble(task: Task, items: Sequence[str], text: str) -> str:
+    """Return the prompt of a question's whole input with items of its history, none being the input alone.
+
+    Where `insert_after` does not occur in the input, the input stays without items, as in LaMP's own code.
+
+    Args:
+        task: Gives `join`, `prompt` and `insert_after`.
+        items: History items, each already written out by the task's `item`.
+        text: The question's whole input.
+    """
+    if not items:
+        return text
+    joined = task.join.join(items)
+    if not task.insert_after:
+        return task.prompt.format(items=joined, input=text)
+    before, place, after = text.partition(task.insert_after)
+    return before + place + task.prompt.format(items=joined) + after if place else text
 
 
 @dataclass(frozen=True, slots=True)

@@ -55,19 +55,13 @@ def markdown(results: Results) -> str:
     Args:
         results: What `results.json` holds.
     """
-    facts = _facts(results)
     settings = json.dumps(results["settings"], ensure_ascii=False, default=str) if "settings" in results else ""
+    facts = _facts(results)
     facts = Table(facts.head, [*facts.rows, ["settings", settings or "not recorded"]])
-    blocks = [
-        [f"# {cell(title(results))}", "", cell(summary(results))],
-        ["## Lift and gain", "", cell(EXPLAINED), "", *control_table(results).markdown()],
-        ["## Methods", "", cell(_values_note(results)), "", *_values(results).markdown()],
-        ["## Cost", "", *cost_table(results).markdown()],
-        ["## What was cut or left out", "", *_left_out(results).markdown()],
-        ["## Training budgets", "", cell(budget_note(results)), "", *budget_table(results).markdown()],
-        ["## Contrasts", "", cell(p_note(results)), "", *_contrasts(results).markdown()],
-        ["## How to repeat it", "", code(command_of(results)), "", *facts.markdown()],
-    ]
+    blocks = [[f"# {cell(title(results))}", "", cell(summary(results))]]
+    for name, note, table in _sections(results):
+        blocks.append([f"## {name}", "", *([cell(note), ""] if note else []), *table.markdown()])
+    blocks.append(["## How to repeat it", "", code(command_of(results)), "", *facts.markdown()])
     return "\n\n".join("\n".join(block) for block in blocks) + "\n"
 
 
@@ -82,12 +76,7 @@ def html(results: Results, details: Mapping[str, Any] | None = None) -> str:
     metrics, command = metrics_of(results), command_of(results)
     parts = [
         f"<h1>{escaped(title(results))}</h1><p>{escaped(summary(results))}</p>",
-        section("Lift and gain", paragraph(EXPLAINED), control_table(results).html()),
-        section("Methods", paragraph(_values_note(results)), _values(results).html()),
-        section("Cost", cost_table(results).html()),
-        section("What was cut or left out", _left_out(results).html()),
-        section("Training budgets", paragraph(budget_note(results)), budget_table(results).html()),
-        section("Contrasts", paragraph(p_note(results)), _contrasts(results).html()),
+        *(section(n, paragraph(note) if note else "", table.html()) for n, note, table in _sections(results)),
         section("Lifts", *fold([(m, lifts(results, details, m)) for m in metrics])),
         section("Lift by history length", *fold([(m, by_length(details, m)) for m in metrics])),
         section("Quality against cost", *fold([(m, against_cost(results, m)) for m in metrics])),
@@ -103,6 +92,18 @@ def html(results: Results, details: Mapping[str, Any] | None = None) -> str:
         + "\n".join(parts)
         + "</body></html>\n"
     )
+
+
+def _sections(results: Results) -> list[tuple[str, str, Table]]:
+    """Return what both forms of the report show: titles, notes (some empty) and tables."""
+    return [
+        ("Lift and gain", EXPLAINED, control_table(results)),
+        ("Methods", _values_note(results), _values(results)),
+        ("Cost", "", cost_table(results)),
+        ("What was cut or left out", "", _left_out(results)),
+        ("Training budgets", budget_note(results), budget_table(results)),
+        ("Contrasts", p_note(results), _contrasts(results)),
+    ]
 
 
 # Tables

@@ -141,30 +141,6 @@ def _split(
     return others[n_valid:], others[:n_valid], [user for user in order if user in outside]
 
 
-def augment(examples: Sequence[Example], times: int, seed: int = 0) -> list[Example]:
-    """Follow each sample of more than two history items by copies with random parts of its history.
-
-    A copy leaves out a share of the items drawn from [0, 0.5), and one item more; the others keep their order. PPlug's
-    released code does so ten times, which its paper does not mention: an epoch is then eleven times as long.
-    `FitConfig.history_dropout` draws such parts anew at each step instead.
-
-    Args:
-        examples: Training samples.
-        times: Copies of a sample; 0 for none.
-        seed: Seed of the draws.
-    """
-    rng = np.random.default_rng(seed)
-    made = []
-    for example in examples:
-        made.append(example)
-        size = len(example.history)
-        for _ in range(times if size > 2 else 0):
-            kept = size - int(rng.uniform(0, 0.5) * size) - 1
-            chosen = sorted(rng.choice(size, kept, replace=False))
-            made.append(dataclasses.replace(example, history=tuple(example.history[i] for i in chosen)))
-    return made
-
-
 def _known(part: list[Example], answers: tuple[str, ...], name: str, notes: list[str]) -> list[Example]:
     """Return the samples whose output is an answer; outputs and histories get the answers' spelling (5.0 is 5)."""
     spelling = {label_of(answer): answer for answer in answers}

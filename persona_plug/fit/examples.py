@@ -9,7 +9,8 @@ import torch
 
 from persona_plug.data.history import Example, longest_by_user
 from persona_plug.generation import greedy, write_texts
-from persona_plug.measure.answers import Answers, spread
+from persona_plug.measure.answers import Answers
+from persona_plug.measure.stats import spread
 
 if TYPE_CHECKING:
     from persona_plug.model import PlugModel

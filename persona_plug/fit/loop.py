@@ -6,7 +6,6 @@ import json
 import logging
 import os
 import shutil
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,15 +15,14 @@ from accelerate.utils import broadcast_object_list
 from torch import Tensor
 from transformers import TrainingArguments
 
-from persona_plug.data.history import Example
 from persona_plug.data.splits import FitData
 from persona_plug.dataset import PlugDataset
 from persona_plug.errors import ConfigError
 from persona_plug.files import write_atomically
 from persona_plug.fit.config import FitConfig
 from persona_plug.fit.trainer import PlugTrainer, is_whole, last_checkpoint
-from persona_plug.measure.answers import prompt_length, score_samples, spread
 from persona_plug.measure.priors import fit_label_model
+from persona_plug.measure.stats import spread
 from persona_plug.model import PlugModel
 
 logger = logging.getLogger(__name__)
@@ -56,8 +54,8 @@ def train(
         _cut_log(folder / "log.jsonl", int(checkpoint.name.rpartition("-")[2]) if checkpoint else 0)
     with processes.main_process_first():  # it encodes, the others read the cache
         train_set = PlugDataset(plug, data.train)
-        looked_at = sorted(_spread(data.valid, config.eval_samples), key=lambda e: prompt_length(plug, e))
-        valid_set = PlugDataset(plug, looked_at)
+        looks = [data.valid[i] for i in spread(len(data.valid), config.eval_samples)]
+        valid_set = PlugDataset(plug, sorted(looks, key=lambda e: len(plug.prompter.parts(e.input, e.prompt))))
     drawn = config.steps * config.batch_size * config.gradient_accumulation * processes.num_processes
     lefts = [p.left for part in (train_set, valid_set) for p in part.parts]
     plug.splicer.plan(lefts, drawn + len(valid_set))
@@ -102,7 +100,7 @@ def train(
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     plug.eval()
     if data.answers:
-        plug.embedder.score_temperature.fill_(_agreed(calibrate(plug, valid_set, config.batch_size)))
+        plug.embedder.score_temperature.fill_(_agreed(calibrate(valid_set, config.batch_size)))
     processes.wait_for_everyone()
     return list(trainer.state.log_history)
 
@@ -135,16 +133,11 @@ def start_answer_head(plug: PlugModel, data: FitData) -> Tensor:
 
 
 @torch.no_grad()
-def calibrate(plug: PlugModel, samples: PlugDataset, batch_size: int = 32) -> float:
+def calibrate(samples: PlugDataset, batch_size: int = 32) -> float:
     """Fit the temperature of candidate scores on held-back users by a line search on their NLL, and return it."""
-    scores, gold = score_samples(plug, samples, batch_size)
+    scores, gold = samples.scores(batch_size), torch.tensor(samples.gold)
     grid = torch.logspace(-1, 1, 81)
     nll = torch.stack([torch.nn.functional.cross_entropy(scores / t, gold) for t in grid])
     best = grid[int(nll.argmin())]
-    plug.embedder.score_temperature.fill_(float(best))
+    samples.plug.embedder.score_temperature.fill_(float(best))
     return float(best)
-
-
-def _spread(examples: Sequence[Example], limit: int) -> list[Example]:
-    """Return at most `limit` examples, evenly spread over the list."""
-    return [examples[i] for i in spread(len(examples), limit)]

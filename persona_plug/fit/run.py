@@ -11,9 +11,10 @@ from typing import Any
 
 from persona_plug.data.splits import FitData, prepare
 from persona_plug.fit.config import FitConfig
-from persona_plug.fit.loop import _spread, train
+from persona_plug.fit.loop import train
 from persona_plug.fit.report import FitReport, make_report
 from persona_plug.fit.words import fit_words, split_users
+from persona_plug.measure.stats import spread
 from persona_plug.model import PlugModel
 
 
@@ -25,7 +26,7 @@ def task_prompt(plug: PlugModel, seed: int) -> PlugModel:
 
 def _capped(data: FitData, limit: int) -> FitData:
     """Keep `limit` held-out questions at most, and say so."""
-    held = _spread(data.held_out, limit)
+    held = [data.held_out[i] for i in spread(len(data.held_out), limit)]
     if len(held) == len(data.held_out):
         return data
     note = f"{len(data.held_out) - len(held)} held-out questions left out of the report (report_samples={limit})"

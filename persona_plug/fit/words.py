@@ -14,7 +14,7 @@ from persona_plug.errors import DataError
 from persona_plug.heads.fitting import GateSample, fit_gate, gate_sample
 from persona_plug.heads.recollection import Recollection
 from persona_plug.heads.slots import common_words
-from persona_plug.measure.answers import spread
+from persona_plug.measure.stats import spread
 from persona_plug.model import PlugModel
 
 logger = logging.getLogger(__name__)

@@ -126,7 +126,7 @@ class Recollection:
         """Yield each request and answer with what the LLM says in front of its tokens, in order of length."""
         answers = {pair: self._tokens(pair[1]) for pair in pairs}
         parts = {pair: self.prompter.parts(pair[0]) for pair in pairs}
-        order = sorted(pairs, key=lambda pair: len(parts[pair].left) + len(parts[pair].right) + len(answers[pair][0]))
+        order = sorted(pairs, key=lambda pair: len(parts[pair]) + len(answers[pair][0]))
         for start in range(0, len(order), ROWS):
             batch = order[start : start + ROWS]
             trees = [AnswerTree.build([tuple(answers[pair][0])], self.prompter.eos, gold=0) for pair in batch]

@@ -7,13 +7,11 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
-from torch import Tensor
 
 from persona_plug.data.history import Example, longest_by_user
 from persona_plug.dataset import PlugDataset
 from persona_plug.measure.priors import is_rating, label_priors, rating_priors, text_priors
-from persona_plug.measure.stats import derangement
+from persona_plug.measure.stats import derangement, spread
 
 if TYPE_CHECKING:
     from persona_plug.data.splits import FitData
@@ -58,7 +56,7 @@ def evaluate(
         head: Whether an answer head counts.
         write: Writes texts; default the plug's own `generate`.
     """
-    order = np.argsort([prompt_length(plug, e) for e in questions], kind="stable")
+    order = np.argsort([len(plug.prompter.parts(e.input, e.prompt)) for e in questions], kind="stable")
     back = np.argsort(order)
     queue = [questions[i] for i in order]
     if plug.config.answers:
@@ -67,7 +65,7 @@ def evaluate(
         temperature = plug.embedder.score_temperature.cpu() if personal and head else 1.0
         return label_answers((scores / temperature).softmax(-1).double().numpy(), questions, plug.config.answers)
     dataset = PlugDataset(plug, queue, personal)
-    loglik = score_samples(plug, dataset)[0][:, 0].double().numpy()
+    loglik = dataset.scores()[:, 0].double().numpy()
     lengths = np.array([len(t.paths[0]) for t in dataset.trees])
     values = {"nll": (-loglik / lengths)[back]}
     some = spread(len(questions), generated) if isinstance(generated, int) else list(generated)
@@ -77,26 +75,8 @@ def evaluate(
     return _with_rouge(values, [texts[i] for i in some], questions, some) if some else Answers(values)
 
 
-@torch.no_grad()
-def score_samples(plug: PlugModel, samples: PlugDataset, batch_size: int = 32) -> tuple[Tensor, Tensor]:
-    """Return scores (N, C), end token included for free text, and gold indices (N,), on the CPU."""
-    rows = []
-    for start in range(0, len(samples), batch_size):
-        indices = range(start, min(start + batch_size, len(samples)))
-        batch, readers = samples.collate(indices), samples.readers(indices)
-        loglik, _, bias = plug(batch.history, batch.parts, batch.trees, readers)
-        rows.append(plug.embedder.combine(loglik, bias).float().cpu())
-    return torch.cat(rows), torch.tensor(samples.gold)
-
-
 def _generate(plug: PlugModel, examples: Sequence[Example], personal: bool) -> list[str]:
     return plug.generate(examples, personal=personal)
-
-
-def prompt_length(plug: PlugModel, example: Example) -> int:
-    """Return a request's tokens, chat template included."""
-    parts = plug.prompter.parts(example.input, example.prompt)
-    return len(parts.left) + len(parts.right)
 
 
 def label_answers(probabilities: np.ndarray, questions: Sequence[Example], answers: Sequence[str]) -> Answers:
@@ -156,11 +136,6 @@ def _with_rouge(
         score = scorer.score(questions[i].output, text)
         one[i], longest[i] = score["rouge1"].fmeasure, score["rougeL"].fmeasure
     return Answers({**values, "rouge-1": one, "rouge-L": longest}, texts)
-
-
-def spread(total: int, limit: int) -> list[int]:
-    """Return at most `limit` indices, evenly spread."""
-    return sorted({i * total // limit for i in range(limit)}) if total > limit else list(range(total))
 
 
 def with_other_history(questions: Sequence[Example], seed: int = 0) -> list[Example]:

@@ -84,3 +84,8 @@ def derangement(users: Sequence[str], seed: int = 0) -> dict[str, str]:
     names = sorted(set(users))
     order = [names[i] for i in np.random.default_rng(seed).permutation(len(names))]
     return dict(zip(order, [*order[1:], *order[:1]], strict=True))
+
+
+def spread(total: int, limit: int) -> list[int]:
+    """Return at most `limit` indices, evenly spread."""
+    return sorted({i * total // limit for i in range(limit)}) if total > limit else list(range(total))

@@ -10,7 +10,7 @@ import queue
 import threading
 from collections.abc import AsyncGenerator, Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import torch
 from torch import Tensor
@@ -20,6 +20,9 @@ from persona_plug.heads.processor import WordsProcessor
 from persona_plug.heads.words import WordsReader
 from persona_plug.serving.writing import Sampler, Writer
 from persona_plug.splice.prompts import PromptParts
+
+if TYPE_CHECKING:
+    from persona_plug.plug import PersonaPlug
 
 logger = logging.getLogger(__name__)
 
@@ -59,7 +62,7 @@ class Call:
     @property
     def prompt_tokens(self) -> int:
         """Positions of the LLM's input, soft tokens included."""
-        return len(self.parts.left) + len(self.soft) + len(self.parts.right)
+        return len(self.parts) + len(self.soft)
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,11 +121,11 @@ class TransformersEngine:
     A call that comes while a batch runs waits for its end. How many may wait is the gateway's to say.
     """
 
-    def __init__(self, plug: Any, max_batch: int = 16, seen: Callable[[int], None] | None = None) -> None:  # noqa: ANN401
+    def __init__(self, plug: PersonaPlug, max_batch: int = 16, seen: Callable[[int], None] | None = None) -> None:
         """Start the worker.
 
         Args:
-            plug: A `PersonaPlug`; its LLM, splicer and a copy of its tokenizer are used.
+            plug: Its LLM, splicer and a copy of its tokenizer are used.
             max_batch: Rows at a time.
             seen: Told the number of rows of each batch.
         """

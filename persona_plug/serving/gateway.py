@@ -9,7 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ParamSpec, TypeVar
+from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 
 import torch
 
@@ -22,6 +22,10 @@ from persona_plug.serving.limits import Limits, Memory, Rates, Slots
 from persona_plug.serving.logs import Hasher, Log, Metrics
 from persona_plug.serving.schema import ChatRequest, CompletionRequest
 from persona_plug.store.batches import StoredExample
+
+if TYPE_CHECKING:
+    from persona_plug.plug import PersonaPlug
+    from persona_plug.store.history_store import HistoryStore
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -46,10 +50,10 @@ class Settings:
 
 @dataclass(frozen=True, slots=True)
 class Backend:
-    """What is loaded: a `PersonaPlug`, a `HistoryStore` of its encoder, and an engine."""
+    """What is loaded: a plug, a store of its encoder, and an engine."""
 
-    plug: Any
-    store: Any
+    plug: PersonaPlug
+    store: HistoryStore
     engine: Engine
 
 
@@ -248,15 +252,15 @@ class Gateway:
         async with self._writing:
             added = await self.on_plug(store.append, key, items)
         self.metrics.events.labels("added").inc(added)
-        return int(added)
+        return added
 
     async def delete(self, key: str, event: str) -> bool:
         """Delete one event of a user, and return whether it was there."""
         async with self._writing:
             gone = await self.on_store(self.backend.store.delete, key, event)
         await self._forget_words(key)
-        self.metrics.events.labels("deleted").inc(int(gone))
-        return bool(gone)
+        self.metrics.events.labels("deleted").inc(gone)
+        return gone
 
     async def forget(self, key: str) -> int:
         """Forget a user with all that could still be accepted, and return how many events there were."""
@@ -265,7 +269,7 @@ class Gateway:
             gone = await self.on_store(self.backend.store.forget, key)
         await self._forget_words(key)
         self.metrics.events.labels("deleted").inc(gone.items)
-        return int(gone.items)
+        return gone.items
 
     async def _forget_words(self, key: str) -> None:
         """Drop what the plug keeps in memory of a user's texts."""
@@ -275,7 +279,7 @@ class Gateway:
 
     async def count(self, key: str) -> int:
         """Return how many events the store holds of a user."""
-        return int((await self.on_store(self.backend.store.read, key, 1)).total)
+        return (await self.on_store(self.backend.store.read, key, 1)).total
 
 
 @torch.no_grad()

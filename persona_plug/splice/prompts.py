@@ -27,6 +27,10 @@ class PromptParts:
     right: tuple[int, ...]
     cut: int = 0
 
+    def __len__(self) -> int:
+        """Return the number of tokens around the soft ones."""
+        return len(self.left) + len(self.right)
+
 
 class Prompter:
     """Renders requests with the config's template and the LLM's chat template.

@@ -87,7 +87,7 @@ class RowSplicer(Splicer):
         """See `Splicer.together`: only rows of one length, since none may be padded in front."""
         groups: dict[int, list[int]] = {}
         for i, (part, row) in enumerate(zip(parts, soft, strict=True)):
-            groups.setdefault(len(part.left) + len(row) + len(part.right), []).append(i)
+            groups.setdefault(len(part) + len(row), []).append(i)
         return list(groups.values())
 
     def generation_inputs(self, parts: Sequence[PromptParts], soft: Soft) -> dict[str, Any]:

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from persona_plug.data import synthetic
 from persona_plug.data.history import Event, Example, HistoryItem, leave_one_out, time_ordered
-from persona_plug.data.splits import augment, prepare
+from persona_plug.data.splits import prepare
 from persona_plug.errors import ConfigError, DataError
 
 
@@ -261,32 +261,3 @@ def test_other_data_is_refused(data):
 def test_a_bad_record_of_a_list_is_named_by_its_place():
     with pytest.raises(DataError, match="record 1: field 'output'"):
         prepare([*records(1, 1), {"user_id": "a", "input": "b"}])
-
-
-# --- parts of histories written out
-
-
-@given(st.integers(0, 30), st.integers(0, 4), st.integers(0, 3))
-def test_copies_hold_random_parts_of_the_history_in_its_order(size, times, seed):
-    items = tuple(HistoryItem(f"i{i}", "o") for i in range(size))
-    first, other = Example("u", "q", "a", items, "1"), Example("v", "r", "b", items[:2], "2")
-    made = augment([first, other], times, seed)
-    assert made[0] == first
-    assert made[-1] == other
-    assert len(made) == 2 + (times if size > 2 else 0)
-    for copy in made[1:-1]:
-        assert (copy.user_id, copy.input, copy.output, copy.id) == ("u", "q", "a", "1")
-        assert [i for i in items if i in copy.history] == list(copy.history)
-        # Between one item and half of them and one more are left out.
-        assert size - 1 >= len(copy.history) >= size - (size // 2 + 1)
-        assert copy.history
-    assert made == augment([first, other], times, seed)
-
-
-def test_copies_differ():
-    items = tuple(HistoryItem(f"i{i}", "o") for i in range(40))
-    made = augment([Example("u", "q", "a", items)], 10)
-    assert len({e.history for e in made}) == 11
-    lengths = [len(e.history) for e in made[1:]]
-    assert max(lengths) - min(lengths) >= 8  # the share itself is drawn
-    assert {len(e.history) for e in augment([Example("u", "q", "a", items[:3])], 200)[1:]} == {1, 2}

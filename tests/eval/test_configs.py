@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from eval.methods import PRIOR, method
+from eval.methods import METHODS, method
 from eval.settings import ComparisonSettings
 from persona_plug.config import PlugConfig
 from training.config import load
@@ -29,7 +29,7 @@ def test_a_config_names_only_what_there_is(config):
     assert settings.fit_config(3).seed == 3
     assert set(settings.recipes) <= set(RECIPES)
     for name in settings.methods:
-        assert name == PRIOR or method(name)
+        assert method(name)
     for name in SETS:
         task = load_task(name)
         lengths = {"max_answer_tokens": task.max_answer_tokens, "max_input_tokens": task.max_input_tokens}
@@ -40,7 +40,5 @@ def test_a_config_names_only_what_there_is(config):
 
 @pytest.mark.parametrize("size", ["tiny", "laptop"])
 def test_every_method_is_in_the_configs_that_say_so(size):
-    from eval.methods import METHODS
-
     listed = load([str(TASKS.parent / size / "all_methods.yaml"), "data=nowhere"], ComparisonSettings).methods
-    assert {*METHODS, "plug_shuffled", "plug_empty", PRIOR} <= set(listed)
+    assert {*METHODS, "plug_shuffled", "plug_empty"} <= set(listed)

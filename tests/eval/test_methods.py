@@ -6,16 +6,14 @@ import numpy as np
 import pytest
 
 from eval import methods, run, tiny
-from eval.methods import METHODS, Method, method
+from eval.methods import METHODS, PRIOR, Method, by_training, method
 from eval.metrics.lamp import score
-from eval.questions import sample_questions
-from eval.session import Session, ordered
-from persona_plug.data.history import Example
+from eval.session import Session
 from persona_plug.errors import ConfigError
 from training.recipes import RECIPES
 from training.tasks import TASKS
 
-EVERY = [*METHODS, "plug_shuffled", "plug_empty"]
+EVERY = [*(name for name in METHODS if name != PRIOR), "plug_shuffled", "plug_empty"]
 FIT = "fit={steps: 2, batch_size: 4, eval_every: 1, eval_samples: 4}"
 
 
@@ -216,20 +214,10 @@ def test_names_are_checked_and_methods_that_share_a_training_stand_together():
     with pytest.raises(ConfigError, match="prompt='nonsense' is not one of"):
         Method(prompt="nonsense")
     assert {m.recipe for m in METHODS.values() if m.recipe} <= set(RECIPES)
-    names = ordered(["plug_empty", "lora", "none", "plug", "task_prompt", "lora_user", "plug_shuffled", "user_prior"])
-    kinds = [method(n).recipe if n != "user_prior" else "prior" for n in names]
+    names = ["plug_empty", "lora_rag", "none", "plug", "lora", "task_prompt", "lora_user", "plug_rag", "plug_shuffled"]
+    assert sorted(by_training(names)) == sorted(names)
+    kinds = [method(n).training for n in by_training(names)]
     assert [k for i, k in enumerate(kinds) if i == 0 or kinds[i - 1] != k] == list(dict.fromkeys(kinds))
-
-
-def test_a_sample_of_questions_keeps_every_user_and_their_order():
-    examples = [Example(f"u{i % 7}", f"q{i}", "a") for i in range(50)]
-    some = sample_questions(examples, 12)
-    assert len(some) == 12
-    assert {e.user_id for e in some} == {f"u{i}" for i in range(7)}
-    assert some == sample_questions(examples, 12)
-    assert [examples.index(e) for e in some] == sorted(examples.index(e) for e in some)
-    assert len(sample_questions(examples, 3)) == 7  # every user, even beyond the limit
-    assert sample_questions(examples, None) == examples
 
 
 def test_a_generator_that_cannot_do_what_is_asked_is_refused(tmp_path):

@@ -5,24 +5,25 @@ import pytest
 
 from eval.metrics.lamp import bleu, macro_f1
 from eval.outcomes import Costs, Outcome
-from eval.rows import Questions, add_official_values, details, mean_values, method_row
+from eval.questions import Questions
+from eval.rows import add_official_values, details, mean_values, method_row
 from persona_plug.data.history import Example, HistoryItem
 from persona_plug.data.splits import FitData
 from persona_plug.measure.answers import Answers
 from training.tasks import load_task
 
 
-def questions_of(task, outputs, texts, answers=None):
+def questions_of(task, outputs, generated, answers=None):
     held_out = [
         Example(f"u{i // 2}", f"q{i}", output, (HistoryItem("a", "b"),) * i) for i, output in enumerate(outputs)
     ]
-    return Questions(load_task(task), FitData([], [], held_out, "{input}", answers), texts)
+    return Questions(load_task(task), FitData([], [], held_out, "{input}", answers), generated)
 
 
 def test_labels_have_their_set_metrics_for_the_mean_of_the_seeds():
     task = load_task("LaMP_2")
     outputs = [task.answers[i % 3] for i in range(6)]
-    questions = questions_of("LaMP_2", outputs, range(6), task.answers)
+    questions = questions_of("LaMP_2", outputs, 1, task.answers)
     tables = [np.eye(len(task.answers))[[i % k for i in range(6)]] for k in (3, 2)]
     texts = [[task.answers[row] for row in table.argmax(1)] for table in tables]
     runs = [
@@ -44,7 +45,7 @@ def test_labels_have_their_set_metrics_for_the_mean_of_the_seeds():
 
 def test_free_text_is_scored_where_it_was_written():
     outputs = ["the red fox runs home", "a blue bird sings now", "a green tree grows here", "x"]
-    questions = questions_of("LongLaMP_1", outputs, [0, 2])
+    questions = questions_of("LongLaMP_1", outputs, 2)
     texts = ["the red fox runs home", "a green bird sings here"]
     outcome = Outcome(Answers({"nll": np.ones(4)}, texts))
     add_official_values(outcome, questions)

@@ -6,7 +6,6 @@ import pytest
 
 from eval import run
 from eval.bench.timing import paired
-from eval.questions import with_questions
 from eval.session import Session
 from eval.settings import ComparisonSettings
 from persona_plug.errors import ConfigError
@@ -64,7 +63,7 @@ def test_a_comparison_has_every_method_and_repeats_nothing(folder, capsys, monke
         low, high = row["metrics"]["nll"]["ci95"]
         assert low <= row["metrics"]["nll"]["value"] <= high
     assert "| plug − plug_shuffled | nll |" in capsys.readouterr().out
-    monkeypatch.setattr("training.recipes.train", lambda *_, **__: pytest.fail("a finished seed was fitted again"))
+    monkeypatch.setattr("training.recipes.train_parts", lambda *_, **__: pytest.fail("trained again"))
     run.main(arguments)
     again = json.loads((folder / "out" / "results.json").read_text())
     assert again["methods"] == results["methods"]
@@ -72,7 +71,7 @@ def test_a_comparison_has_every_method_and_repeats_nothing(folder, capsys, monke
 
 def read(folder, **changes):
     settings, task = ComparisonSettings(data=str(folder), **changes), load_task("LaMP_3")
-    return with_questions(load_data(settings, task), settings, task)
+    return load_data(settings, task, settings.split, settings.questions)
 
 
 def test_training_never_sees_the_split_it_reports_on(folder):
@@ -103,9 +102,7 @@ def test_dear_methods_may_have_one_seed(folder, monkeypatch):
     names = ["plug", "prefix_tuning", "lora", "none"]
     models = {"llm": "tiny-llama", "encoder": "tiny-encoder"}
     methods = {"methods": names, "seeds": [5, 1], "one_seed": ["prefix_tuning", "lora"]}
-    settings = ComparisonSettings(task="LaMP_3", data=str(folder), **models, **methods)
-    (folder / "out").mkdir()
-    run.compare(settings, folder / "out")
+    run.compare(ComparisonSettings(task="LaMP_3", data=str(folder), out=str(folder / "out"), **models, **methods))
     assert sorted(asked) == [("lora", 5), ("none", 1), ("none", 5), ("plug", 1), ("plug", 5), ("prefix_tuning", 5)]
 
 
@@ -136,7 +133,7 @@ def test_a_training_is_not_taken_for_one_with_other_settings_or_data(folder, mon
     out = folder / "out"
     same = [*ARGUMENTS, f"data={folder}", f"out={out}"]
     training_run.main(same)
-    monkeypatch.setattr("training.recipes.train", lambda *_, **__: pytest.fail("trained again"))
+    monkeypatch.setattr("training.recipes.train_parts", lambda *_, **__: pytest.fail("trained again"))
     training_run.main(same)
     for more, key in (
         (["profile_targets=1"], "profile_targets"),

@@ -10,7 +10,7 @@ import pytest
 from eval import run, tiny
 from eval.bench import __main__ as bench
 from eval.bench.settings import BenchSettings, LoadSettings, ServingSettings, StoreSettings
-from eval.methods import ALL, CONTROLS, METHODS, PRIOR, method
+from eval.methods import ALL, CONTROLS, METHODS, method
 from eval.settings import ComparisonSettings, page
 from persona_plug.errors import ConfigError
 from training import run as training_run
@@ -51,10 +51,10 @@ def test_rows_of_the_prior_may_be_contrasted():
 def test_all_stands_for_every_method_with_its_controls():
     found = load(["data=x", "methods=[bm25-8, all, plug]"], ComparisonSettings).methods
     assert found == ("bm25-8", *ALL)
-    assert {*METHODS, PRIOR} <= set(found)
+    assert set(METHODS) <= set(found)
     controls = [name for name in found if name.endswith(tuple(CONTROLS))]
     assert controls == ["plug_shuffled", "plug_empty", "lora_user_shuffled", "plug_lora_shuffled"]
-    assert all(name == PRIOR or method(name) for name in found)
+    assert all(method(name) for name in found)
 
 
 def test_settings_are_recorded_as_they_were_before_they_had_types():

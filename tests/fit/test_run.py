@@ -25,7 +25,6 @@ from persona_plug.fit import run as fit_module
 from persona_plug.fit.config import FitConfig
 from persona_plug.fit.loop import calibrate, train
 from persona_plug.fit.trainer import COMPLETE, PlugTrainer, last_checkpoint
-from persona_plug.measure.answers import score_samples
 from persona_plug.models.fingerprint import full_digest
 
 ROOT = Path(__file__).parents[2]
@@ -315,12 +314,12 @@ def test_the_first_gradient_does_not_depend_on_how_a_batch_is_split(make_plug, t
 def test_calibration_lowers_the_validation_nll_to_its_least(make_plug, data):
     plug = make_plug(differ=True, answers=data.answers)
     samples = PlugDataset(plug, data.valid + data.train)
-    scores, gold = score_samples(plug, samples)
+    scores, gold = samples.scores(), torch.tensor(samples.gold)
 
     def nll(t):
         return float(torch.nn.functional.cross_entropy(scores / t, gold))
 
-    found = calibrate(plug, samples)
+    found = calibrate(samples)
     assert float(plug.embedder.score_temperature) == pytest.approx(found)
     assert nll(found) < nll(1.0) - 1e-3
     assert nll(found) <= min(nll(1.03**i) for i in range(-70, 71) if 0.1 <= 1.03**i <= 10) + 1e-3

@@ -76,8 +76,8 @@ def test_answers_are_searched_with_as_many_beams_as_asked(tmp_path):
     tiny.write(tmp_path / "own_text", "own_text", 4, personal=True)
     arguments = [f"data={tmp_path / 'own_text'}", f"task={tiny.SHAPES['own_text'][0]}", "llm=tiny-t5"]
     settings = load([*arguments, "encoder=tiny-encoder", "beams=3"], ComparisonSettings)
-    _, data, base, _ = eval_run.prepare(settings)
-    asked = data.held_out[0].input
+    questions, base = eval_run.prepare(settings)
+    asked = questions.data.held_out[0].input
     greedy, searched = (base.generate(asked, max_new_tokens=12, **o) for o in ({"num_beams": 1}, {}))
     assert searched == base.generate(asked, max_new_tokens=12, num_beams=3)
     assert searched != greedy

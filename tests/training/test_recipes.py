@@ -1,6 +1,7 @@
 """Recipes: clean bases, adapters that train alone or beside soft tokens, users kept apart, runs that go on."""
 
 import dataclasses
+import json
 
 import pytest
 import torch
@@ -20,6 +21,7 @@ from training.config import load
 from training.lora import RANK, for_each_user, with_lora
 from training.prefix import with_prefix
 from training.recipes import RECIPES, choose_lr, fit, make
+from training.settings import RunSettings
 
 ANSWERS = ("good", "bad")
 
@@ -43,13 +45,18 @@ def base(make_plug):
     return make_plug(answers=ANSWERS)
 
 
-CONFIG = FitConfig(steps=2, batch_size=4, eval_every=1, eval_samples=4, lr=1e-2)
+FIT = {"steps": 2, "batch_size": 4, "eval_every": 1, "eval_samples": 4, "lr": 1e-2}
+CONFIG = FitConfig(**FIT)
+
+
+def settings(folder, **changes):
+    return RunSettings(data="x", out=str(folder), fit=FIT, **{"plug": {"max_input_tokens": 64}, **changes})
 
 
 @pytest.mark.parametrize("name", sorted(RECIPES))
 def test_every_recipe_trains_what_it_says_and_leaves_the_llm_alone(base, data, tmp_path, name):
     before = full_digest(base.llm)
-    fitted = fit(name, base, {"max_input_tokens": 64}, data, CONFIG, tmp_path)
+    fitted = fit(name, base, data, settings(tmp_path), 0)
     assert full_digest(base.llm) == before
     assert not any(p.requires_grad for p in base.llm.parameters())
     assert fitted.steps == 2
@@ -71,10 +78,10 @@ def test_no_recipe_has_a_parameter_without_dimensions(make_plug, name, answers):
 
 @pytest.mark.parametrize("name", ["plug", "plug_lora", "words", "words_lora"])
 def test_a_finished_training_is_read_back_and_not_repeated(base, data, tmp_path, name, monkeypatch):
-    first = fit(name, base, {"max_input_tokens": 64}, data, CONFIG, tmp_path)
+    first = fit(name, base, data, settings(tmp_path), 0)
     scores = first.plug.score(data.held_out)
     monkeypatch.setattr(recipes, "train_parts", lambda *_, **__: pytest.fail("trained again"))
-    again = fit(name, base, {"max_input_tokens": 64}, data, CONFIG, tmp_path)
+    again = fit(name, base, data, settings(tmp_path), 0)
     torch.testing.assert_close(again.plug.score(data.held_out), scores, atol=1e-6, rtol=1e-6)
     assert (again.seconds, again.steps, again.parameters) == (first.seconds, first.steps, first.parameters)
 
@@ -107,14 +114,15 @@ def test_recipes_train_on_the_llm_as_the_settings_load_it(tmp_path, kind, dtype)
     tiny.write(tmp_path / "data", "label", 6, personal=True)
     asked = [f"data={tmp_path / 'data'}", f"task={tiny.SHAPES['label'][0]}", "llm=tiny-llama", "encoder=tiny-encoder"]
     asked += [f"dtype={dtype}", *([f"quantization={kind}"] if kind else [])]
-    _, data, base, chosen = run.prepare(load(asked, ComparisonSettings))
+    chosen = load([*asked, f"out={tmp_path}", f"fit={json.dumps(FIT)}"], ComparisonSettings)
+    questions, base = run.prepare(chosen)
     before = full_digest(base.llm)
     for name in ("plug", "prefix_tuning", "lora") if kind else sorted(RECIPES, key="lora".__eq__):
-        plug = fit(name, base, chosen, data, CONFIG, tmp_path / name).plug
+        plug = fit(name, base, questions.data, chosen, 0).plug
         how = loaded_as(plug.llm)
         assert (how["quantization"], how["dtype"]) == (kind, getattr(torch, dtype))
         assert bool(getattr(plug.llm, "is_quantized", False)) == bool(kind)
-        assert torch.isfinite(plug.score(data.held_out)).all()
+        assert torch.isfinite(plug.score(questions.data.held_out)).all()
     # LoRA's second matrices start as zeros: they moved, so gradients came through.
     assert all(p.abs().sum() > 0 for p in plug.embedder.adapters if p.shape[1] == RANK)
     assert full_digest(base.llm) == before
@@ -132,7 +140,7 @@ def test_gradients_reach_adapters_in_front_of_the_soft_tokens(base, data):
 
 
 def test_each_user_starts_from_the_shared_adapters(base, data, tmp_path):
-    plug = fit("lora", base, {"max_input_tokens": 64}, data, CONFIG, tmp_path).plug
+    plug = fit("lora", base, data, settings(tmp_path), 0).plug
     start = {k: v.clone() for k, v in plug.embedder.state_dict().items()}
     config = dataclasses.replace(CONFIG, lr=1e-2)
     seen, scores = [], {}
@@ -188,7 +196,7 @@ def test_a_prefix_made_of_words_is_those_words_in_front_of_every_prompt(make_plu
 
 
 def test_prefix_tuning_trains_its_prefix_for_decoders_only(make_plug, base, data, tmp_path):
-    plug = fit("prefix_tuning", base, {}, data, CONFIG, tmp_path).plug
+    plug = fit("prefix_tuning", base, data, settings(tmp_path, plug={}), 0).plug
     start = make("prefix_tuning", base, {}, CONFIG.seed)
     assert not torch.equal(plug.embedder.prefix, start.embedder.prefix)
     assert plug.splicer.prefix is plug.embedder.prefix
@@ -197,17 +205,23 @@ def test_prefix_tuning_trains_its_prefix_for_decoders_only(make_plug, base, data
         with_prefix(make_plug(llm="tiny-t5"))
 
 
-def test_the_learning_rate_with_the_lowest_validation_loss_is_chosen(base, data, tmp_path, monkeypatch):
-    asked = []
+def test_every_seed_learns_at_the_rate_that_is_best_with_the_first(base, data, tmp_path, monkeypatch):
+    trials = []
 
-    def look(name, base, settings, data, config, folder):
-        asked.append((config.lr, config.steps, config.eval_every, folder.name))
-        return recipes.Fitted(base, 1.0, config.steps, 1, config.lr, ((4, 1.0, abs(config.lr - 0.003)),))
+    def train(plug, data, config, folder, resume):
+        trials.append((config.lr, config.steps, config.eval_every, config.seed, str(folder.relative_to(tmp_path))))
+        folder.mkdir(parents=True)
+        look = {"step": config.steps, "seconds": 1.0, "eval_loss": abs(config.lr - 0.003)}
+        (folder / "log.jsonl").write_text(json.dumps(look) + "\n")
 
-    monkeypatch.setattr(recipes, "fit", look)
-    assert choose_lr("plug", base, {}, data, CONFIG, tmp_path, [1e-3, 3e-3, 1e-2], 4) == 3e-3
-    assert asked == [(1e-3, 4, 4, "lr-0.001"), (3e-3, 4, 4, "lr-0.003"), (1e-2, 4, 4, "lr-0.01")]
-    assert choose_lr("plug", base, {}, data, CONFIG, tmp_path, [], 4) == CONFIG.lr
+    monkeypatch.setattr(recipes, "train_parts", train)
+    grid = settings(tmp_path, lr_grid=[1e-3, 3e-3, 1e-2], lr_steps=4, seeds=[3, 5])
+    assert [fit("plug", base, data, grid, seed, "a name").lr for seed in (3, 5, 5)] == [3e-3] * 3
+    assert trials == [
+        *((lr, 4, 4, 3, f"lr/a name/lr-{lr:g}") for lr in grid.lr_grid),
+        *((3e-3, 2, 1, seed, f"seed-{seed}/fitted/a name") for seed in (3, 5)),
+    ]
+    assert choose_lr("plug", base, data, settings(tmp_path), "plug") == CONFIG.lr
 
 
 def test_shared_states_are_charged_to_every_training_that_uses_them(base, data, tmp_path, monkeypatch):
@@ -216,7 +230,7 @@ def test_shared_states_are_charged_to_every_training_that_uses_them(base, data, 
     monkeypatch.setattr("persona_plug.splice.base.clock", lambda _: float(next(ticks)))
     bills = []
     for name in ("task_prompt", "plug"):
-        fit(name, base, {"max_input_tokens": 64}, data, CONFIG, tmp_path / name)
+        fit(name, base, data, settings(tmp_path), 0)
         bills.append(base.splicer.bill)
     prices = base.splicer.cache.seconds
     for bill in bills:
@@ -226,7 +240,7 @@ def test_shared_states_are_charged_to_every_training_that_uses_them(base, data, 
 
 
 def test_the_curve_holds_each_look_with_rising_seconds(base, data, tmp_path):
-    fitted = fit("plug", base, {"max_input_tokens": 64}, data, CONFIG, tmp_path)
+    fitted = fit("plug", base, data, settings(tmp_path), 0)
     steps, seconds, losses = zip(*fitted.curve, strict=True)
     assert steps == (1, 2)
     assert 0 < seconds[0] < seconds[1] <= fitted.seconds
@@ -243,10 +257,10 @@ def test_a_words_memory_is_fitted_and_read_back(make_plug, tmp_path, monkeypatch
     monkeypatch.setattr("persona_plug.heads.fitting.STEPS", 25)
     data = FitData(people(9, 0), people(3, 1), people(3, 2), "{input}", None)
     base = make_plug(max_answer_tokens=40)
-    first = fit(name, base, {}, data, CONFIG, tmp_path)
+    first = fit(name, base, data, settings(tmp_path, plug={}), 0)
     scores = first.plug.score(data.held_out[:2], [data.held_out[0].output])
     with first.plug.recollection.paused():
         assert not torch.allclose(first.plug.score(data.held_out[:2], [data.held_out[0].output]), scores)
     monkeypatch.setattr(recipes, "train_parts", lambda *_, **__: pytest.fail("trained again"))
-    again = fit(name, base, {}, data, CONFIG, tmp_path)
+    again = fit(name, base, data, settings(tmp_path, plug={}), 0)
     torch.testing.assert_close(again.plug.score(data.held_out[:2], [data.held_out[0].output]), scores)

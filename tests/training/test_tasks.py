@@ -4,6 +4,7 @@ import json
 
 import pytest
 
+from eval.prompts.lamp import assemble, find_query
 from persona_plug.data.lamp import read_lamp
 from persona_plug.errors import ConfigError
 from training.tasks import METRICS, TASKS, Task, load_task
@@ -156,15 +157,15 @@ def test_a_definition_is_complete(name):
 def test_queries_items_and_prompts_of_published_shapes(tmp_path, name):
     text, query, profile, written, prompt = SHAPES[name]
     task = load_task(name)
-    assert task.find_query(text) == query
+    assert find_query(task, text) == query
     path = tmp_path / "q.json"
     path.write_text(json.dumps([{"id": "1", "input": text, "profile": [profile]}]))
     (example,) = read_lamp(path, fields=task.fields).examples
     (item,) = example.history
     assert task.item.format(input=item.input, output=item.output) == written
     expected = prompt.replace("{item}", f"{written}, and {written}").replace("{input}", text)
-    assert task.assemble([written, written], text) == expected
-    assert task.assemble([], text) == text
+    assert assemble(task, [written, written], text) == expected
+    assert assemble(task, [], text) == text
 
 
 @pytest.mark.parametrize(
@@ -177,15 +178,15 @@ def test_queries_items_and_prompts_of_published_shapes(tmp_path, name):
     ],
 )
 def test_an_input_of_another_shape_has_no_query(name, text):
-    assert load_task(name).find_query(text) is None
+    assert find_query(load_task(name), text) is None
 
 
 def test_a_query_survives_a_lost_last_quote():
-    assert load_task("LaMP_1").find_query(CITE + '[1]: "A" [2]: "B') == "A B"
+    assert find_query(load_task("LaMP_1"), CITE + '[1]: "A" [2]: "B') == "A B"
 
 
 def test_items_without_a_place_leave_the_input_as_it_is():
-    assert load_task("LaMP_1").assemble(['"A"'], "no such word") == "no such word"
+    assert assemble(load_task("LaMP_1"), ['"A"'], "no such word") == "no such word"
 
 
 def test_answers_are_those_of_the_benchmark():

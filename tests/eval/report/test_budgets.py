@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from eval.clock import LLMClock, reading_seconds
-from eval.methods import METHODS, method
+from eval.methods import METHODS, PRIOR, method
 from eval.report.budgets import budget_note, budget_table
 from eval.session import _reads_request
 from persona_plug.data.history import Example, HistoryItem
@@ -13,6 +13,8 @@ from persona_plug.embedder.task_prompt import NoTokens
 from persona_plug.measure.answers import evaluate
 from persona_plug.models.caching import uncached
 from training.recipes import make
+
+NAMES = [*(name for name in METHODS if name != PRIOR), "plug_shuffled"]
 
 
 def row(curve, lr=0.001):
@@ -139,7 +141,7 @@ def test_reading_requests_is_measured_past_the_cache(make_plug, monkeypatch):
 
 def test_those_that_read_the_requests_vector_are_charged_for_it(make_plug):
     base = make_plug()
-    plugs = {n: make(method(n).recipe, base, {}, 0) if method(n).recipe else base for n in [*METHODS, "plug_shuffled"]}
+    plugs = {n: make(method(n).recipe, base, {}, 0) if method(n).recipe else base for n in NAMES}
     free = {n for n, plug in plugs.items() if not _reads_request(method(n), plug)}
     prompted = {"none", "random", "recency", "bm25", "summary", "summary_profile"}
     without_user = {"task_prompt", "prefix_tuning", "lora", "lora_rag", "lora_user"}
@@ -151,7 +153,7 @@ def test_what_is_said_to_see_no_request_does_not(make_plug):
     """The soft tokens of those that are not charged for the request's vector are the same for every request."""
     base = make_plug()
     history = [HistoryItem("what was asked", "what was answered"), HistoryItem("a song", "no, thank you")]
-    for name in [*METHODS, "plug_shuffled"]:
+    for name in NAMES:
         recipe = method(name).recipe
         if not recipe or method(name).prompt:
             continue
