@@ -17,7 +17,7 @@ from persona_plug.models.vector_cache import make_private
 if TYPE_CHECKING:
     from sqlalchemy import URL, Connection, Engine, TextClause
 
-HEAD = "0002"
+HEAD = "0003"
 MIGRATIONS = Path(__file__).parent / "migrations"
 VERSION_TABLE = "persona_version"
 WAIT = 60.0  # seconds for another writer to finish, or for the database to answer

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from persona_plug.models import zoo
 from persona_plug.models.vector_cache import VectorCache
-from persona_plug.store import answers, keepers
+from persona_plug.store import answers, keepers, words
 from persona_plug.store.database import StoreUnavailable, sql, transaction
 from persona_plug.store.format import HASH, ForgetResult
 from persona_plug.store.marks import PARTS, mark_of
@@ -45,6 +45,7 @@ class ErasableStore(ReadableStore):
             else:
                 key = found.key
                 self._take(connection, found, [item[0]])
+                words.drop(connection, tables, user, [item_id])
                 tables.bury(connection, key, user, item_id)
             deletion = self._eraser.number(connection)
         if key is not None:
@@ -108,6 +109,7 @@ class ErasableStore(ReadableStore):
             tables.drop(connection, found.key, [row[0] for row in tables.order(connection, found.key)])
             tables.leave(connection, found.key)
         answers.forget(connection, tables, user)
+        words.drop(connection, tables, user)
         tables.bury(connection, found.key if found else before or 0, user)
         return gone, keys
 
@@ -128,6 +130,7 @@ class ErasableStore(ReadableStore):
                 ids = [] if found is None else [row[0] for row in self._added_before(connection, found.key, then)]
                 if found is not None and ids:
                     self._take(connection, found, ids)
+                    words.drop(connection, self._tables, name)  # those of newer items are made anew
                 deletion = self._eraser.number(connection)
             gone += len(ids)
             keepers.forget(name)

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from persona_plug.data.history import HistoryItem
 from persona_plug.data.moments import in_time
 from persona_plug.errors import ConfigError, DataError
-from persona_plug.store import answers
+from persona_plug.store import answers, words
 from persona_plug.store.database import StoreUnavailable, transaction
 from persona_plug.store.deleting import ErasableStore
 from persona_plug.store.format import ForgetResult, ImportResult, StoredHistory, UserRow
@@ -217,6 +217,23 @@ class HistoryStore(ErasableStore):
         with transaction(self._engine, writes=True) as connection:
             # Always in the same order: two writers never wait for each other.
             return sum(self._insert(connection, user, fresh[user], moment) for user in sorted(fresh))
+
+    # -- what heads keep of texts ------------------------------------------------------------------------------------
+
+    def words(self, history: StoredHistory, identity: str) -> dict[str, bytes]:
+        """Return what an identity's head keeps of a history's items: id -> bytes; see `keep_words`."""
+        with transaction(self._engine) as connection:
+            return words.find(connection, self._tables, history.user, identity, history.texts or [])
+
+    def keep_words(self, history: StoredHistory, identity: str, made: Mapping[str, bytes]) -> None:
+        """Keep what an identity's head made of a history's items: id -> bytes. It goes with the item, or the user.
+
+        Raises:
+            Forgotten: The user was deleted after the history was read.
+        """
+        rows = [(item, made[str(item.id)]) for item in history.texts or [] if item.id in made]
+        with transaction(self._engine, writes=True) as connection:
+            words.keep(connection, self._tables, history.user, identity, rows, history.moment)
 
     # -- answers that may be accepted ------------------------------------------------------------------------------
 
