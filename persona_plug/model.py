@@ -84,7 +84,7 @@ class PlugModel(nn.Module):
             self.words = WordsHead(StateMap.of(self.llm, SIZE), config.encoder_dim) if config.remembers else None
         self.splicer.begin_with(self.prompter.head)
         self.recollection = (
-            Recollection(self.words, self.splicer, self.prompter, self.encoder, self._nobodys_tokens)
+            Recollection(self.words, self.splicer, self.prompter, self.encoder, self._nobodys_tokens, self.parts)
             if self.words is not None
             else None
         )

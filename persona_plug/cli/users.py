@@ -57,6 +57,45 @@ def add(
         sys.stderr.write(f"skipped: {line}\n")
 
 
+@users_app.command("remember")
+@one_line_errors
+def remember(
+    plug: Annotated[Path, typer.Argument(help="Folder of a plug with a words memory.")],
+    store: Url,
+    prefix: Annotated[str, typer.Option(help="Only users whose ids begin so.")] = "",
+    device: Device = None,
+    as_json: Json = False,
+) -> None:
+    """Have the plug's LLM read the texts that it has not read yet: one pass an event, once for all gateways.
+
+    Run it after `users add`, and again for another plug, LLM or chat template. It goes on where it broke off.
+    """
+    import time
+
+    from tqdm.auto import tqdm
+
+    from persona_plug.errors import ConfigError
+    from persona_plug.plug import PersonaPlug
+    from persona_plug.store.history_store import HistoryStore
+
+    quiet()
+    made = PersonaPlug.from_pretrained(plug, device=device)
+    if made.recollection is None:
+        raise ConfigError(f"{plug} has no words memory; fit it with --recipe words")
+    read = known = 0
+    start = time.monotonic()
+    with HistoryStore(store, encoder=made.encoder) as opened, tqdm(desc="remember", unit="event") as bar:
+        if not opened.keep_text:
+            raise ConfigError(f"{opened.name} keeps no texts to read; make a store with --keep-text")
+        for user in opened.users(prefix):
+            words, fresh = made.recollection.restore(opened, opened.read(user.user_id, made.config.max_words))
+            read, known = read + fresh, known + len(words) - fresh
+            bar.update(len(words))
+    rate = read / max(time.monotonic() - start, 1e-9)
+    row = {"read": read, "known": known, "events_per_second": round(rate, 1)}
+    say(json.dumps(row) if as_json else ", ".join(f"{k.replace('_', ' ')}: {v}" for k, v in row.items()))
+
+
 @users_app.command("list")
 @one_line_errors
 def list_users(

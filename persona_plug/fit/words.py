@@ -11,7 +11,7 @@ import torch
 from persona_plug.data.history import Example, HistoryItem
 from persona_plug.data.splits import FitData
 from persona_plug.errors import DataError
-from persona_plug.heads.fitting import GateSample, fit_gate, gate_sample
+from persona_plug.heads.fitting import GateSample, fit_gate, gate_samples
 from persona_plug.heads.recollection import Recollection
 from persona_plug.heads.slots import common_words
 from persona_plug.measure.stats import spread
@@ -92,8 +92,8 @@ def _samples(
         if pair in histories:
             rows[pair] = row
     for pair, history in histories.items():
-        for kept in (history, _part(history, draw)):
-            yield gate_sample(recollection.reader(pair[0], kept), rows[pair].logits, rows[pair].tokens)
+        readers = [recollection.reader(pair[0], kept) for kept in (history, _part(history, draw))]
+        yield from gate_samples(readers, rows[pair].logits, rows[pair].tokens)
 
 
 def _part(history: Sequence[HistoryItem], draw: np.random.Generator) -> Sequence[HistoryItem]:

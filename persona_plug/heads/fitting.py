@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from persona_plug.heads.gate import Sight, WordGate
+from persona_plug.heads.gate import Sight, WordGate, look
 from persona_plug.heads.words import WordsReader
 
 STEPS, BATCH, LR = 400, 16, 1e-2
@@ -32,19 +32,21 @@ class GateSample:
 
 
 @torch.no_grad()
-def gate_sample(reader: WordsReader, logits: Tensor, tokens: Sequence[int]) -> GateSample:
-    """Return the sample of one answer.
+def gate_samples(readers: Sequence[WordsReader], logits: Tensor, tokens: Sequence[int]) -> Iterator[GateSample]:
+    """Yield the sample of one answer for each memory.
 
     Args:
-        reader: The request's memory: the user's other items.
+        readers: The request's memories, of more or fewer of the user's other items.
         logits: (L, V) the LLM's logits in front of each token.
         tokens: (L,) the answer's tokens, the end token last.
     """
-    sight = reader.look(logits, tokens)
     gold = torch.tensor(list(tokens), device=logits.device)
-    same = sight.tokens.unsqueeze(0) == gold.unsqueeze(1)
-    index = torch.where(same.any(1), same.float().argmax(1), -1)
-    return GateSample(sight, index, logits.float().log_softmax(-1).gather(1, gold.unsqueeze(1)).squeeze(1))
+    logp, states = logits.float().log_softmax(-1), readers[0].head.states(logits)
+    known = logp.gather(1, gold.unsqueeze(1)).squeeze(1)
+    for reader in readers:
+        sight = look(logp, states, tokens, 0, reader.memory, reader.request, reader.end)
+        same = sight.tokens.unsqueeze(0) == gold.unsqueeze(1)
+        yield GateSample(sight, torch.where(same.any(1), same.float().argmax(1), -1), known)
 
 
 def sample_nll(gate: WordGate, sample: GateSample) -> Tensor:

@@ -13,7 +13,7 @@ from persona_plug.heads.memory import CHAIN, NONE, WordMemory
 
 PARTS = ("llm", "memory", "copy", "end")
 MEMORY_FEATURES = 11
-FEATURES = MEMORY_FEATURES + 15
+FEATURES = MEMORY_FEATURES + 16
 HIDDEN = 32
 FLOOR = -12.0  # log-probabilities are read down to here
 
@@ -31,6 +31,7 @@ class Sight:
         cosine: (L, N) of the state and each place of the memory; 1 inside a placed slot.
         equal: (L, N) how many of the last tokens are those in front of the place, CHAIN at most and inside a slot.
         again: (L, N) whether the place's token and the two in front of it stand in the text so far.
+        top_again: (L,) whether the LLM's likeliest token and the two in front of it do.
         open: (L, N) whether the place can count: inside a slot only behind exactly its beginning.
         places: (N,) where each place's token stands among the U.
         memory: Of which each place is one.
@@ -47,6 +48,7 @@ class Sight:
     cosine: Tensor
     equal: Tensor
     again: Tensor
+    top_again: Tensor
     open: Tensor
     places: Tensor
     memory: WordMemory
@@ -106,7 +108,12 @@ def look(
         entropy,
         cosine,
         equal,
-        _written_before(memory, written, offset, length).to(device),
+        _written_before(torch.cat([memory.before[:, -2:], memory.tokens.unsqueeze(1)], 1), written, offset, length).to(
+            device
+        ),
+        _written_before(torch.cat([tails[:, -2:].cpu(), top.indices.cpu().unsqueeze(1)], 1), written, offset, length)
+        .diagonal()
+        .to(device),
         is_open,
         index[1 : 1 + len(memory.tokens)],
         memory,
@@ -116,12 +123,11 @@ def look(
     )
 
 
-def _written_before(memory: WordMemory, written: Sequence[int], offset: int, length: int) -> Tensor:
-    """Return whether each place's last three tokens stand in the text in front of each position, (L, N)."""
+def _written_before(rows: Tensor, written: Sequence[int], offset: int, length: int) -> Tensor:
+    """Return whether three tokens (N, 3) stand in the text in front of each position, (L, N)."""
     text = torch.tensor(list(written[: offset + length - 1]), dtype=torch.long)
     if len(text) < 3:
-        return torch.zeros(length, len(memory.tokens), dtype=torch.bool)
-    rows = torch.stack([memory.before[:, -2], memory.before[:, -1], memory.tokens], -1)
+        return torch.zeros(length, len(rows), dtype=torch.bool)
     same = (text.unfold(0, 3, 1).unsqueeze(0) == rows.unsqueeze(1)).all(-1)  # (N, places in the text)
     first = torch.where(same.any(-1), same.int().argmax(-1) + 3, len(text) + 2)  # tokens that the text needs
     return torch.arange(offset, offset + length).unsqueeze(1) >= first.unsqueeze(0)
@@ -260,6 +266,7 @@ class WordGate(nn.Module):
                 -(probability * probability.clamp(min=1e-9).log()).sum(-1),
                 math.log1p(sight.memory.count) * torch.ones_like(top),
                 sight.top,
+                sight.top_again.float(),
                 sight.entropy,
                 sight.logp.gather(1, index.unsqueeze(1)).squeeze(1).clamp(min=FLOOR),
                 own.clamp(min=1e-5).log(),

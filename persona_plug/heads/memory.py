@@ -14,6 +14,7 @@ from torch import Tensor
 from persona_plug.heads.slots import Slot, place, shape
 
 CHAIN = 8  # tokens inside a placed slot that have to be written in order before the next one is
+CLOSING = 8  # tokens at an answer's end, its end token aside, whose numbers are the writer's: a desk, a telephone
 NONE = -1  # where there is no token: in front of an answer, or none required
 DIGITS = re.compile(r"\w*\d\w*")
 
@@ -183,7 +184,8 @@ def facts_of(
 def recall(items: Sequence[ItemWords], request: RequestWords, tokenise: Tokenise) -> WordMemory:
     """Return the memory that a request reads: slots filled from it, other requests' facts left out.
 
-    A word with digits counts where it stands in two items at least: then it is this user's, not one request's.
+    A word with digits counts where it stands in two items at least, or closes its answer: then it is this user's, not
+    one request's.
 
     Args:
         items: The user's items, the latest last.
@@ -195,7 +197,8 @@ def recall(items: Sequence[ItemWords], request: RequestWords, tokenise: Tokenise
     known = Counter(word for item in items for word in {w for _, w in item.facts})
     rows = _Rows()
     for number, item in enumerate(items):
-        rows.add_item(number, item, {i for i, word in item.facts if known[word] < 2}, request, tokenise)
+        body = len(item.tokens) - 1 - CLOSING
+        rows.add_item(number, item, {i for i, word in item.facts if known[word] < 2 and i < body}, request, tokenise)
     return rows.memory(items, request.topic)
 
 

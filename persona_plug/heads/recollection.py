@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-import threading
+import hashlib
+import logging
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
+from torch import nn
 
 from persona_plug.data.history import Example, HistoryItem
 from persona_plug.heads.memory import ItemWords, WordMemory, recall
@@ -17,8 +20,14 @@ from persona_plug.heads.words import SIZE, TokenEncoder, WordsHead, WordsReader
 from persona_plug.splice.base import Splicer
 from persona_plug.splice.prompts import AnswerTree, Prompter
 from persona_plug.splice.soft import Soft
-from persona_plug.store import keepers
 from persona_plug.store.batches import StoredExample
+from persona_plug.store.database import StoreUnavailable
+from persona_plug.store.format import StoredHistory
+
+if TYPE_CHECKING:
+    from persona_plug.store.history_store import HistoryStore
+
+logger = logging.getLogger(__name__)
 
 ROWS = 8  # items per pass of the LLM
 CACHED = 20_000  # items whose words stay in memory
@@ -52,6 +61,7 @@ class Recollection:
         prompter: Prompter,
         encoder: TokenEncoder,
         soft_tokens: SoftTokens,
+        parts: Callable[[], Mapping[str, nn.Module]],
     ) -> None:
         """Join the parts.
 
@@ -61,12 +71,12 @@ class Recollection:
             prompter: Its prompts.
             encoder: Places the slots.
             soft_tokens: Requests -> soft tokens (B, S, H) of a user nobody knows, with which items are read.
+            parts: Gives what was trained, by the beginnings of its tensors' names.
         """
         self.head, self.splicer, self.prompter, self.encoder = head, splicer, prompter, encoder
-        self.soft_tokens = soft_tokens
-        self._cache: OrderedDict[tuple[str, Pair], ItemWords] = OrderedDict()
-        self._caching = threading.Lock()  # a store tells of a deletion on any thread
-        keepers.tell(self)
+        self.soft_tokens, self._parts = soft_tokens, parts
+        self._identity = ""
+        self._cache: OrderedDict[Pair, ItemWords] = OrderedDict()
         self._paused = False
 
     @contextmanager
@@ -78,49 +88,67 @@ class Recollection:
         finally:
             self._paused = before
 
-    def forget(self, owner: str | None = None) -> None:
-        """Drop the words of one owner; by default all, since a head or soft tokens that change make them stale."""
-        with self._caching:
-            for key in [key for key in self._cache if owner is None or key[0] == owner]:
-                del self._cache[key]
+    def forget(self) -> None:
+        """Drop all words that are cached: a head or soft tokens that change make them stale."""
+        self._cache.clear()
+        self._identity = ""
 
     @property
-    def owners(self) -> set[str]:
-        """Whose words are kept."""
-        with self._caching:
-            return {owner for owner, _ in self._cache}
+    def identity(self) -> str:
+        """The name under which a store keeps words: of LLM, encoder, prompt, soft tokens and the head's maps."""
+        if not self._identity:
+            config = self.prompter.config
+            limits = [config.max_input_tokens, config.max_answer_tokens]
+            known = [config.llm_fingerprint, config.encoder_fingerprint, self.prompter.digest, config.template]
+            digest = hashlib.sha256(repr([*known, *limits]).encode())
+            for part in self._parts().values():
+                for name, tensor in part.state_dict().items():
+                    if not name.startswith("gate."):
+                        digest.update(tensor.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+            self._identity = digest.hexdigest()[:16]
+        return self._identity
 
     @torch.no_grad()
-    def remember(self, items: Sequence[HistoryItem], owner: str = "") -> list[ItemWords]:
-        """Return the words of items, from the cache or by passes of the LLM over items of like length.
-
-        Args:
-            items: The items.
-            owner: Whose they are: users of a store share no cached words, or times would tell who wrote the same.
-        """
+    def remember(self, items: Sequence[HistoryItem]) -> list[ItemWords]:
+        """Return the words of items, from the cache or by passes of the LLM over items of like length."""
         pairs = list(dict.fromkeys((item.input, item.output) for item in items))
-        with self._caching:
-            words = {pair: self._cache[owner, pair] for pair in pairs if (owner, pair) in self._cache}
+        words = {pair: self._cache[pair] for pair in pairs if pair in self._cache}
         for pair, row in self.passes([pair for pair in pairs if pair not in words]):
-            words[pair] = self.keep(pair, row, owner)
-        with self._caching:
-            for pair in words:
-                if (owner, pair) in self._cache:  # and not forgotten meanwhile
-                    self._cache.move_to_end((owner, pair))
-            while len(self._cache) > CACHED:
-                self._cache.popitem(last=False)
+            words[pair] = self.keep(pair, row)
+        for pair in words:
+            self._cache.move_to_end(pair)
+        while len(self._cache) > CACHED:
+            self._cache.popitem(last=False)
         return [words[item.input, item.output] for item in items]
 
-    def keep(self, pair: Pair, row: AnswerRow, owner: str = "") -> ItemWords:
-        """Return the words of an item whose pass gave this row, and cache them; for `owner` see `remember`.
-
-        They are rounded as a store rounds them: fresh words and stored ones give the same answers.
-        """
-        words = self.head.item_words(self.encoder, *pair, row.tokens, row.offsets, row.logits)
-        words = unpack_item(pack_item(words))
-        with self._caching:
-            self._cache[owner, pair] = words
+    def keep(self, pair: Pair, row: AnswerRow) -> ItemWords:
+        """Return the words of an item whose pass gave this row, and cache them."""
+        words = self._cache[pair] = unpack_item(self._packed(pair, row))
         return words
+
+    def _packed(self, pair: Pair, row: AnswerRow) -> bytes:
+        """Return an item's words as a store keeps them: fresh words and stored ones give the same answers."""
+        return pack_item(self.head.item_words(self.encoder, *pair, row.tokens, row.offsets, row.logits))
+
+    @torch.no_grad()
+    def restore(self, store: HistoryStore, history: StoredHistory) -> tuple[list[ItemWords], int]:
+        """Return the words of a stored history's newest items, and how many the LLM had to read.
+
+        The store keeps what was read. Nothing of a user is cached in this process: it goes when the store forgets.
+        Without texts there are no words.
+        """
+        items = (history.texts or [])[-self.prompter.config.max_words :]
+        blobs = store.words(history.user, self.identity, items)
+        missing = [item for item in items if str(item.id) not in blobs]
+        rows = dict(self.passes(list(dict.fromkeys((item.input, item.output) for item in missing))))
+        made = {str(i.id): self._packed((i.input, i.output), rows[i.input, i.output]) for i in missing}
+        if made:
+            try:
+                store.keep_words(history.user, self.identity, [(i, made[str(i.id)]) for i in missing], history.moment)
+            except StoreUnavailable as exc:
+                logger.warning("words of %d items could not be kept, and are read again next time: %s", len(made), exc)
+        blobs |= made
+        return [unpack_item(blobs[str(item.id)]) for item in items], len(made)
 
     def passes(self, pairs: Sequence[Pair]) -> Iterator[tuple[Pair, AnswerRow]]:
         """Yield each request and answer with what the LLM says in front of its tokens, in order of length."""
@@ -143,18 +171,20 @@ class Recollection:
         """
         if self._paused or not bool(self.head.fitted):
             return None
-        limit = self.prompter.config.max_words
-        histories = [texts_of(e)[-limit:] for e in examples]
-        owners = [e.user_id if isinstance(e, StoredExample) else "" for e in examples]
-        for owner in dict.fromkeys(owners):  # all of an owner's rows in few passes
-            own = [history for history, whose in zip(histories, owners, strict=True) if whose == owner]
-            self.remember([item for history in own for item in history], owner)
-        rows = zip(examples, histories, owners, strict=True)
-        return [self.reader(e.input, history, owner) for e, history, owner in rows]
+        own = [e.history[-self.prompter.config.max_words :] for e in examples]
+        self.remember([item for history in own for item in history])  # all in few passes
+        return [self._reader(e, history) for e, history in zip(examples, own, strict=True)]
 
-    def reader(self, request: str, items: Sequence[HistoryItem], owner: str = "") -> WordsReader:
-        """Return the reader of one request of a user with these items; for `owner` see `remember`."""
-        words = self.remember(items, owner)
+    def _reader(self, example: Example, history: Sequence[HistoryItem]) -> WordsReader:
+        if not isinstance(example, StoredExample):
+            return self.reader(example.input, history)
+        return self._bind(example.input, self.restore(example.store, example.stored)[0])
+
+    def reader(self, request: str, items: Sequence[HistoryItem]) -> WordsReader:
+        """Return the reader of one request of a user with these items."""
+        return self._bind(request, self.remember(items))
+
+    def _bind(self, request: str, words: Sequence[ItemWords]) -> WordsReader:
         memory = WordMemory.empty(SIZE)
         if words:
             memory = recall(words, self.head.request_words(self.encoder, request), self.prompter.ids)
@@ -168,8 +198,3 @@ class Recollection:
         )
         limit = self.prompter.config.max_answer_tokens - 1
         return list(row["input_ids"])[:limit], [tuple(pair) for pair in row["offset_mapping"]][:limit]
-
-
-def texts_of(example: Example) -> Sequence[HistoryItem]:
-    """Return the items of an example whose texts are known."""
-    return (example.stored.texts or ()) if isinstance(example, StoredExample) else example.history

@@ -258,7 +258,6 @@ class Gateway:
         """Delete one event of a user, and return whether it was there."""
         async with self._writing:
             gone = await self.on_store(self.backend.store.delete, key, event)
-        await self._forget_words(key)
         self.metrics.events.labels("deleted").inc(gone)
         return gone
 
@@ -267,15 +266,8 @@ class Gateway:
         self.memory.forget(key)
         async with self._writing:
             gone = await self.on_store(self.backend.store.forget, key)
-        await self._forget_words(key)
         self.metrics.events.labels("deleted").inc(gone.items)
         return gone.items
-
-    async def _forget_words(self, key: str) -> None:
-        """Drop what the plug keeps in memory of a user's texts."""
-        recollection = self.backend.plug.recollection
-        if recollection is not None:
-            await self.on_plug(recollection.forget, key)
 
     async def count(self, key: str) -> int:
         """Return how many events the store holds of a user."""

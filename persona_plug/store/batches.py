@@ -28,6 +28,7 @@ class StoredExample(Example):
     """A request whose history is vectors out of a store."""
 
     stored: StoredHistory = field(kw_only=True)
+    store: HistoryStore = field(kw_only=True, repr=False)
 
 
 def stored_examples(
@@ -53,7 +54,10 @@ def stored_examples(
     histories = {name: store.read(name, config.max_history) for name in dict.fromkeys(users)}
     if (config.quotes or config.remembers) and not store.keep_text and any(h.total for h in histories.values()):
         store.log_missing_texts()
-    return [StoredExample(name, text, "", stored=histories[name]) for text, name in zip(requests, users, strict=True)]
+    return [
+        StoredExample(name, text, "", stored=histories[name], store=store)
+        for text, name in zip(requests, users, strict=True)
+    ]
 
 
 class StoredTable:

@@ -220,20 +220,25 @@ class HistoryStore(ErasableStore):
 
     # -- what heads keep of texts ------------------------------------------------------------------------------------
 
-    def words(self, history: StoredHistory, identity: str) -> dict[str, bytes]:
-        """Return what an identity's head keeps of a history's items: id -> bytes; see `keep_words`."""
+    def words(self, user: str, identity: str, items: Sequence[HistoryItem]) -> dict[str, bytes]:
+        """Return what an identity's head keeps of a user's items, given with ids and texts: id -> bytes."""
         with transaction(self._engine) as connection:
-            return words.find(connection, self._tables, history.user, identity, history.texts or [])
+            return words.find(connection, self._tables, user, identity, items)
 
-    def keep_words(self, history: StoredHistory, identity: str, made: Mapping[str, bytes]) -> None:
-        """Keep what an identity's head made of a history's items: id -> bytes. It goes with the item, or the user.
+    def keep_words(self, user: str, identity: str, made: Sequence[tuple[HistoryItem, bytes]], moment: int) -> None:
+        """Keep what an identity's head made of a user's items. It goes with the item, or the user.
+
+        Args:
+            user: The user's id.
+            identity: Of the head and all that it depends on; it replaces another's.
+            made: Items with ids and texts, and the bytes to keep.
+            moment: `moment()` when the texts were read.
 
         Raises:
-            Forgotten: The user was deleted after the history was read.
+            Forgotten: The user was deleted after the moment.
         """
-        rows = [(item, made[str(item.id)]) for item in history.texts or [] if item.id in made]
         with transaction(self._engine, writes=True) as connection:
-            words.keep(connection, self._tables, history.user, identity, rows, history.moment)
+            words.keep(connection, self._tables, user, identity, made, moment)
 
     # -- answers that may be accepted ------------------------------------------------------------------------------
 

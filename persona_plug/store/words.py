@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from persona_plug.data.history import HistoryItem
@@ -82,12 +82,6 @@ def drop(connection: Connection, tables: Tables, user: str, names: Sequence[str]
     marks = [mark_of(tables.secret, "words", user, name) for name in names]
     for part in chunks(marks):
         connection.execute(many("DELETE FROM persona_words WHERE mark IN :ids"), {"ids": list(part)})
-
-
-def counts(connection: Connection) -> Mapping[str, int]:
-    """Return how many items each identity has read."""
-    rows = connection.execute(sql("SELECT identity, count(*) FROM persona_words GROUP BY identity")).all()
-    return {str(name): int(count) for name, count in rows}
 
 
 def _key(identity: str, item: HistoryItem) -> str:

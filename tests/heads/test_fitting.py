@@ -2,7 +2,7 @@
 
 import torch
 
-from persona_plug.heads.fitting import fit_gate, gate_sample, mean_nll, sample_nll
+from persona_plug.heads.fitting import fit_gate, gate_samples, mean_nll, sample_nll
 from persona_plug.heads.gate import WordGate
 from persona_plug.heads.memory import recall
 from persona_plug.heads.words import WordsReader
@@ -30,7 +30,7 @@ def samples(gate, count, own):
         known = word if own else words[(i + 1) % 4]
         reader = WordsReader(Head(gate), recall([item(known)], BLANK, tokenise), torch.zeros(0, dtype=torch.long), END)
         tokens = [*tokenise(word), END]
-        rows.append(gate_sample(reader, torch.randn(len(tokens), V, generator=noise), tokens))
+        rows += gate_samples([reader], torch.randn(len(tokens), V, generator=noise), tokens)
     return rows
 
 
@@ -52,5 +52,6 @@ def test_a_sample_gives_the_mixtures_likelihood():
     reader = WordsReader(Head(gate), recall([item("hallo")], BLANK, tokenise), torch.tensor(tokenise("hel")), END)
     tokens = [*tokenise(word), END]
     logits = torch.randn(len(tokens), V, generator=torch.Generator().manual_seed(1))
-    nll = sample_nll(gate, gate_sample(reader, logits, tokens))
+    (sample,) = gate_samples([reader], logits, tokens)
+    nll = sample_nll(gate, sample)
     torch.testing.assert_close(-reader.score(logits, tokens).mean(), nll)

@@ -134,6 +134,10 @@ def test_what_is_written_already_is_known_as_such():
     assert [chr(int(t)) for t in memory.tokens[:4]] == list("abcd")
     assert sight.again.int().T.tolist()[2] == [0, 0, 0, 1, 1, 1, 1]
     assert not sight.again[:, [0, 1, 3]].any()
+    logp[5, ord("d")] = 8.0
+    assert not look(logp, states, tokenise("abcabc"), 0, memory, torch.zeros(0, dtype=torch.long), END).top_again[5]
+    logp[5, ord("c")] = 9.0  # behind "ab" again
+    assert look(logp, states, tokenise("abcabc"), 0, memory, torch.zeros(0, dtype=torch.long), END).top_again[5]
     alone = look(logp[4:5], states[4:5], tokenise("abca"), 4, memory, torch.zeros(0, dtype=torch.long), END)
     assert torch.equal(alone.again[0], sight.again[4])
 

@@ -33,7 +33,7 @@ def item(answer, request="", states=None, common=frozenset(), topic=None):
     if states is not None:
         slots = token_slots(find_slots(request, answer, common), answer, offsets, states)
     tokens = (*tokenise(answer), END)
-    kept = torch.nn.functional.one_hot(torch.arange(len(tokens)), 16).float()
+    kept = torch.nn.functional.one_hot(torch.arange(len(tokens)) % 16, 16).float()
     return ItemWords(
         tokens, kept, torch.eye(16)[0] if topic is None else topic, slots, facts_of(answer, offsets, slots)
     )
@@ -88,8 +88,12 @@ def test_a_slot_without_a_place_is_left_out(words):
 
 
 def test_a_number_of_one_item_is_left_out_and_a_habit_stays():
-    memory = recall([item("a 77 x24"), item("b x24")], BLANK, tokenise)
-    assert as_text(memory) == "a  x24.b x24."
+    memory = recall([item("a 77 x24 so it goes"), item("b x24 and so on and on")], BLANK, tokenise)
+    assert as_text(memory) == "a  x24 so it goes.b x24 and so on and on."
+
+
+def test_a_number_that_closes_an_answer_is_the_writers():
+    assert as_text(recall([item("order 12345678 left. Ann, desk 9")], BLANK, tokenise)) == "order  left. Ann, desk 9."
 
 
 def test_a_slot_keeps_what_its_tokens_hold_besides():
