@@ -22,7 +22,7 @@ KINDS = ("label", "rating", "text")
 METRICS = {
     "label": ("accuracy", "f1"),
     "rating": ("mae", "rmse", "accuracy", "f1"),
-    "text": ("rouge-1", "rouge-L", "meteor", "bleu"),
+    "text": ("rouge-1", "rouge-L", "chrf", "lamp-rouge-1", "lamp-rouge-L", "meteor", "bleu"),
 }
 
 

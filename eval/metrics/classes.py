@@ -23,8 +23,8 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "f1": {"answers": ()},
     "mae": {"answers": FIVE},
     "rmse": {"answers": FIVE},
-    "rouge-1": {"seed": None},  # with a seed the middle of a bootstrap, as LaMP reports it
-    "rouge-L": {"seed": None},
+    "lamp-rouge-1": {"seed": None},  # with a seed the middle of a bootstrap, as LaMP reports it
+    "lamp-rouge-L": {"seed": None},
 }
 
 

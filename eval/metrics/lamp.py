@@ -1,5 +1,8 @@
 """The official metrics of LaMP (arXiv 2304.11406) and LongLaMP (arXiv 2407.11016), as their own scripts compute them.
 
+The official ROUGE reads the letters a to z and digits alone, so it has names of its own (`lamp-rouge-1`). `rouge-1`,
+`rouge-L` and `chrf` read every script.
+
 `score` takes predictions and references as lists or in LaMP's file shape. The functions below it are the rules
 themselves. `QUESTION_RULES` and `SET_RULES` name them; `persona_plug.measure.metrics` says which direction is better;
 `eval.metrics.classes` wraps them as an `evaluate.Metric`.
@@ -16,8 +19,10 @@ import numpy as np
 
 from persona_plug.errors import DataError
 from persona_plug.measure.metrics import METRICS
+from persona_plug.measure.overlap import chrf, rouge
 from training.tasks import Task, load_task
 
+OFFICIAL_ROUGE = "lamp-rouge"
 RESAMPLES = 1000  # of the bootstrap in rouge_score, whose middle value `evaluate` reports
 SENTENCE_END = re.compile(r"(?<=[.!?])\s+")
 
@@ -31,12 +36,13 @@ def score(
         task: A name in configs/tasks such as "LaMP_3", the path of a YAML file, or a task.
         predictions: A list of texts in order, a mapping of id to text, or LaMP's {"golds": [{"id", "output"}]}.
         references: The same; both lists, or both with ids.
-        official_rouge: Report ROUGE as the middle of a bootstrap, see `bootstrap_median`, instead of the plain mean.
+        official_rouge: Report LaMP's ROUGE as the middle of a bootstrap, see `bootstrap_median`, instead of the plain
+            mean.
         seed: Of that bootstrap.
 
     Returns:
-        The task's metrics by name, out of "accuracy", "f1", "mae", "rmse", "rouge-1", "rouge-L", "meteor" and "bleu".
-        BLEU runs from 0 to 100, as sacreBLEU prints it; all others from 0 to 1, or are errors in points of the scale.
+        The task's metrics by name, out of `QUESTION_RULES` and `SET_RULES`. BLEU and chrF run from 0 to 100, as
+        sacreBLEU prints them; all others from 0 to 1, or are errors in points of the scale.
 
     Raises:
         ConfigError: There is no such task.
@@ -62,12 +68,12 @@ def compute(
         predictions: (N,) texts.
         references: (N,) texts, answers of the task if it has any.
         answers: The answer space, for "f1", "mae" and "rmse".
-        seed: If given, ROUGE is a bootstrap's middle instead of the mean.
+        seed: If given, LaMP's ROUGE is a bootstrap's middle instead of the mean.
     """
     if name in SET_RULES:
         return SET_RULES[name](predictions, references, answers)
     each = QUESTION_RULES[name](predictions, references, answers)
-    if name.startswith("rouge") and seed is not None:
+    if name.startswith(OFFICIAL_ROUGE) and seed is not None:
         return bootstrap_median(each, seed)
     return float(METRICS[name].transform(each.mean()))
 
@@ -114,11 +120,11 @@ def rating_errors(predictions: Sequence[str], references: Sequence[str], answers
     return np.array(errors, dtype=float)
 
 
-def rouge(name: str, predictions: Sequence[str], references: Sequence[str]) -> np.ndarray:
-    """Return (N,) F-measures of "rouge-1" or "rouge-L" by rouge_score: its own tokens, no stemming."""
+def official_rouge(name: str, predictions: Sequence[str], references: Sequence[str]) -> np.ndarray:
+    """Return (N,) F-measures of "lamp-rouge-1" or "lamp-rouge-L" by rouge_score: its own tokens, no stemming."""
     from rouge_score.rouge_scorer import RougeScorer
 
-    key = name.replace("-", "")
+    key = name.removeprefix("lamp-").replace("-", "")
     scorer = RougeScorer([key], use_stemmer=False)
     pairs = zip(predictions, references, strict=True)
     return np.array([scorer.score(r.strip(), p.strip())[key].fmeasure for p, r in pairs], dtype=float)
@@ -172,10 +178,7 @@ def meteor(predictions: Sequence[str], references: Sequence[str], wordnet: objec
 
 def bleu(predictions: Sequence[str], references: Sequence[str]) -> float:
     """Return sacreBLEU's corpus BLEU with its defaults, from 0 to 100."""
-    try:
-        import sacrebleu
-    except ImportError as exc:
-        raise DataError("bleu needs sacrebleu: pip install sacrebleu, or leave bleu out of the task's metrics") from exc
+    import sacrebleu
 
     texts = [p.strip() for p in predictions]
     return float(sacrebleu.corpus_bleu(texts, [[r.strip() for r in references]]).score)
@@ -214,8 +217,11 @@ QUESTION_RULES: dict[str, Callable[[Texts, Texts, Texts], np.ndarray]] = {
     "accuracy": lambda predictions, references, _: hits(predictions, references),
     "mae": _absolute_errors,
     "rmse": _squared_errors,
-    "rouge-1": lambda predictions, references, _: rouge("rouge-1", predictions, references),
-    "rouge-L": lambda predictions, references, _: rouge("rouge-L", predictions, references),
+    "rouge-1": lambda predictions, references, _: rouge(predictions, references)["rouge-1"],
+    "rouge-L": lambda predictions, references, _: rouge(predictions, references)["rouge-L"],
+    "chrf": lambda predictions, references, _: chrf(predictions, references),
+    "lamp-rouge-1": lambda predictions, references, _: official_rouge("lamp-rouge-1", predictions, references),
+    "lamp-rouge-L": lambda predictions, references, _: official_rouge("lamp-rouge-L", predictions, references),
     "meteor": lambda predictions, references, _: meteor(predictions, references),
 }
 # Metric -> its value of a whole set, which is no mean over questions.

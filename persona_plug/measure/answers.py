@@ -10,6 +10,7 @@ import numpy as np
 
 from persona_plug.data.history import Example, longest_by_user
 from persona_plug.dataset import PlugDataset
+from persona_plug.measure.overlap import overlaps
 from persona_plug.measure.priors import is_rating, label_priors, rating_priors, text_priors
 from persona_plug.measure.stats import derangement, spread
 
@@ -72,7 +73,7 @@ def evaluate(
     in_order = sorted(some, key=lambda i: int(back[i]))
     outputs = (write or _generate)(plug, [questions[i] for i in in_order], personal) if some else []
     texts = dict(zip(in_order, outputs, strict=True))
-    return _with_rouge(values, [texts[i] for i in some], questions, some) if some else Answers(values)
+    return _with_overlaps(values, [texts[i] for i in some], questions, some) if some else Answers(values)
 
 
 def _generate(plug: PlugModel, examples: Sequence[Example], personal: bool) -> list[str]:
@@ -122,20 +123,18 @@ def prior_answers(plug: PlugModel, data: FitData, generated: int) -> dict[str, A
     if not some:
         return {}
     priors = text_priors([questions[i] for i in some], plug.encoder)
-    return {name: _with_rouge({}, texts, questions, some) for name, texts in priors.items()}
+    return {name: _with_overlaps({}, texts, questions, some) for name, texts in priors.items()}
 
 
-def _with_rouge(
+def _with_overlaps(
     values: dict[str, np.ndarray], texts: list[str], questions: Sequence[Example], some: Sequence[int]
 ) -> Answers:
-    from rouge_score.rouge_scorer import RougeScorer
-
-    scorer = RougeScorer(["rouge1", "rougeL"])
-    one, longest = np.full(len(questions), np.nan), np.full(len(questions), np.nan)
-    for i, text in zip(some, texts, strict=True):
-        score = scorer.score(questions[i].output, text)
-        one[i], longest[i] = score["rouge1"].fmeasure, score["rougeL"].fmeasure
-    return Answers({**values, "rouge-1": one, "rouge-L": longest}, texts)
+    """Return values and texts with what the texts share with the user's; NaN where none was written."""
+    found = {}
+    for name, shared in overlaps(texts, [questions[i].output for i in some]).items():
+        found[name] = np.full(len(questions), np.nan)
+        found[name][list(some)] = shared
+    return Answers({**values, **found}, texts)
 
 
 def with_other_history(questions: Sequence[Example], seed: int = 0) -> list[Example]:

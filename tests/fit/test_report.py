@@ -84,7 +84,7 @@ def test_labels_that_are_not_numbers_have_no_errors():
 
 
 def test_rouge_is_the_plain_f_measure_without_stemming():
-    from persona_plug.measure.answers import _with_rouge
+    from persona_plug.measure.answers import _with_overlaps
 
     pairs = [
         ("the cat sat on the mat", "the cat sat on the mat"),
@@ -95,18 +95,20 @@ def test_rouge_is_the_plain_f_measure_without_stemming():
         ("something", ""),
     ]
     data = held(*[gold for gold, _ in pairs])
-    found = _with_rouge({}, [text for _, text in pairs], data, list(range(len(pairs))))
+    found = _with_overlaps({}, [text for _, text in pairs], data, list(range(len(pairs))))
     f = 2 * (4 / 4) * (4 / 6) / (4 / 4 + 4 / 6)
     fl = 2 * (2 / 4) * (2 / 6) / (2 / 4 + 2 / 6)
     assert found.values["rouge-1"] == pytest.approx([1, 0, f, 0, 1, 0])
     assert found.values["rouge-L"] == pytest.approx([1, 0, fl, 0, 1, 0])
+    assert found.values["chrf"][0] == 100
+    assert found.values["chrf"][-1] == 0
 
 
 def test_rouge_of_some_questions_leaves_the_others_unmeasured():
-    from persona_plug.measure.answers import _with_rouge
+    from persona_plug.measure.answers import _with_overlaps
 
-    found = _with_rouge({}, ["a"], held("x", "a", "y"), [1])
-    assert np.isnan(found.values["rouge-1"]).tolist() == [True, False, True]
+    found = _with_overlaps({}, ["a"], held("x", "a", "y"), [1])
+    assert all(np.isnan(values).tolist() == [True, False, True] for values in found.values.values())
 
 
 # --- contrasts

@@ -151,10 +151,10 @@ def test_free_text_is_learned_and_reported(make_plug, tmp_path, llm, placement):
     log = [json.loads(line) for line in (tmp_path / "plug" / "log.jsonl").read_text().splitlines()]
     evals = losses(log, "eval_loss")
     assert min(evals[1:]) < evals[0]
-    assert set(report.metrics["plug"]) == {"nll", "rouge-1", "rouge-L"}
+    assert set(report.metrics["plug"]) == {"nll", "rouge-1", "rouge-L", "chrf"}
     priors = {f"user_prior: {name}" for name in ("whole_request", "first_words", "nearest_own_output")}
     assert priors <= set(report.metrics)
-    assert set(report.metrics["user_prior: first_words"]) == {"rouge-1", "rouge-L"}
+    assert set(report.metrics["user_prior: first_words"]) == {"rouge-1", "rouge-L", "chrf"}
     assert report.examples == [] or set(report.examples[0]["weights"][0]) == {"input", "output", "weight"}
     assert report.metrics["plug"]["nll"].value < report.metrics["none"]["nll"].value
 

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from eval.metrics import classes as metrics
-from eval.metrics.lamp import rouge, score
+from eval.metrics.lamp import official_rouge, score
 from persona_plug.errors import ConfigError, DataError
 from training.tasks import load_task
 
@@ -39,12 +39,13 @@ def test_classes_give_the_scores_without_network_or_traces(monkeypatch, tmp_path
 
 
 def test_classes_take_batches_and_a_seed():
-    metric = metrics.TextMetric("rouge-1")
+    metric = metrics.TextMetric("lamp-rouge-1")
     metric.add_batch(predictions=FOUND[:2], references=GOLD[:2])
     metric.add(prediction=FOUND[2], reference=GOLD[2])
-    assert metric.compute() == {"rouge-1": pytest.approx(rouge("rouge-1", FOUND[:3], GOLD[:3]).mean())}
-    official = metrics.TextMetric("rouge-L").compute(predictions=FOUND, references=GOLD, seed=3)
-    assert official["rouge-L"] == score("LaMP_4", FOUND, GOLD, official_rouge=True, seed=3)["rouge-L"]
+    expected = official_rouge("lamp-rouge-1", FOUND[:3], GOLD[:3]).mean()
+    assert metric.compute() == {"lamp-rouge-1": pytest.approx(expected)}
+    official = metrics.TextMetric("lamp-rouge-L").compute(predictions=FOUND, references=GOLD, seed=3)
+    assert official["lamp-rouge-L"] == score("LaMP_4", FOUND, GOLD, official_rouge=True, seed=3)["lamp-rouge-L"]
 
 
 def test_options_of_classes_are_checked():

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from eval.metrics.lamp import QUESTION_RULES, bleu, meteor, rating_errors, rouge, score
+from eval.metrics.lamp import QUESTION_RULES, bleu, meteor, official_rouge, rating_errors, score
 from persona_plug.errors import ConfigError, DataError
 from training.tasks import Task, load_task
 
@@ -141,17 +141,25 @@ GOLD = ["The cats sat on a mat", "running shoes", "Über-große Fragen?", "the s
 FOUND = ["the cat sat on the mat", "runs in shoes", "große Fragen", " the same words here\n", ""]
 
 
-def test_rouge_is_the_library_without_stemming():
+def test_official_rouge_is_the_library_without_stemming():
     from rouge_score.rouge_scorer import RougeScorer
 
     scorer = RougeScorer(["rouge1", "rougeL"])
     rows = [scorer.score(g.strip(), f.strip()) for g, f in zip(GOLD, FOUND, strict=True)]
-    for name, key in (("rouge-1", "rouge1"), ("rouge-L", "rougeL")):
+    for name, key in (("lamp-rouge-1", "rouge1"), ("lamp-rouge-L", "rougeL")):
         each = [row[key].fmeasure for row in rows]
-        assert rouge(name, FOUND, GOLD).tolist() == each
+        assert official_rouge(name, FOUND, GOLD).tolist() == each
         assert score("LaMP_4", FOUND, GOLD)[name] == pytest.approx(statistics.fmean(each), abs=EXACT)
-    assert rouge("rouge-1", ["cats"], ["cat"]).tolist() == [0.0]
-    assert rouge("rouge-1", ["b a"], ["a b"]) > rouge("rouge-L", ["b a"], ["a b"])
+    assert official_rouge("lamp-rouge-1", ["cats"], ["cat"]).tolist() == [0.0]
+    assert official_rouge("lamp-rouge-1", ["b a"], ["a b"]) > official_rouge("lamp-rouge-L", ["b a"], ["a b"])
+
+
+def test_what_reads_every_script_stands_beside_the_official_value():
+    found, gold = ["Спасибо за письмо"], ["спасибо за письмо"]
+    values = score("LaMP_7", found, gold)
+    assert (values["rouge-1"], values["rouge-L"]) == (1, 1)
+    assert (values["lamp-rouge-1"], values["lamp-rouge-L"]) == (0, 0)  # the official script keeps a to z
+    assert 0 < values["chrf"] < 100  # letter case counts there
 
 
 def test_official_rouge_is_the_middle_of_a_bootstrap():
@@ -165,8 +173,8 @@ def test_official_rouge_is_the_middle_of_a_bootstrap():
     middle = aggregator.aggregate()
     ours = score("LaMP_5", found, gold, official_rouge=True, seed=1)
     # The median of 1,000 means of 40 values with a deviation of 0.4 is itself off by 0.0025.
-    assert ours["rouge-1"] == pytest.approx(middle["rouge1"].mid.fmeasure, abs=0.015)
-    assert ours["rouge-L"] == pytest.approx(middle["rougeL"].mid.fmeasure, abs=0.015)
+    assert ours["lamp-rouge-1"] == pytest.approx(middle["rouge1"].mid.fmeasure, abs=0.015)
+    assert ours["lamp-rouge-L"] == pytest.approx(middle["rougeL"].mid.fmeasure, abs=0.015)
     assert ours == score("LaMP_5", found, gold, official_rouge=True, seed=1)
     assert ours != score("LaMP_5", found, gold, official_rouge=True, seed=2)
     assert ours != score("LaMP_5", found, gold)
@@ -219,15 +227,12 @@ def test_bleu_is_the_library_from_0_to_100():
     assert bleu(["a b c d e"], [" a b c d e"]) == pytest.approx(100)
 
 
-def test_bleu_without_its_library_says_what_to_do(monkeypatch):
-    monkeypatch.setitem(__import__("sys").modules, "sacrebleu", None)
-    with pytest.raises(DataError, match="pip install sacrebleu"):
-        score("LongLaMP_2", ["a"], ["a"])
-
-
 def test_a_score_is_what_the_task_reports():
-    assert list(score("LongLaMP_3", FOUND, GOLD)) == ["rouge-1", "rouge-L", "meteor", "bleu"]
-    assert list(score("LaMP_7", FOUND, GOLD)) == ["rouge-1", "rouge-L"]
+    texts = ["rouge-1", "rouge-L", "chrf"]
+    official = [*texts, "lamp-rouge-1", "lamp-rouge-L"]
+    assert list(score("LongLaMP_3", FOUND, GOLD)) == [*official, "meteor", "bleu"]
+    assert list(score("LaMP_7", FOUND, GOLD)) == official
+    assert list(score("scholarly_title", FOUND, GOLD)) == texts
     for task, found in (("LaMP_1", ["[1]"]), ("LaMP_3", ["1"])):
         result = score(task, found, found)
         assert all(type(v) is float for v in result.values())
