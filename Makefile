@@ -59,12 +59,13 @@ docs: ## build the site in build/site, in an environment of its own; a warning i
 	$(PYTHON) .ci/env-docs .venv-docs
 	NO_MKDOCS_2_WARNING=1 .venv-docs/bin/python -m mkdocs build --strict
 
+# It goes on with a run of its own in that folder, and refuses any other.
 demo: env ## fit a plug on generated replies, and see three users answer one request (DEMO=folder)
 	mkdir -p $(DEMO)
 	$(BIN)/persona-plug models pull smollm2-135m
 	$(BIN)/persona-plug models pull minilm-l6
 	$(BIN)/persona-plug data synthetic --kind replies --users 48 --items 12 --out $(DEMO)/replies.jsonl
-	$(BIN)/persona-plug fit $(DEMO)/replies.jsonl --recipe words --llm smollm2-135m --encoder minilm-l6 \
+	$(BIN)/persona-plug fit $(DEMO)/replies.jsonl --resume --recipe words --llm smollm2-135m --encoder minilm-l6 \
 		--out $(DEMO)/plug --steps 40 --batch-size 8 --eval-every 20 --lr 1e-2 --max-input-tokens 160 \
 		--max-answer-tokens 112 --targets-per-user 6 --report-samples 24 --generated 9 --examples 3
 

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import json
+import re
 import warnings
 from dataclasses import dataclass, field
 from datetime import date
 from pathlib import Path
 from typing import Any, Self
 
-from persona_plug.errors import ConfigError, CorruptFileError, unknown_setting
+from persona_plug.errors import ConfigError, CorruptFileError, nearest, unknown_setting
 
 FORMAT_VERSION = 2
 CONFIG_NAME = "config.json"
@@ -264,10 +266,26 @@ class PlugConfig:
         return cls.from_json(text, str(path))
 
 
+def field_texts(kind: type[Any]) -> dict[str, str]:
+    """Return what the docstrings of a dataclass and of those that it extends say of its fields, under `Attributes:`."""
+    texts = {}
+    for base in reversed(kind.__mro__):
+        entries = inspect.cleandoc(base.__dict__.get("__doc__") or "").partition("\nAttributes:\n")[2]
+        for name, text in re.findall(r"^    (\w+): (.*(?:\n {8}.*)*)", entries, re.MULTILINE):
+            texts[name] = " ".join(text.split())
+    return texts
+
+
 def _one_of(name: str, value: str, allowed: tuple[str, ...]) -> None:
     if value not in allowed:
-        raise ConfigError(f"{name}={value!r} is not one of {', '.join(allowed)}")
+        raise ConfigError(f"{name}={value!r} is not one of {', '.join(allowed)}{nearest(value, allowed)}")
 
+
+# Fields that the models or the data decide on.
+_DECIDED = {"llm", "llm_fingerprint", "llm_width", "encoder", "encoder_fingerprint", "encoder_dim"}
+_DECIDED |= {"prompt_digest", "template", "answers", "format_version"}
+SETTABLE = tuple(f.name for f in dataclasses.fields(PlugConfig) if f.name not in _DECIDED)
+"""Fields that a user may set."""
 
 _KINDS = {
     f.name: {"str": str, "int": int, "bool": bool, "float": float}[str(f.type)]

@@ -30,12 +30,17 @@ class CorruptFileError(PersonaPlugError):
     """A saved file is truncated, altered or not what its name says."""
 
 
+def nearest(name: object, known: Iterable[str], lead: str = ", ") -> str:
+    """Return "did you mean ...?" behind `lead`, with the known name that is most like a wrong one; or nothing."""
+    names = {known_name.casefold(): known_name for known_name in known}
+    near = difflib.get_close_matches(str(name).casefold(), names, n=1, cutoff=0.7)
+    return f"{lead}did you mean {names[near[0]]!r}?" if near else ""
+
+
 def unknown_setting(name: str, known: Iterable[str]) -> ConfigError:
     """Return the error about a setting that does not exist; it names the nearest one, if any is near, and all."""
     names = list(known)
-    near = difflib.get_close_matches(name, names, n=1, cutoff=0.75)
-    hint = f", did you mean {near[0]!r}?" if near else ";"
-    return ConfigError(f"unknown setting {name!r}{hint} known are {', '.join(names)}")
+    return ConfigError(f"unknown setting {name!r}{nearest(name, names) or ';'} known are {', '.join(names)}")
 
 
 def first_line(message: object) -> str:

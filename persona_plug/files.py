@@ -1,8 +1,10 @@
-"""Files written so that a crash or a reader never sees a part of one."""
+"""Files written so that a crash or a reader never sees a part of one; and what standard output takes."""
 
 from __future__ import annotations
 
+import io
 import os
+import sys
 import tempfile
 from pathlib import Path
 
@@ -21,3 +23,14 @@ def write_atomically(path: Path, content: bytes) -> None:
     except BaseException:
         Path(name).unlink(missing_ok=True)
         raise
+
+
+STOPPED = 130
+"""Exit code of a command that Ctrl-C stopped."""
+
+
+def write_any_text() -> None:
+    """Have standard output and error take any text: what their encoding lacks is written as its number."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")

@@ -80,7 +80,7 @@ class PlugModel(nn.Module):
             torch.manual_seed(self.seed)
             reader = RequestEncoder(self.encoder) if config.train_request and config.user_tokens else None
             embedder = make_embedder(config, embedding_norm(self.llm), start, reader)
-            self.embedder = embedder.to(self.llm.device).eval()
+            self.embedder = embedder.to(self.llm.device, torch.float32).eval()
             self.words = WordsHead(StateMap.of(self.llm, SIZE), config.encoder_dim) if config.remembers else None
         self.splicer.begin_with(self.prompter.head)
         self.recollection = (
@@ -343,7 +343,7 @@ class PlugModel(nn.Module):
         batch_size: int = 16,
         **generation: object,
     ) -> str | list[str] | Generation | list[Generation]:
-        """Generate an answer to each request in its user's manner.
+        """Generate an answer to each request in its user's manner; with `config.answers` the most probable of these.
 
         Args:
             inputs: One request or a list of them, or of examples with their histories. A text gives a text, a list a
@@ -354,8 +354,8 @@ class PlugModel(nn.Module):
             personal: False for the plain LLM, without soft tokens.
             return_details: Return `Generation` objects in place of texts: text, item weights, what was cut.
             batch_size: Rows at a time.
-            generation: Passed to the LLM's `generate`: `max_new_tokens`, `num_beams`, `do_sample`, `temperature`,
-                `streamer` (one request only). Greedy by default.
+            generation: Passed to the LLM's `generate`, where it writes: `max_new_tokens`, `num_beams`, `do_sample`,
+                `temperature`, `streamer` (one request only). Greedy by default.
 
         Raises:
             DataError: Inputs and histories differ in number, or an item is malformed.
@@ -365,10 +365,14 @@ class PlugModel(nn.Module):
         if options.get("stop_strings"):
             options["tokenizer"] = self.tokenizer
         pad = self.tokenizer.pad_token_id if self.tokenizer.pad_token_id is not None else self.prompter.eos
+        labels = iter(self.choose(examples)[0]) if personal and self.config.answers else None
         results: list[Generation] = []
         for batch, embedded, parts in self._batches(examples, personal, batch_size):
-            readers = self.readers(batch) if personal else None
-            written = write_texts(self.splicer, self.tokenizer, pad, parts, embedded.soft, readers, options)
+            if labels is not None:
+                written = [[next(labels)] for _ in batch]
+            else:
+                readers = self.readers(batch) if personal else None
+                written = write_texts(self.splicer, self.tokenizer, pad, parts, embedded.soft, readers, options)
             for i, example in enumerate(batch):
                 weights = None if embedded.weights is None else embedded.weights[i]
                 for text in written[i]:

@@ -6,8 +6,8 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from persona_plug.config import PlugConfig
-from persona_plug.data.history import Example, HistoryItem
-from persona_plug.data.rows import unfold
+from persona_plug.data.history import Example, HistoryItem, is_pair
+from persona_plug.data.rows import is_table, unfold
 from persona_plug.errors import ConfigError, DataError
 from persona_plug.store.batches import stored_examples
 
@@ -60,12 +60,19 @@ def pair(
     if len(histories) != len(requests):
         raise DataError(f"{len(requests)} inputs but {len(histories)} histories; give one history for each input")
     return [
-        Example("", r, "", tuple(HistoryItem.of(item) for item in h)) for r, h in zip(requests, histories, strict=True)
+        Example("", r, "", tuple(HistoryItem.of(item) for item in unfold(h)))
+        for r, h in zip(requests, histories, strict=True)
     ]
 
 
 def _histories(history: Any, many: bool, count: int) -> list[History]:  # noqa: ANN401
     """Return one history for each request: those that are given, if there may be `many`, or the same one each time."""
-    if many and history and isinstance(history[0], Sequence) and not isinstance(history[0], str):
+    if not many or not history or isinstance(history[0], str):
+        return [history or ()] * count
+    if is_pair(history[0]):
+        if len(history) == count > 1:
+            raise DataError("history holds as many tuples as inputs: items or histories? Use lists for histories")
+        return [history] * count
+    if isinstance(history[0], Sequence) or is_table(history[0]):
         return list(history)
-    return [history or ()] * count
+    return [history] * count

@@ -12,11 +12,13 @@ import torch
 from torch import Tensor, nn
 
 from persona_plug.config import CONFIG_NAME, PlugConfig
+from persona_plug.data.rows import local_path
 from persona_plug.embedder.architectures import make_embedder
 from persona_plug.errors import CorruptFileError, MismatchError, PersonaPlugError
 from persona_plug.files import write_atomically
 from persona_plug.models.encoder import HistoryEncoder
 from persona_plug.models.fingerprint import llm_fingerprint, same_llm
+from persona_plug.models.hub import hub_answers
 
 WEIGHTS_NAME = "model.safetensors"
 CARD_NAME = "README.md"
@@ -77,7 +79,7 @@ def state_of(parts: Mapping[str, nn.Module]) -> dict[str, Tensor]:
 
 def local_folder(folder: str | os.PathLike[str]) -> Path:
     """Return a local plug folder, fetching a Hub id (weights, config and card only)."""
-    path = Path(folder)
+    path = local_path(folder)
     if path.is_dir():
         return path
     if path.exists() or str(folder).count("/") != 1 or str(folder).startswith((".", "/", "~")):
@@ -85,7 +87,8 @@ def local_folder(folder: str | os.PathLike[str]) -> Path:
     from huggingface_hub import snapshot_download
 
     try:
-        return Path(snapshot_download(str(folder), allow_patterns=[WEIGHTS_NAME, CONFIG_NAME, CARD_NAME]))
+        patterns = [WEIGHTS_NAME, CONFIG_NAME, CARD_NAME]
+        return Path(snapshot_download(str(folder), allow_patterns=patterns, local_files_only=not hub_answers()))
     except Exception as exc:  # hub, http and socket errors have no common base
         reason = str(exc).splitlines()[0][:120]
         raise CorruptFileError(f"{folder}: neither a folder nor reachable on the Hub ({reason})") from exc
@@ -214,6 +217,8 @@ def push(folder: Path, repo_id: str, *, private: bool, token: str | None) -> str
     """Upload a saved plug's folder to the Hub and return its address."""
     from huggingface_hub import HfApi
 
+    if not hub_answers():
+        raise PersonaPlugError(f"{repo_id}: the Hub does not answer; check the network, and HF_HUB_OFFLINE")
     api = HfApi(token=token)
     try:
         api.create_repo(repo_id, private=private, exist_ok=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import tempfile
 from pathlib import Path
@@ -10,13 +11,18 @@ from typing import TYPE_CHECKING, Any, Self
 import torch
 
 from persona_plug import persistence
-from persona_plug.config import PlugConfig
+from persona_plug.config import SETTABLE, PlugConfig
+from persona_plug.data.rows import local_path
+from persona_plug.errors import ConfigError
+from persona_plug.fit.config import FitConfig
 from persona_plug.model import STATE_BUDGET, PlugModel
 from persona_plug.models.encoder import HistoryEncoder
 from persona_plug.models.llm import Quantization, load_llm
 
 if TYPE_CHECKING:
     from persona_plug.fit.report import FitReport
+
+TRAINING = {field.name for field in dataclasses.fields(FitConfig)}
 
 
 class PersonaPlug(PlugModel):
@@ -59,6 +65,9 @@ class PersonaPlug(PlugModel):
             ModelUnavailable: Weights cannot be had; the message says what to do.
             ConfigError: A setting is unknown or out of range.
         """
+        for setting in settings:
+            if setting not in SETTABLE and setting in TRAINING:
+                raise ConfigError(f"{setting} is a setting of training, not of the plug: give it to fit")
         name = encoder if isinstance(encoder, str) else encoder.name
         config = PlugConfig.create(llm, name, recipe, **settings)
         model, tokenizer = load_llm(llm, dtype=dtype, quantization=quantization, device=device)
@@ -108,7 +117,7 @@ class PersonaPlug(PlugModel):
 
     def save_pretrained(self, folder: str | os.PathLike[str]) -> Path:
         """Write what was learned (`model.safetensors`, `config.json`, a model card), nothing of the LLM or any user."""
-        return persistence.save(Path(folder), self.config, self.parts(), self.encoder, self.fit_report)
+        return persistence.save(local_path(folder), self.config, self.parts(), self.encoder, self.fit_report)
 
     def push_to_hub(self, repo_id: str, *, private: bool = True, token: str | None = None) -> str:
         """Upload the saved plug to the Hub (private by default) and return its address."""
@@ -118,9 +127,21 @@ class PersonaPlug(PlugModel):
     def fit(self, data: Any, **settings: Any) -> FitReport:  # noqa: ANN401
         """Train on a file of events, a LaMP folder or examples; hold users out, and report the lift.
 
-        See `persona_plug.fit.run.fit` for the arguments. Prints nothing by itself; the report's `str` is its table.
+        See `persona_plug.fit.run.fit` for the arguments. Progress goes to standard error; the report's `str` is its
+        table.
         """
         from persona_plug.fit.run import fit
 
         self.fit_report = fit(self, data, **settings)
         return self.fit_report
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Self:  # noqa: ANN401
+        """Refuse what `half`, `to` and the like would do: what is trained stays float32, where the LLM is."""
+        probe = torch.zeros(1, dtype=torch.float32, device=self.llm.device)
+        made = fn(probe)
+        if (made.dtype, made.device) != (probe.dtype, probe.device):
+            raise ConfigError(
+                "a plug's own numbers stay float32, on the device of its LLM; "
+                "choose both for the LLM, by build or from_pretrained (dtype=..., device=...)"
+            )
+        return super()._apply(fn, recurse)

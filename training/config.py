@@ -18,6 +18,7 @@ from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_
 
 import yaml
 
+from persona_plug.config import field_texts
 from persona_plug.errors import ConfigError, PersonaPlugError, unknown_setting
 
 logger = logging.getLogger(__name__)
@@ -131,11 +132,7 @@ def describe(kind: type[Any]) -> list[tuple[str, str, str]]:
 
     Descriptions are those under `Attributes:` in the docstrings of the class and of the classes that it extends.
     """
-    texts = {}
-    for base in reversed(kind.__mro__):
-        entries = inspect.cleandoc(base.__dict__.get("__doc__") or "").partition("\nAttributes:\n")[2]
-        for name, text in re.findall(r"^    (\w+): (.*(?:\n {8}.*)*)", entries, re.MULTILINE):
-            texts[name] = " ".join(text.split())
+    texts = field_texts(kind)
     rows = []
     for field in dataclasses.fields(kind):
         factory = field.default_factory

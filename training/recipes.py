@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from accelerate import PartialState
-from safetensors.torch import load_file, save
+from safetensors.torch import load_file
 
 from persona_plug.clock import clock
 from persona_plug.config import PlugConfig
@@ -18,8 +18,9 @@ from persona_plug.data.splits import FitData
 from persona_plug.errors import ConfigError
 from persona_plug.files import write_atomically
 from persona_plug.fit.config import FitConfig
-from persona_plug.fit.run import train_parts
-from persona_plug.persistence import apply_weights, state_of
+from persona_plug.fit.loop import LOG
+from persona_plug.fit.run import WEIGHTS, train_parts
+from persona_plug.persistence import apply_weights
 from persona_plug.plug import PersonaPlug
 from training.lora import with_lora
 from training.prefix import with_prefix
@@ -30,7 +31,7 @@ SHARED = (
     *("llm_width", "llm_fingerprint", "encoder_dim", "encoder_fingerprint", "template", "answers"),
     *("max_input_tokens", "max_answer_tokens", "chat_template_args", "template_day"),
 )
-WEIGHTS, FACTS, LOG = "fitted.safetensors", "fitted.json", "log.jsonl"
+FACTS = "fitted.json"
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,7 +112,7 @@ def fit(recipe: str, base: PersonaPlug, data: FitData, settings: RunSettings, se
     if is_trained:
         apply_weights(plug.parts(), load_file(folder / WEIGHTS), folder)
     else:
-        _train(plug, data, config, folder)
+        _train(plug, data, config, folder, name)
     facts = _facts(folder)
     count = sum(p.numel() for p in plug.embedder.parameters() if p.requires_grad)
     curve = tuple((int(step), float(seconds), float(loss)) for step, seconds, loss in facts["curve"])
@@ -129,15 +130,15 @@ def choose_lr(recipe: str, base: PersonaPlug, data: FitData, settings: RunSettin
         folder = Path(settings.out) / "lr" / name / f"lr-{lr:g}"
         if not (folder / FACTS).is_file():
             trial = dataclasses.replace(config, lr=lr, steps=settings.lr_steps, eval_every=settings.lr_steps)
-            _train(make(recipe, base, settings.plug, trial.seed), data, trial, folder)
+            _train(make(recipe, base, settings.plug, trial.seed), data, trial, folder, f"{name} at rate {lr:g}")
         losses[lr] = _facts(folder)["curve"][-1][2]
     return min(losses, key=losses.__getitem__, default=config.lr)
 
 
-def _train(plug: PersonaPlug, data: FitData, config: FitConfig, folder: Path) -> None:
+def _train(plug: PersonaPlug, data: FitData, config: FitConfig, folder: Path, name: str) -> None:
     """Train a plug, and keep its weights and what the training took."""
     start = clock(plug.llm)
-    train_parts(plug, data, config, folder, resume=True)
+    train_parts(plug, data, config, folder, resume=True, what=f"training {name}")
     passed = clock(plug.llm) - start
     lines = [json.loads(line) for line in (folder / LOG).read_text(encoding="utf-8").splitlines()]
     looks = {line["step"]: (line["step"], line["seconds"], line["eval_loss"]) for line in lines if "eval_loss" in line}
@@ -145,8 +146,6 @@ def _train(plug: PersonaPlug, data: FitData, config: FitConfig, folder: Path) ->
     facts = {"seconds": seconds, "steps": lines[-1]["step"], "lr": config.lr, "curve": [*looks.values()]}
     processes = PartialState()
     if processes.is_main_process:
-        folder.mkdir(parents=True, exist_ok=True)
-        write_atomically(folder / WEIGHTS, save({k: v.clone() for k, v in state_of(plug.parts()).items()}))
         write_atomically(folder / FACTS, (json.dumps(facts) + "\n").encode())
     processes.wait_for_everyone()
 

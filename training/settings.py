@@ -2,21 +2,15 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from persona_plug.config import PlugConfig
+from persona_plug.config import SETTABLE, PlugConfig
 from persona_plug.errors import ConfigError, unknown_setting
 from persona_plug.fit.config import FitConfig
 from training.config import Settings
-
-# Fields of a plug that `plug` cannot set: the models have settings of their own, and the data decide on the rest.
-_DECIDED = {"llm", "llm_fingerprint", "llm_width", "encoder", "encoder_fingerprint", "encoder_dim"}
-_DECIDED |= {"prompt_digest", "template", "answers", "format_version"}
-PLUG_FIELDS = tuple(f.name for f in dataclasses.fields(PlugConfig) if f.name not in _DECIDED)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,8 +77,8 @@ class RunSettings(Settings):
     def _check_mappings(self) -> None:
         if "seed" in self.fit:
             raise ConfigError("fit.seed is not read by a run; give seeds=[0, 1]")
-        if unknown := [name for name in self.plug if name not in PLUG_FIELDS]:
-            raise ConfigError(f"plug: {unknown_setting(unknown[0], PLUG_FIELDS)}")
+        if unknown := [name for name in self.plug if name not in SETTABLE]:
+            raise ConfigError(f"plug: {unknown_setting(unknown[0], SETTABLE)}")
         try:
             name = "fit"
             FitConfig.of(dict(self.fit))

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from persona_plug.cli.common import Columns, Json, columns_of, one_line_errors, say
+from persona_plug.cli.common import RECORDS, Columns, Force, Json, columns_of, one_line_errors, say, say_json
 from persona_plug.errors import ConfigError
 
 data_app: typer.Typer = typer.Typer(
@@ -19,7 +18,7 @@ data_app: typer.Typer = typer.Typer(
 @data_app.command("check")
 @one_line_errors
 def data_check(
-    file: Annotated[Path, typer.Argument(help="JSONL, JSON, CSV, TSV or Parquet events.")],
+    file: Annotated[Path, typer.Argument(help=f"{RECORDS} events.")],
     columns: Columns = None,
     skip_bad: Annotated[bool, typer.Option(help="Go on after a bad record and list them all.")] = False,
     as_json: Json = False,
@@ -28,7 +27,7 @@ def data_check(
     from persona_plug.data.summary import summarise
 
     row = summarise(file, columns_of(columns), skip_bad)
-    say(json.dumps(row, ensure_ascii=False) if as_json else "\n".join(f"{k}: {v}" for k, v in row.items()))
+    say_json(row) if as_json else say("\n".join(f"{k}: {v}" for k, v in row.items()))
     if row["bad"]:
         raise typer.Exit(1)
 
@@ -43,6 +42,7 @@ def data_lamp(
     split: Annotated[str, typer.Option(help="Download: user, or time (temporal).")] = "user",
     base: Annotated[str | None, typer.Option(help="Another address or folder to download from.")] = None,
     avocado: Annotated[Path | None, typer.Option(help="LaMP-6: data/text of the Avocado corpus (LDC2015T03).")] = None,
+    force: Force = False,
 ) -> None:
     """Convert LaMP's own files into events, or download the official ones into a folder (--task).
 
@@ -60,7 +60,7 @@ def data_lamp(
     from persona_plug.data.lamp import read_lamp, write_events
 
     data = read_lamp(str(questions), outputs)
-    say(f"{write_events(data, out)} events of {len({e.user_id for e in data.examples})} users in {out}")
+    say(f"{write_events(data, out, force)} events of {len({e.user_id for e in data.examples})} users in {out}")
 
 
 @data_app.command("debian")
@@ -73,14 +73,15 @@ def data_debian(
     least: Annotated[int, typer.Option(help="Packages of one maintainer at least.")] = 12,
     release: Annotated[str | None, typer.Option(help="Suite or codename; default the largest that apt knows.")] = None,
     seed: Annotated[int, typer.Option(help="Seed of the draw.")] = 0,
+    force: Force = False,
 ) -> None:
     """Make a set of real texts from Debian's package index, through the apt client."""
     from persona_plug.data import debian
 
     chosen: Any = task  # build checks it
     made = debian.build(chosen, release, min_packages=least, max_users=users, max_per_user=per_user, seed=seed)
-    made.write(out)
-    say(json.dumps(made.meta, indent=2, ensure_ascii=False))
+    made.write(out, force)
+    say_json(made.meta, indent=2)
 
 
 @data_app.command("synthetic")
@@ -96,6 +97,7 @@ def data_synthetic(
     ] = None,
     facts: Annotated[Path | None, typer.Option(help="replies: JSON of habits and of each request's facts.")] = None,
     seed: Annotated[int, typer.Option(help="Seed.")] = 0,
+    force: Force = False,
 ) -> None:
     """Generate users with known habits: labels, rewritten sentences, or replies to customers."""
     from persona_plug.data import replies, synthetic
@@ -104,12 +106,12 @@ def data_synthetic(
         share = 0.2 if held_out is None else held_out
         made = replies.build(users, items, seed, held_out=share, personal=personal)
         if facts is not None:
-            made.write_facts(facts)
-        made.write(out)
+            made.write_facts(facts, force)
+        made.write(out, force)
     else:
         for name, value in (("--held-out", held_out), ("--facts", facts)):
             if value is not None:
                 raise ConfigError(f"{name} belongs to --kind replies; leave it out for --kind {kind}")
         chosen: Any = kind  # build checks it
-        synthetic.build(chosen, users=users, items_per_user=items, seed=seed, personal=personal).write(out)
+        synthetic.build(chosen, users=users, items_per_user=items, seed=seed, personal=personal).write(out, force)
     say(f"{users * items} records of {users} users in {out}")

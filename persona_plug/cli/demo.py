@@ -11,20 +11,33 @@ from typing import Annotated
 
 import typer
 
-from persona_plug.cli.common import one_line_errors, quiet, say
+from persona_plug.cli.common import (
+    RECORDS,
+    Columns,
+    Device,
+    Plug,
+    PlugsEncoder,
+    PlugsLlm,
+    columns_of,
+    one_line_errors,
+    quiet,
+    say,
+)
 
 LOCAL = ("localhost", "127.0.0.1", "::1")
 
 
 @one_line_errors
 def demo(
-    plug: Annotated[str, typer.Argument(help="Folder or Hub id of a plug.")],
+    plug: Plug,
     store: Annotated[str | None, typer.Option(help="URL of the store; default a temporary file.")] = None,
-    data: Annotated[Path | None, typer.Option(help="JSONL or Parquet events to begin with.")] = None,
+    data: Annotated[Path | None, typer.Option(help=f"{RECORDS} events to begin with.")] = None,
+    columns: Columns = None,
     host: Annotated[str, typer.Option(help="Address to listen on; the page has no login.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(help="Port to listen on.")] = 7860,
-    llm: Annotated[str | None, typer.Option(help="Another place of the plug's LLM.")] = None,
-    device: Annotated[str | None, typer.Option(help="Torch device; default CUDA if there is one, else CPU.")] = None,
+    llm: PlugsLlm = None,
+    encoder: PlugsEncoder = None,
+    device: Device = None,
 ) -> None:
     """Open a page where answers with and without the plug stand side by side."""
     os.environ["HF_UPDATE_DOWNLOAD_COUNTS"] = "0"  # else `datasets` reports every file that is read
@@ -38,11 +51,11 @@ def demo(
     with tempfile.TemporaryDirectory(prefix="persona-plug-demo-") as scratch:
         # Histories must not outlive the page: a polite kill goes through the `with` as Ctrl+C does.
         signal.signal(signal.SIGTERM, signal.default_int_handler)
-        loaded = PersonaPlug.from_pretrained(plug, llm=llm, device=device)
+        loaded = PersonaPlug.from_pretrained(plug, llm=llm, encoder=encoder, device=device)
         url = store or f"sqlite:///{scratch}/users.db"
         with HistoryStore(url, encoder=loaded.encoder, keep_text=True) as opened:
             if data is not None:
-                opened.load_file(data)
+                opened.load_file(data, columns=columns_of(columns))
             page = Page(Session(loaded, opened, local_folder(plug)), kept_where(store), Path(scratch) / "uploads")
             if host not in LOCAL:
                 sys.stderr.write(f"warning: everybody who reaches {host} can read and change all histories\n")

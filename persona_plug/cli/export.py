@@ -8,19 +8,36 @@ from typing import Annotated
 
 import typer
 
-from persona_plug.cli.common import Device, Json, one_line_errors, quiet, say
-from persona_plug.errors import ConfigError, DataError
+from persona_plug.cli.common import (
+    RECORDS,
+    Columns,
+    Device,
+    Force,
+    Json,
+    Plug,
+    PlugsEncoder,
+    PlugsLlm,
+    columns_of,
+    new_file,
+    one_line_errors,
+    quiet,
+    say,
+)
+from persona_plug.errors import ConfigError, DataError, nearest
 
 
 @one_line_errors
 def export(
-    plug: Annotated[str, typer.Argument(help="Folder or Hub id of a plug.")],
+    plug: Plug,
     out: Annotated[Path, typer.Option(help="Folder to write into.")],
     onnx: Annotated[bool, typer.Option(help="Write plug.onnx: request and history vectors to soft tokens.")] = False,
     input: Annotated[list[str] | None, typer.Option(help="A request, for soft_prompts.safetensors; repeat it.")] = None,
-    history: Annotated[Path | None, typer.Option(help="JSONL or Parquet of users' items (input, output).")] = None,
+    history: Annotated[Path | None, typer.Option(help=f"{RECORDS} of users' items (input, output).")] = None,
+    columns: Columns = None,
     user: Annotated[list[str] | None, typer.Option(help="Only this user of the history file; repeat it.")] = None,
-    llm: Annotated[str | None, typer.Option(help="Another place of the plug's LLM.")] = None,
+    llm: PlugsLlm = None,
+    encoder: PlugsEncoder = None,
+    force: Force = False,
     device: Device = None,
     as_json: Json = False,
 ) -> None:
@@ -39,17 +56,20 @@ def export(
 
     quiet()
     # Without --user the records of a file that is one user's may leave their owner out.
-    users = {} if history is None else by_user(read_events(history, owner=None if user else "-").events)
+    names = columns_of(columns)
+    prompts, graph = (new_file(out / name, force or not wanted) for name, wanted in
+                      (("soft_prompts.safetensors", input), ("plug.onnx", onnx)))  # fmt: skip
+    users = {} if history is None else by_user(read_events(history, owner=None if user else "-", columns=names).events)
     if unknown := [name for name in user or [] if name not in users]:
-        raise DataError(f"{history} holds no user {unknown[0]!r}; choose one that it holds")
+        raise DataError(f"{history} holds no user {unknown[0]!r}{nearest(unknown[0], users)}; choose one that it holds")
     owners = {name: tuple(users[name]) for name in user or users} or {"-": ()}
-    loaded = PersonaPlug.from_pretrained(plug, llm=llm, device=device)
+    loaded = PersonaPlug.from_pretrained(plug, llm=llm, encoder=encoder, device=device)
     written: dict[str, str | int] = {}
     if input:
         requests = [Example(name, text, "", items, str(i)) for name, items in owners.items() for i, text in
                     enumerate(input)]  # fmt: skip
-        written["soft_prompts"] = str(export_soft_prompts(loaded, requests, out / "soft_prompts.safetensors"))
+        written["soft_prompts"] = str(export_soft_prompts(loaded, requests, prompts))
         written["count"] = len(requests)
     if onnx:
-        written["onnx"] = str(export_onnx(loaded, out / "plug.onnx"))
+        written["onnx"] = str(export_onnx(loaded, graph))
     say(json.dumps(written) if as_json else "\n".join(f"{key}: {value}" for key, value in written.items()))

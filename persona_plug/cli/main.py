@@ -10,98 +10,88 @@ from typing import Annotated, Any
 
 import typer
 
-from persona_plug.cli.common import Columns, Device, Json, columns_of, one_line_errors, quiet, say
+from persona_plug.cli.common import (
+    RECORDS,
+    Columns,
+    Device,
+    Encoder,
+    History,
+    Json,
+    Plug,
+    PlugsEncoder,
+    PlugsLlm,
+    columns_of,
+    one_line_errors,
+    quiet,
+    say,
+    say_json,
+)
 from persona_plug.cli.data import data_app
 from persona_plug.cli.demo import demo
 from persona_plug.cli.export import export
+from persona_plug.cli.fit import fit
 from persona_plug.cli.models import models_app
 from persona_plug.cli.serve import keys_app, serve
 from persona_plug.cli.users import users_app
+from persona_plug.files import write_any_text
 
-app = typer.Typer(
+
+class _Command(typer.Typer):
+    """The command line; its output takes any text, on any terminal."""
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:  # noqa: ANN401
+        write_any_text()
+        return super().__call__(*args, **kwargs)
+
+
+app = _Command(
     help="Make a frozen language model personal.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
+    context_settings={"help_option_names": ["-h", "--help"]},
 )
 
+User = Annotated[str | None, typer.Option(help="Take this user's items from the history file or store.")]
 Store = Annotated[str | None, typer.Option(help="URL of the store that holds the user's history.")]
 
 
+def show_version(wanted: bool) -> None:
+    """Print the version and end."""
+    if wanted:
+        from persona_plug import __version__
+
+        say(f"persona-plug {__version__}")
+        raise typer.Exit
+
+
 @app.callback()
-def main(verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Log what happens.")] = False) -> None:
+def main(
+    verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Log what happens.")] = False,
+    version: Annotated[
+        bool, typer.Option("--version", help="Show the version.", callback=show_version, is_eager=True)
+    ] = False,
+) -> None:
     """Make a frozen language model personal."""
     logging.basicConfig(
         level=logging.INFO if verbose else logging.WARNING, format="%(levelname)s %(name)s: %(message)s"
     )
 
 
-@app.command()
-@one_line_errors
-def fit(
-    data: Annotated[Path, typer.Argument(help="JSONL, JSON, CSV, TSV or Parquet events, or a LaMP-shaped folder.")],
-    out: Annotated[Path, typer.Option(help="Folder for the plug, its report, plots and checkpoints.")],
-    llm: Annotated[str, typer.Option(help="Frozen LLM: short name, folder or Hub id.")] = "smollm2-135m",
-    encoder: Annotated[str, typer.Option(help="Frozen sentence encoder: short name, folder or Hub id.")] = "minilm-l6",
-    recipe: Annotated[
-        str, typer.Option(help="default, words (free text: reads users' own words), mean, or paper.")
-    ] = "default",
-    placement: Annotated[str | None, typer.Option(help="Where soft tokens go: suffix or prefix.")] = None,
-    quantization: Annotated[str | None, typer.Option(help="int8 or nf4 for the LLM's matrices.")] = None,
-    template: Annotated[str | None, typer.Option(help="The LLM's instruction, with {input}.")] = None,
-    answer: Annotated[list[str] | None, typer.Option(help="One answer of a labelling task; repeat it.")] = None,
-    samples: Annotated[str, typer.Option(help="auto, leave_one_out, or time.")] = "auto",
-    steps: Annotated[int, typer.Option(help="Optimiser steps at most.")] = 200,
-    batch_size: Annotated[int, typer.Option(help="Samples a step.")] = 32,
-    lr: Annotated[float, typer.Option(help="Peak learning rate.")] = 1e-3,
-    eval_every: Annotated[int, typer.Option(help="Steps between looks at the validation users.")] = 20,
-    held_out: Annotated[
-        float | None, typer.Option(help="Share of users held out [0.2, or those the set names].")
-    ] = None,
-    targets_per_user: Annotated[int, typer.Option(help="Training targets of one user at most.")] = 32,
-    max_input_tokens: Annotated[int | None, typer.Option(help="Tokens of a request at most.")] = None,
-    max_answer_tokens: Annotated[int | None, typer.Option(help="Tokens of an answer at most.")] = None,
-    seed: Annotated[int, typer.Option(help="Seed of split, weights, order and dropout.")] = 0,
-    report_to: Annotated[str, typer.Option(help="none, tensorboard, trackio, ...")] = "none",
-    resume: Annotated[bool, typer.Option(help="Go on with an interrupted run in --out.")] = False,
-    columns: Columns = None,
-    skip_bad: Annotated[bool, typer.Option(help="Skip bad records and count them.")] = False,
-    report: Annotated[bool, typer.Option(help="Hold users out and compare with the controls.")] = True,
-    report_samples: Annotated[int, typer.Option(help="Held-out questions in the report at most.")] = 400,
-    generated: Annotated[int, typer.Option(help="Free text: answers generated a method for ROUGE.")] = 48,
-    examples: Annotated[int, typer.Option(help="Held-out answers shown side by side.")] = 3,
-    device: Device = None,
-    as_json: Json = False,
-) -> None:
-    """Train a plug on users' records and tell on held-out users whether it helps."""
-    from persona_plug.plug import PersonaPlug
-
-    quiet()
-    kind: Any = quantization  # load_llm checks it
-    plug = PersonaPlug.build(
-        llm, encoder, recipe=recipe, quantization=kind, device=device, seed=seed, placement=placement,
-        max_input_tokens=max_input_tokens, max_answer_tokens=max_answer_tokens,
-    )  # fmt: skip
-    result = plug.fit(
-        data, output_dir=out, resume=resume, samples=samples, held_out=held_out, targets_per_user=targets_per_user,
-        template=template, answers=answer or "auto", columns=columns_of(columns), skip_bad=skip_bad, report=report,
-        steps=steps, batch_size=batch_size, lr=lr, eval_every=eval_every, seed=seed, report_to=report_to,
-        report_samples=report_samples, generated=generated,
-        examples=examples,
-    )  # fmt: skip
-    plug.save_pretrained(out)
-    say(result.to_json() if as_json else f"{result}\n\nPlug, report and plots are in {out}")
+app.command()(fit)
 
 
 @app.command()
 @one_line_errors
 def generate(
-    plug: Annotated[str, typer.Argument(help="Folder or Hub id of a plug.")],
+    plug: Plug,
     input: Annotated[str, typer.Argument(help="The request; - reads it from standard input.")],
-    history: Annotated[Path | None, typer.Option(help="JSONL of the user's items (input, output).")] = None,
-    user: Annotated[str | None, typer.Option(help="Take this user's items from the history file or store.")] = None,
+    history: History = None,
+    columns: Columns = None,
+    user: User = None,
     store: Store = None,
-    llm: Annotated[str | None, typer.Option(help="Another place of the plug's LLM.")] = None,
+    llm: PlugsLlm = None,
+    encoder: PlugsEncoder = None,
     max_new_tokens: Annotated[int | None, typer.Option(help="Tokens of the answer at most.")] = None,
     beams: Annotated[int, typer.Option(help="Beam search width.")] = 1,
     sample: Annotated[bool, typer.Option(help="Sample instead of taking the most probable token.")] = False,
@@ -111,20 +101,24 @@ def generate(
     device: Device = None,
     as_json: Json = False,
 ) -> None:
-    """Answer a request in the manner of the user whose history is given."""
+    """Answer a request in the manner of the user whose history is given.
+
+    A plug that was trained on labels answers with the most probable one; --plain writes text all the same.
+    """
     from persona_plug.plug import PersonaPlug
 
     quiet()
-    loaded = PersonaPlug.from_pretrained(plug, llm=llm, device=device)
+    whose = _whose(history, user, store, columns)
+    loaded = PersonaPlug.from_pretrained(plug, llm=llm, encoder=encoder, device=device)
     options: dict[str, Any] = {"num_beams": beams, "do_sample": sample}
     if max_new_tokens is not None:
         options["max_new_tokens"] = max_new_tokens
+    stream = stream and (plain or not loaded.config.answers)
     if stream:
         from transformers import TextStreamer
 
         options["streamer"] = TextStreamer(loaded.tokenizer, skip_prompt=False, skip_special_tokens=True)
     text = sys.stdin.read() if input == "-" else input
-    whose = _whose(history, user, store)
     result = loaded.generate(text, **whose, personal=not plain, return_details=True, **options)
     weights = [{"weight": round(w, 4), "input": i.input, "output": i.output} for i, w in result.weights]
     row = {"text": result.text, "weights": weights, "input_tokens_cut": result.input_tokens_cut,
@@ -150,12 +144,15 @@ def generate(
 @app.command()
 @one_line_errors
 def score(
-    plug: Annotated[str, typer.Argument(help="Folder or Hub id of a plug.")],
-    input: Annotated[str, typer.Argument(help="The request.")],
+    plug: Plug,
+    input: Annotated[str, typer.Argument(help="The request; - reads it from standard input.")],
     candidate: Annotated[list[str] | None, typer.Option(help="An answer to score; default the plug's own.")] = None,
-    history: Annotated[Path | None, typer.Option(help="JSONL of the user's items (input, output).")] = None,
-    user: Annotated[str | None, typer.Option(help="Take this user's items from the history file or store.")] = None,
+    history: History = None,
+    columns: Columns = None,
+    user: User = None,
     store: Store = None,
+    llm: PlugsLlm = None,
+    encoder: PlugsEncoder = None,
     device: Device = None,
     as_json: Json = False,
 ) -> None:
@@ -163,18 +160,19 @@ def score(
     from persona_plug.plug import PersonaPlug
 
     quiet()
-    loaded = PersonaPlug.from_pretrained(plug, device=device)
+    whose = _whose(history, user, store, columns)
+    loaded = PersonaPlug.from_pretrained(plug, llm=llm, encoder=encoder, device=device)
     names = candidate or list(loaded.config.answers or ())
-    _, probabilities = loaded.choose(input, names, **_whose(history, user, store))
+    _, probabilities = loaded.choose(sys.stdin.read() if input == "-" else input, names, **whose)
     rows = sorted(zip(names, probabilities[0].tolist(), strict=True), key=lambda row: -row[1])
-    say(json.dumps(dict(rows)) if as_json else "\n".join(f"{p:.3f}  {name}" for name, p in rows))
+    say_json(dict(rows)) if as_json else say("\n".join(f"{p:.3f}  {name}" for name, p in rows))
 
 
 @app.command()
 @one_line_errors
 def encode(
-    data: Annotated[Path, typer.Argument(help="JSONL, JSON, CSV, TSV or Parquet events.")],
-    encoder: Annotated[str, typer.Option(help="Sentence encoder: short name, folder or Hub id.")] = "minilm-l6",
+    data: Annotated[Path, typer.Argument(help=f"{RECORDS} events.")],
+    encoder: Encoder = "minilm-l6",
     columns: Columns = None,
     skip_bad: Annotated[bool, typer.Option(help="Skip bad records and count them.")] = False,
     device: Device = None,
@@ -193,10 +191,10 @@ def encode(
     say(json.dumps(row) if as_json else ", ".join(f"{k}: {v}" for k, v in row.items()))
 
 
-def _whose(path: Path | None, user: str | None, store: str | None) -> dict[str, Any]:
+def _whose(path: Path | None, user: str | None, store: str | None, columns: str | None) -> dict[str, Any]:
     """Return the arguments that say whose history counts: from a file, or from a store, which is not made here."""
     if store is None:
-        return {"history": _history(path, user)}
+        return {"history": _history(path, user, columns)}
     from persona_plug.store.history_store import HistoryStore
 
     if user is None or path is not None:
@@ -207,17 +205,19 @@ def _whose(path: Path | None, user: str | None, store: str | None) -> dict[str, 
     return {"user": user, "store": opened}
 
 
-def _history(path: Path | None, user: str | None) -> list[Any]:
-    if path is None:
-        return []
+def _history(path: Path | None, user: str | None, columns: str | None) -> list[Any]:
     from persona_plug.data.history import by_user, read_events
-    from persona_plug.errors import DataError
+    from persona_plug.errors import ConfigError, DataError, nearest
 
-    users = by_user(read_events(path, owner=None if user else "-").events)
+    if path is None:
+        if user is not None or columns is not None:
+            raise ConfigError("--user and --columns say what to take of a history: give --history FILE, or --store URL")
+        return []
+    users = by_user(read_events(path, owner=None if user else "-", columns=columns_of(columns)).events)
     if user is None and len(users) > 1:
         raise DataError(f"{path} holds {len(users)} users; choose one with --user")
     if user is not None and user not in users:
-        raise DataError(f"{path} holds no user {user!r}")
+        raise DataError(f"{path} holds no user {user!r}{nearest(user, users)}")
     return users[user] if user is not None else next(iter(users.values()))
 
 

@@ -11,7 +11,17 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from persona_plug.cli.common import Device, Json, one_line_errors, quiet, say
+from persona_plug.cli.common import (
+    Device,
+    Json,
+    Plug,
+    PlugsEncoder,
+    PlugsLlm,
+    Quantized,
+    one_line_errors,
+    quiet,
+    say,
+)
 from persona_plug.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -28,7 +38,7 @@ SHUTDOWN_SECONDS = 30
 
 @one_line_errors
 def serve(
-    plug: Annotated[str, typer.Argument(help="Folder or Hub id of a plug.")],
+    plug: Plug,
     store: Annotated[str, typer.Option(help="Where histories are: sqlite:///users.db, or a PostgreSQL URL.")],
     keep_text: Annotated[
         bool | None, typer.Option(help="Keep texts beside vectors; default as the store was made, at first not.")
@@ -37,8 +47,9 @@ def serve(
     host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(help="Port to listen on.")] = 8000,
     name: Annotated[str | None, typer.Option(help="Model name for clients; default the plug's folder.")] = None,
-    llm: Annotated[str | None, typer.Option(help="Another place of the plug's LLM.")] = None,
-    quantization: Annotated[str | None, typer.Option(help="int8 or nf4 for the LLM's matrices.")] = None,
+    llm: PlugsLlm = None,
+    encoder: PlugsEncoder = None,
+    quantization: Quantized = None,
     engine: Annotated[
         str, typer.Option(help="transformers (in this process), or the URL of a vLLM server.")
     ] = "transformers",
@@ -80,7 +91,9 @@ def serve(
 
     def load() -> Backend:
         try:
-            return _load(plug, store, keep_text, llm, quantization, engine, max_batch, device, app.state.gateway)
+            return _load(
+                plug, store, keep_text, llm, encoder, quantization, engine, max_batch, device, app.state.gateway
+            )
         except BaseException:
             server.should_exit = True
             raise
@@ -111,6 +124,7 @@ def _load(
     url: str,
     keep_text: bool | None,
     llm: str | None,
+    encoder: str | None,
     quantization: Any,  # noqa: ANN401
     engine: str,
     max_batch: int,
@@ -121,7 +135,7 @@ def _load(
     from persona_plug.serving.gateway import Backend
     from persona_plug.store.history_store import HistoryStore
 
-    loaded = PersonaPlug.from_pretrained(folder, llm=llm, quantization=quantization, device=device)
+    loaded = PersonaPlug.from_pretrained(folder, llm=llm, encoder=encoder, quantization=quantization, device=device)
     loaded.keep_nothing()
     if engine == "transformers":
         from persona_plug.serving.engine import TransformersEngine

@@ -12,13 +12,29 @@ from typing import Annotated, Any
 
 import typer
 
-from persona_plug.cli.common import Columns, Device, Json, columns_of, one_line_errors, quiet, say
+from persona_plug.cli.common import (
+    RECORDS,
+    Columns,
+    Device,
+    Encoder,
+    Force,
+    Json,
+    columns_of,
+    new_file,
+    one_line_errors,
+    quiet,
+    say,
+    say_json,
+)
 
 users_app: typer.Typer = typer.Typer(
     help="Users' histories in a store: add, look at, export, delete.", no_args_is_help=True
 )
 
+READABLE = ("user_id", "id", "input", "output", "timestamp", "last_update_of_user")  # of an exported record
+
 Url = Annotated[str, typer.Option("--store", help="sqlite:///users.db or postgresql://user:password@host/database.")]
+Yes = Annotated[bool, typer.Option("--yes", help="Do not ask.")]
 User = Annotated[str, typer.Argument(metavar="ID", help="The user's id.")]
 Tenant = Annotated[
     str | None, typer.Option(help="Whose user it is in a gateway's store; a gateway without keys has one, local.")
@@ -28,10 +44,10 @@ Tenant = Annotated[
 @users_app.command("add")
 @one_line_errors
 def add(
-    file: Annotated[Path, typer.Argument(help="JSONL, JSON, CSV, TSV or Parquet events.")],
+    file: Annotated[Path, typer.Argument(help=f"{RECORDS} events.")],
     store: Url,
     columns: Columns = None,
-    encoder: Annotated[str, typer.Option(help="Sentence encoder: short name, folder or Hub id.")] = "minilm-l6",
+    encoder: Encoder = "minilm-l6",
     keep_text: Annotated[
         bool | None, typer.Option(help="Keep texts beside vectors; default as the store was made, at first not.")
     ] = None,
@@ -152,22 +168,29 @@ def export(
     out: Annotated[
         Path | None, typer.Option(help="JSONL to write, for its owner alone; default standard output.")
     ] = None,
+    vectors: Annotated[bool, typer.Option("--vectors", help="Write vectors and hashes of the texts, too.")] = False,
+    force: Force = False,
     tenant: Tenant = None,
 ) -> None:
-    """Write everything held about a user, one JSON record an item."""
+    """Write what is held about a user, one JSON record an item, which `users add` can read again.
+
+    --vectors adds what only machines read: vectors and hashes of the texts.
+    """
     from persona_plug.store.history_store import HistoryStore
 
     with HistoryStore(store) as opened:
         name = _name(user, tenant)
         if not opened.read(name, 1).total:
             raise _unknown(opened.name)
-        lines = (json.dumps(record, ensure_ascii=False) + "\n" for record in opened.export(name))
+        records = (row if vectors else {k: row[k] for k in READABLE if k in row} for row in opened.export(name))
         if out is None:
-            sys.stdout.writelines(lines)
+            for record in records:
+                say_json(record)
             return
-        with os.fdopen(os.open(out, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w", encoding="utf-8") as file:
-            file.writelines(lines)
-    say(f"written to {out}")
+        path = new_file(out, force)
+        with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w", encoding="utf-8") as file:
+            file.writelines(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
+    say(f"written to {path}")
 
 
 @users_app.command("delete")
@@ -176,13 +199,16 @@ def delete(
     user: User,
     item: Annotated[str, typer.Argument(metavar="ITEM", help="The item's id.")],
     store: Url,
+    yes: Yes = False,
     tenant: Tenant = None,
 ) -> None:
-    """Delete one item of a user."""
+    """Delete one item of a user for good."""
     from persona_plug.errors import DataError
     from persona_plug.store.history_store import HistoryStore
 
     with HistoryStore(store) as opened:
+        if not yes:
+            typer.confirm(f"delete item {_plain(item)} of {_plain(user)} for good?", abort=True, err=True)
         if not opened.delete(_name(user, tenant), item):
             raise DataError(f"{opened.name} holds no such item of this user; `persona-plug users show` lists them")
     say("deleted")
@@ -193,7 +219,7 @@ def delete(
 def forget(
     user: User,
     store: Url,
-    yes: Annotated[bool, typer.Option("--yes", help="Do not ask.")] = False,
+    yes: Yes = False,
     tenant: Tenant = None,
     as_json: Json = False,
 ) -> None:

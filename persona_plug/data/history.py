@@ -8,7 +8,7 @@ import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from decimal import Decimal
-from typing import Any
+from typing import Any, TypeGuard
 
 from persona_plug.data.labels import detect_answers
 from persona_plug.data.messages import is_chat, split_chat
@@ -43,16 +43,20 @@ class HistoryItem:
             object.__setattr__(self, "timestamp", seconds(self.timestamp, where))
 
     @classmethod
-    def of(cls, item: HistoryItem | Mapping[str, Any] | str) -> HistoryItem:
-        """Accept an item, a mapping with `input`/`output`, or the user's own plain text (an output)."""
+    def of(cls, item: HistoryItem | Mapping[str, Any] | tuple[str, str] | str) -> HistoryItem:
+        """Accept an item, a mapping or a tuple of `input` and `output`, or the user's own plain text (an output)."""
         if isinstance(item, HistoryItem):
             return item
         if isinstance(item, str):
             return cls("", item)
+        if is_pair(item):
+            item = {"input": item[0], "output": item[1]}
         if isinstance(item, Mapping):
             record = {"user_id": "-", "input": "", **item}
             return parse_event(record, "history item").item
-        raise DataError(f"a history item must be a HistoryItem, a mapping or a text, not {type(item).__name__}")
+        raise DataError(
+            f"a history item must be a HistoryItem, a mapping, a tuple of input and output, or a text, not {item!r:.60}"
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -247,6 +251,11 @@ def by_user(events: Iterable[Event]) -> dict[str, list[HistoryItem]]:
     for event in events:
         users.setdefault(event.user_id, []).append(event.item)
     return users
+
+
+def is_pair(item: object) -> TypeGuard[tuple[str, str]]:
+    """Whether a history item is given as a tuple of input and output."""
+    return isinstance(item, tuple) and len(item) == 2 and all(isinstance(text, str) for text in item)
 
 
 def longest_by_user(examples: Iterable[Example]) -> dict[str, tuple[HistoryItem, ...]]:

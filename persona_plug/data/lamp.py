@@ -241,7 +241,7 @@ def leave_one_out_profiles(examples: Sequence[Example]) -> list[Example]:
     ]
 
 
-def write_events(data: LampData, path: Path) -> int:
+def write_events(data: LampData, path: Path, overwrite: bool = True) -> int:
     """Write profiles and answered questions as JSONL events with their template beside them; returns how many."""
     items = [(user, item) for user, history in longest_by_user(data.examples).items() for item in history]
     items += [(e.user_id, HistoryItem(e.input, e.output, None, e.id)) for e in data.examples if e.output]
@@ -256,5 +256,5 @@ def write_events(data: LampData, path: Path) -> int:
         if "id" in record and seen[key]:
             record["id"] = f"{record['id']}+{seen[key]}"
         seen[key] += 1
-    write_records(path, kept, data.template, {"task": data.task})
+    write_records(path, kept, data.template, {"task": data.task}, overwrite)
     return len(kept)

@@ -9,11 +9,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from persona_plug.data.rows import local_path
 from persona_plug.errors import DataError
 
 
 def write_records(
-    path: str | os.PathLike[str], records: Iterable[Mapping[str, Any]], template: str, meta: Mapping[str, Any]
+    path: str | os.PathLike[str],
+    records: Iterable[Mapping[str, Any]],
+    template: str,
+    meta: Mapping[str, Any],
+    overwrite: bool = True,
 ) -> Path:
     """Write `records` as JSON lines, and template and meta to the sidecar `path.with_suffix(".meta.json")`.
 
@@ -26,14 +31,15 @@ def write_records(
         records: One mapping an event, JSON-serialisable.
         template: The prompt template, with "{input}" where the record's input goes.
         meta: Facts about the making of the records, JSON-serialisable.
+        overwrite: Whether a file that holds something else is replaced.
 
     Returns:
         The path of the JSONL file.
 
     Raises:
-        DataError: The files cannot be written, or something in them has no JSON form.
+        DataError: The files cannot be written or replaced, or something in them has no JSON form.
     """
-    target = Path(path)
+    target = local_path(path)
     try:
         sidecar = target.with_suffix(".meta.json")
         lines = [json.dumps(record, ensure_ascii=False, allow_nan=False) for record in records]
@@ -47,6 +53,8 @@ def write_records(
     ) as error:  # no file name, NaN, lone surrogates, an object without JSON form
         cause = f"cannot write records to {str(target)!r}: {error}"
         raise DataError(f"{cause}; give a file name and plain JSON values") from error
+    if not overwrite:
+        refuse_other(target, body)
     temporary = {file: file.with_name(f".{file.name}.{os.getpid()}.tmp") for file in contents}
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -66,6 +74,16 @@ def write_records(
     return target
 
 
+def refuse_other(file: Path, content: bytes) -> None:
+    """Refuse to replace a file that holds something else than what is to be written.
+
+    Raises:
+        DataError: It does.
+    """
+    if file.exists() and not (file.is_file() and file.read_bytes() == content):
+        raise DataError(f"{file} is there and holds something else; choose another place, or replace it with --force")
+
+
 @dataclass(frozen=True)
 class RecordSet:
     """Records with the template that turns them into prompts.
@@ -80,9 +98,9 @@ class RecordSet:
     template: str
     meta: dict[str, Any]
 
-    def write(self, path: str | os.PathLike[str]) -> Path:
+    def write(self, path: str | os.PathLike[str], overwrite: bool = True) -> Path:
         """Write the records to `path` and template and meta to its sidecar; see `write_records`."""
-        return write_records(path, self.records, self.template, self.meta)
+        return write_records(path, self.records, self.template, self.meta, overwrite)
 
 
 def count_items(records: Iterable[Mapping[str, Any]]) -> dict[str, float]:

@@ -20,7 +20,8 @@ from typing import Any, Self
 import numpy as np
 
 from persona_plug.data import _reply_words as words
-from persona_plug.data.records import RecordSet, count_items
+from persona_plug.data.records import RecordSet, count_items, refuse_other
+from persona_plug.data.rows import local_path
 from persona_plug.errors import ConfigError, DataError
 
 TEMPLATE = "Write the reply that this person would send to this message:\n{input}"
@@ -97,19 +98,22 @@ class ReplySet(RecordSet):
     habits: dict[str, Habits] = field(repr=False)
     facts: dict[str, dict[str, Any]] = field(repr=False)
 
-    def write_facts(self, path: str | os.PathLike[str]) -> Path:
+    def write_facts(self, path: str | os.PathLike[str], overwrite: bool = True) -> Path:
         """Write habits and facts as one JSON: `{"held_out", "users", "records"}`.
 
         Raises:
-            DataError: The file cannot be written.
+            DataError: The file cannot be written or replaced.
         """
         users = {user: asdict(habits) for user, habits in self.habits.items()}
         content = {"held_out": self.meta["held_out"], "users": users, "records": self.facts}
+        file, body = local_path(path), (json.dumps(content, ensure_ascii=False, indent=1) + "\n").encode()
+        if not overwrite:
+            refuse_other(file, body)
         try:
-            Path(path).write_text(json.dumps(content, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
+            file.write_bytes(body)
         except OSError as error:
             raise DataError(f"cannot write {path}: {error.strerror}; choose another file") from error
-        return Path(path)
+        return file
 
 
 def build(

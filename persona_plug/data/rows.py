@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from persona_plug.errors import ConfigError, DataError
+from persona_plug.errors import ConfigError, DataError, nearest
 
 Row = tuple[str, Mapping[str, Any] | DataError]
 FIELDS = ("user_id", "input", "output", "timestamp", "id")
@@ -80,7 +80,9 @@ def check_columns(columns: Mapping[str, str] | None) -> None:
     """
     for name in columns or ():
         if name not in FIELDS:
-            raise ConfigError(f"columns: {name!r:.60} is no field of a record; use {', '.join(FIELDS)}")
+            raise ConfigError(
+                f"columns: {name!r:.60} is no field of a record{nearest(name, FIELDS) or ';'} use {', '.join(FIELDS)}"
+            )
 
 
 def local_path(path: str | os.PathLike[str]) -> Path:
@@ -218,7 +220,7 @@ def unfold(data: Any) -> Iterable[Any]:  # noqa: ANN401
         DataError: The object is no table; of a dictionary of splits it is not clear which is meant.
     """
     if isinstance(data, Mapping):
-        return unfold(_split_of(data)) if _is_splits(data) else _from_columns(data)
+        return unfold(_split_of(data)) if is_splits(data) else _from_columns(data)
     if hasattr(data, "to_dicts"):  # polars
         return data.to_dicts()
     if hasattr(data, "to_pylist"):  # pyarrow
@@ -230,8 +232,16 @@ def unfold(data: Any) -> Iterable[Any]:  # noqa: ANN401
     return data
 
 
-def _is_splits(data: Mapping[Any, Any]) -> bool:
-    return bool(data) and all(hasattr(v, "column_names") or hasattr(v, "iterrows") for v in data.values())
+def is_table(data: object) -> bool:
+    """Whether an object is a table of one of the libraries that `unfold` knows."""
+    return any(hasattr(data, name) for name in ("to_dicts", "to_pylist", "iterrows", "column_names"))
+
+
+def is_splits(data: Any) -> bool:  # noqa: ANN401
+    """Whether data is a dictionary of tables, such as a `datasets.DatasetDict`."""
+    if not isinstance(data, Mapping) or not data:
+        return False
+    return all(hasattr(v, "column_names") or hasattr(v, "iterrows") for v in data.values())
 
 
 def _split_of(data: Mapping[str, Any]) -> Any:  # noqa: ANN401
@@ -281,7 +291,12 @@ def _renamed(rows: Iterable[Row], columns: Mapping[str, str] | None) -> Iterator
         unseen -= row.keys()
         missing = [c for field, c in columns.items() if c not in row and field not in OPTIONAL]
         if missing:
-            yield where, DataError(f"{where}: has no column {missing[0]!r:.60}; it has {there:.160}")
+            yield (
+                where,
+                DataError(
+                    f"{where}: has no column {missing[0]!r:.60}; it has {there:.160}{nearest(missing[0], row, '; ')}"
+                ),
+            )
             continue
         others = {k: v for k, v in row.items() if k not in columns and k not in columns.values()}
         yield where, {**others, **{field: row[c] for field, c in columns.items() if c in row}}

@@ -15,6 +15,7 @@ from persona_plug.data.history import (
     Event,
     Example,
     HistoryItem,
+    ReadResult,
     by_user,
     collect_events,
     leave_one_out,
@@ -24,8 +25,8 @@ from persona_plug.data.history import (
 from persona_plug.data.labels import detect_answers, label_of, plain
 from persona_plug.data.lamp import leave_one_out_profiles, read_lamp
 from persona_plug.data.messages import SYSTEM
-from persona_plug.data.rows import local_path, table_rows
-from persona_plug.errors import ConfigError, DataError
+from persona_plug.data.rows import is_splits, local_path, table_rows
+from persona_plug.errors import ConfigError, DataError, nearest
 
 SAMPLES = ("auto", "leave_one_out", "time")
 
@@ -55,7 +56,7 @@ def prepare(
     data: Any,  # noqa: ANN401 - a table of any library
     *,
     samples: str = "auto",
-    valid: float = 0.1,
+    valid: float | Collection[str] | None = None,
     held_out: float | Collection[str] | None = None,
     targets_per_user: int = 32,
     template: str | None = None,
@@ -68,13 +69,14 @@ def prepare(
 
     Args:
         data: A file of events (`rows.read_rows` says which kinds); a LaMP-shaped folder (`train_questions.json`,
-            `train_outputs.json`); a list of `Example`; a list of `Event` or records; or a table of pandas, `datasets`,
-            polars or pyarrow.
+            `train_outputs.json`); a list of `Example`; a list of `Event` or records; a table of pandas, `datasets`,
+            polars or pyarrow; or a dictionary of splits of these, whose records count together.
         samples: `leave_one_out` (every item is a target once, the user's others are its history), `time` (only earlier
             items are), or `auto`: by time if every item has a timestamp.
-        valid: Share of users for early stopping and calibration.
+        valid: Share of users for early stopping and calibration, or their names. Default the users of the split
+            `validation` alone, else a share of 0.1.
         held_out: Share of users for the report, 0 for none; or their names. Default those that the file's
-            `.meta.json` names, else a share of 0.2.
+            `.meta.json` names, the users of the split `test` alone, else a share of 0.2.
         targets_per_user: At most so many targets of one user, drawn at random, so that no user dominates.
         template: The LLM's instruction; default what the data brings, else the bare input.
         answers: Answer space, `auto` to infer it, None for free text.
@@ -86,7 +88,12 @@ def prepare(
         DataError: The data cannot be read, there are too few users to split, or no output is among the answers.
     """
     if samples not in SAMPLES:
-        raise ConfigError(f"samples={samples!r} is not one of {', '.join(SAMPLES)}")
+        raise ConfigError(f"samples={samples!r} is not one of {', '.join(SAMPLES)}{nearest(samples, SAMPLES)}")
+    for name, share in (("valid", valid), ("held_out", held_out)):
+        if isinstance(share, int | float) and not 0 <= share < 1:
+            raise ConfigError(f"{name}={share:g} is a share of the users: give a number from 0 to 1, such as 0.2")
+    if targets_per_user < 1:
+        raise ConfigError(f"targets_per_user={targets_per_user} must be at least 1")
     notes: list[str] = []
     per_user, sidecar = _samples(data, samples, skip_bad, columns, notes)
     rng = np.random.default_rng(seed)
@@ -104,6 +111,8 @@ def prepare(
         )
     if held_out is None:
         held_out = sidecar.held_out or 0.2
+    if valid is None:
+        valid = sidecar.valid or 0.1
     parts = _split(sorted(per_user), valid, held_out, rng)
     train, validation, rest = ([e for u in part for e in per_user[u]] for part in parts)
     if answers == "auto":
@@ -122,23 +131,31 @@ def prepare(
 
 
 def _split(
-    users: list[str], valid: float, held_out: float | Collection[str], rng: np.random.Generator
+    users: list[str], valid: float | Collection[str], held_out: float | Collection[str], rng: np.random.Generator
 ) -> tuple[list[str], list[str], list[str]]:
-    """Return users to train on, for validation, and held out; the last are drawn, or those that are named."""
+    """Return users to train on, for validation, and held out; the latter two are drawn, or those that are named."""
     order = [users[i] for i in rng.permutation(len(users))]
-    if isinstance(held_out, int | float):
-        outside = set(order[: max(held_out > 0, round(held_out * len(users)))])
-    else:
-        outside = set(held_out)
-        if unknown := sorted(outside - set(users)):
+
+    def chosen(share: float | Collection[str], candidates: list[str], least: int, what: str) -> set[str]:
+        if isinstance(share, int | float):
+            return set(candidates[: max(least, round(share * len(users)))])
+        if unknown := sorted(set(share) - set(users)):
             raise DataError(
-                f"held-out user {unknown[0]!r:.60} has no record ({len(unknown)} in all); name users of the data"
+                f"{what} user {unknown[0]!r:.60} has no record ({len(unknown)} in all); name users of the data"
             )
-    others, n_valid = [user for user in order if user not in outside], max(1, round(valid * len(users)))
-    if len(others) <= n_valid:
-        needed = n_valid + len(outside) + 1
-        raise DataError(f"{len(users)} users are too few to hold some out; at least {needed} are needed")
-    return others[n_valid:], others[:n_valid], [user for user in order if user in outside]
+        return set(share)
+
+    some = isinstance(held_out, int | float) and held_out > 0
+    outside = chosen(held_out, order, int(some), "held-out")
+    inside = chosen(valid, [user for user in order if user not in outside], 1, "validation") - outside
+    train = [user for user in order if user not in outside | inside]
+    if not train or not inside:
+        needed = max(1, len(inside)) + len(outside) + 1
+        raise DataError(
+            f"{len(users)} users are too few to hold some out ({len(outside)} for the report, {max(1, len(inside))} to "
+            f"validate with): at least {needed} are needed"
+        )
+    return train, [user for user in order if user in inside], [user for user in order if user in outside]
 
 
 def _known(part: list[Example], answers: tuple[str, ...], name: str, notes: list[str]) -> list[Example]:
@@ -175,11 +192,12 @@ def _known(part: list[Example], answers: tuple[str, ...], name: str, notes: list
 
 @dataclass(frozen=True, slots=True)
 class _Sidecar:
-    """What stands beside a file, or comes with a folder: where, the prompt template, users to hold out."""
+    """What comes with the data: where it stands, the prompt template, users to hold out and to validate with."""
 
     name: str = ""
     template: str | None = None
     held_out: tuple[str, ...] = ()
+    valid: tuple[str, ...] = ()
 
 
 def _samples(
@@ -199,6 +217,8 @@ def _samples(
             examples = [*lamp.examples, *leave_one_out_profiles(lamp.examples)]
             return _group(examples), _Sidecar(path.name, lamp.template)
         result, sidecar = read_events(path, skip_bad, columns=columns), _sidecar(path)
+    elif is_splits(data):
+        result, sidecar = _join_splits(data, skip_bad, columns, notes)
     else:
         rows = data if hasattr(data, "__len__") else list(data)
         if not len(rows):
@@ -209,11 +229,35 @@ def _samples(
             rows = [_record(r) if isinstance(r, Event) else r for r in rows]
         result = collect_events(table_rows(rows, columns), "data", skip_bad)
     if result.skipped:
-        notes.append(f"{len(result.skipped)} bad records skipped, first: {result.skipped[0]}")
+        notes.append(f"{len(result.skipped)} bad records skipped; `persona-plug data check --skip-bad` lists them")
     events, template = _without_system(result.events, notes)
     if template and sidecar.template is None:
         sidecar = dataclasses.replace(sidecar, template=template)
     return _from_events(events, samples, notes), sidecar
+
+
+def _join_splits(
+    splits: Mapping[str, Any], skip_bad: bool, columns: Mapping[str, str] | None, notes: list[str]
+) -> tuple[ReadResult, _Sidecar]:
+    """Return the records of all splits, and the users that only a test or validation split has."""
+    results = {}
+    for name, part in splits.items():
+        rows = ((f"split {name}, {where}", row) for where, row in table_rows(part, columns))
+        results[str(name)] = collect_events(rows, f"split {name}", skip_bad)
+    users = {name: {event.user_id for event in result.events} for name, result in results.items()}
+
+    def alone(*names: str) -> tuple[str, ...]:
+        own = set().union(*(users[name] for name in users if name.lower() in names))
+        return tuple(sorted(own.difference(*(users[name] for name in users if name.lower() not in names))))
+
+    test, validation = alone("test", "held_out"), alone("validation", "valid", "val", "dev")
+    notes.append(
+        f"the splits {', '.join(results)} count together; users of a test or validation split alone "
+        f"({len(test)} and {len(validation)}) stay there"
+    )
+    events = [event for result in results.values() for event in result.events]
+    skipped = [line for result in results.values() for line in result.skipped]
+    return ReadResult(events, skipped), _Sidecar("the test split", None, test, validation)
 
 
 def _record(event: Event) -> dict[str, Any]:

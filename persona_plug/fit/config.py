@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterable
 from dataclasses import dataclass
 from numbers import Integral, Real
 from typing import Any
 
+from persona_plug.config import SETTABLE
 from persona_plug.errors import ConfigError, unknown_setting
 
 _KINDS: dict[str, type] = {"int": Integral, "float": Real, "bool": bool, "str": str}
@@ -71,9 +73,19 @@ class FitConfig:
                 raise ConfigError(f"{name}={getattr(self, name)!r} must not be negative")
 
     @classmethod
-    def of(cls, settings: dict[str, Any]) -> FitConfig:
-        """Build from keyword settings, naming an unknown one."""
+    def of(cls, settings: dict[str, Any], others: Iterable[str] = ()) -> FitConfig:
+        """Build from keyword settings, naming an unknown one.
+
+        Args:
+            settings: Fields by name.
+            others: What else the caller takes; a wrong name may mean one of them.
+
+        Raises:
+            ConfigError: A setting is unknown, or is the plug's and not the training's.
+        """
         known = [f.name for f in dataclasses.fields(cls)]
-        if unknown := sorted(set(settings) - set(known)):
-            raise unknown_setting(unknown[0], known)
+        for name in sorted(set(settings) - set(known)):
+            if name in SETTABLE:
+                raise ConfigError(f"{name} is a setting of the plug, not of its training: give it to PersonaPlug.build")
+            raise unknown_setting(name, [*known, *others])
         return cls(**settings)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -15,11 +14,13 @@ from accelerate.utils import broadcast_object_list
 from torch import Tensor
 from transformers import TrainingArguments
 
+from persona_plug.clock import Advance, phase
 from persona_plug.data.splits import FitData
 from persona_plug.dataset import PlugDataset
 from persona_plug.errors import ConfigError
 from persona_plug.files import write_atomically
 from persona_plug.fit.config import FitConfig
+from persona_plug.fit.surroundings import undisturbed
 from persona_plug.fit.trainer import PlugTrainer, is_whole, last_checkpoint
 from persona_plug.measure.priors import fit_label_model
 from persona_plug.measure.stats import spread
@@ -27,9 +28,17 @@ from persona_plug.model import PlugModel
 
 logger = logging.getLogger(__name__)
 
+LOG = "log.jsonl"
 
+
+@undisturbed()
 def train(
-    plug: PlugModel, data: FitData, config: FitConfig, folder: Path, resume: bool = False
+    plug: PlugModel,
+    data: FitData,
+    config: FitConfig,
+    folder: Path,
+    resume: bool = False,
+    what: str = "training the plug",
 ) -> list[dict[str, float]]:
     """Train the plug's embedder in place and calibrate its scores; returns the Trainer's log.
 
@@ -42,16 +51,14 @@ def train(
         config: Settings.
         folder: Checkpoints and `log.jsonl` go here.
         resume: Go on from the newest whole checkpoint there, if any; the result is that of an uninterrupted run.
+        what: What the progress calls it.
     """
     torch.manual_seed(config.seed)
     processes = PartialState(cpu=plug.llm.device.type == "cpu")
     checkpoint = last_checkpoint(folder) if resume else None
     processes.wait_for_everyone()  # all have looked
     if processes.is_main_process:
-        for old in folder.glob("checkpoint-*"):
-            if checkpoint is None or not is_whole(old):
-                shutil.rmtree(old)
-        _cut_log(folder / "log.jsonl", int(checkpoint.name.rpartition("-")[2]) if checkpoint else 0)
+        _prepare_folder(folder, checkpoint)
     with processes.main_process_first():  # it encodes, the others read the cache
         train_set = PlugDataset(plug, data.train)
         looks = [data.valid[i] for i in spread(len(data.valid), config.eval_samples)]
@@ -64,6 +71,24 @@ def train(
     if plug.embedder.has_answer_head:
         train_set.offsets = _agreed(start_answer_head(plug, data))
     plug.embedder.set_dropout(config.history_dropout, config.empty_history, config.dropout)
+    with phase(what, config.steps) as advance:
+        trainer = _trainer(plug, train_set, valid_set, config, folder, advance)
+        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    plug.eval()
+    if data.answers:
+        plug.embedder.score_temperature.fill_(_agreed(calibrate(valid_set, config.batch_size)))
+    processes.wait_for_everyone()
+    return list(trainer.state.log_history)
+
+
+def _trainer(
+    plug: PlugModel,
+    train_set: PlugDataset,
+    valid_set: PlugDataset,
+    config: FitConfig,
+    folder: Path,
+    advance: Advance,
+) -> PlugTrainer:
     args = TrainingArguments(
         output_dir=str(folder),
         max_steps=config.steps,
@@ -87,22 +112,39 @@ def train(
         report_to=config.report_to,
         remove_unused_columns=False,
         use_cpu=plug.llm.device.type == "cpu",
-        disable_tqdm=not os.isatty(2),
+        disable_tqdm=True,
         dataloader_num_workers=0,
         restore_callback_states_from_checkpoint=True,  # patience counts on
     )
+    if args.n_gpu > 1:  # without a launcher: transformers would copy the embedder, but not the LLM, to each of them
+        args._n_gpu = 1
     try:
-        trainer = PlugTrainer(plug, args, train_set, valid_set, config)
+        return PlugTrainer(plug, args, train_set, valid_set, config, advance)
     except RuntimeError as exc:  # transformers' way to say that a tracker is not installed
         if config.report_to == "none" or "installed" not in str(exc):
             raise
         raise ConfigError(f"report_to={config.report_to!r}: {exc}") from exc
-    trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-    plug.eval()
-    if data.answers:
-        plug.embedder.score_temperature.fill_(_agreed(calibrate(valid_set, config.batch_size)))
-    processes.wait_for_everyone()
-    return list(trainer.state.log_history)
+
+
+def _prepare_folder(folder: Path, checkpoint: Path | None) -> None:
+    """Leave of an earlier training what goes on: nothing, or what belongs to a checkpoint."""
+    for old in folder.glob("checkpoint-*"):
+        if checkpoint is None or not is_whole(old):
+            shutil.rmtree(old)
+    _cut_log(folder / LOG, int(checkpoint.name.rpartition("-")[2]) if checkpoint else 0)
+    if checkpoint:
+        # transformers names the best checkpoint by its whole path; the folder may have been moved.
+        file = checkpoint / "trainer_state.json"
+        state = json.loads(file.read_text(encoding="utf-8"))
+        if best := state.get("best_model_checkpoint"):
+            state["best_model_checkpoint"] = str(folder / Path(best).name)
+            write_atomically(file, json.dumps(state, indent=2).encode())
+
+
+def read_log(folder: Path) -> list[dict[str, float]]:
+    """Return the lines of a training's log."""
+    file = folder / LOG
+    return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()] if file.is_file() else []
 
 
 def _cut_log(file: Path, step: int) -> None:

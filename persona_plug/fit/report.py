@@ -4,10 +4,15 @@ from __future__ import annotations
 
 import json
 import logging
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from persona_plug.clock import phase
+from persona_plug.data.history import Example
+from persona_plug.errors import first_line
 from persona_plug.fit.examples import one_request, side_by_side
 from persona_plug.fit.plots import plot_lift, plot_loss
 from persona_plug.measure.answers import Answers, evaluate, prior_answers, with_other_history
@@ -28,11 +33,14 @@ WORDLESS = "plug: without words"  # the row of the soft tokens alone
 
 NO_USERS = "No users were held out: nothing can be said about the lift."
 CONTRAST_FIELDS = ("a", "b", "metric", "delta", "low", "high")  # of a row in fit_report.json
+TEXTS = ("examples", "request")  # fields that hold users' texts
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, repr=False)
 class FitReport:
     """The comparison on held-out users.
+
+    Its files hold no text of a user; what does is shown by `str`, and written by `save_texts` alone.
 
     Attributes:
         metrics: Method -> metric -> its value with a 95% interval from a bootstrap over users.
@@ -55,9 +63,10 @@ class FitReport:
     request: dict[str, Any] | None = None
 
     def to_json(self) -> str:
-        """Return everything as JSON text."""
+        """Return everything but users' texts as JSON text."""
         rows = [{name: getattr(row, name) for name in CONTRAST_FIELDS} for row in self.contrasts]
-        return json.dumps({**asdict(self), "contrasts": rows}, indent=2, ensure_ascii=False) + "\n"
+        content = {name: value for name, value in asdict(self).items() if name not in TEXTS}
+        return json.dumps({**content, "contrasts": rows}, indent=2, ensure_ascii=False) + "\n"
 
     @classmethod
     def from_json(cls, text: str) -> FitReport:
@@ -93,6 +102,10 @@ class FitReport:
     def __str__(self) -> str:
         """Return the report as text with the verdict and the examples."""
         return "\n".join([self.to_markdown(), "", self.verdict(), *self._examples_text()])
+
+    def __repr__(self) -> str:
+        """Return one line: how many were asked, and the verdict; `print` shows the table."""
+        return f"<FitReport: {self.n} questions of {self.n_users} held-out users. {self.verdict()}>"
 
     def verdict(self) -> str:
         """Say in one line whether the user's own history helped."""
@@ -134,12 +147,28 @@ class FitReport:
         return lines
 
     def save(self, folder: Path) -> None:
-        """Write `fit_report.json` and `fit_report.md`."""
+        """Write `fit_report.json` and `fit_report.md`, which hold no text of a user."""
         from persona_plug.files import write_atomically
         from persona_plug.persistence import REPORT_NAME
 
         write_atomically(folder / REPORT_NAME, self.to_json().encode())
-        write_atomically(folder / "fit_report.md", (str(self) + "\n").encode())
+        write_atomically(folder / "fit_report.md", f"{self.to_markdown()}\n\n{self.verdict()}\n".encode())
+
+    def save_texts(self, folder: Path) -> None:
+        """Write the answers side by side, which are texts of users, as `fit_examples.md`."""
+        from persona_plug.files import write_atomically
+
+        write_atomically(folder / "fit_examples.md", "\n".join([*self._examples_text(), ""]).encode())
+
+
+@contextmanager
+def noted(notes: list[str], what: str) -> Iterator[None]:
+    """Go on where a part of a report fails: a note says what is missing, and why."""
+    try:
+        yield
+    except Exception as exc:  # models, tokenizers, plots and disks each raise their own
+        notes.append(f"{what} could not be made: {first_line(exc)}")
+        logger.warning("%s", notes[-1])
 
 
 def make_report(
@@ -168,34 +197,50 @@ def make_report(
     details = {"fit": asdict(config), "steps_done": max([int(r["step"]) for r in log if "step" in r], default=0)}
     details["score_temperature"] = float(plug.embedder.score_temperature)
     notes = list(data.notes)
+    with noted(notes, "the count of what was cut"):
+        notes += truncation_notes(plug, data) if task_prompt is not None else []
     if task_prompt is plug:
         notes.append("task_prompt is the plug without its words memory: its soft tokens know no user")
     if task_prompt is None:
-        result = FitReport({}, [], 0, 0, notes, [], details)
-        result.save(folder)
+        result = FitReport({}, [], 0, 0, notes, details=details)
+        with noted(notes, "the files of the report"):
+            result.save(folder)
         return result
-    answers = run_methods(plug, task_prompt, data, config.seed, generated)
+    answers = run_methods(plug, task_prompt, data, config.seed, generated, notes)
     users = [e.user_id for e in data.held_out]
     values = {name: a.values for name, a in answers.items()}
+    shown: dict[str, Any] = {}
+    with phase("writing examples and plots"):
+        with noted(notes, "answers side by side"):
+            shown["examples"] = side_by_side(plug, data.held_out, answers, examples)
+        with noted(notes, "one request as several users' plug answers it"):
+            shown["request"] = one_request(plug, data.held_out, examples)
+        with noted(notes, "loss.png"):
+            plot_loss(log, folder / "loss.png")
+        with noted(notes, "lift.png"):
+            lift = values["plug_shuffled"]["nll"] - values["plug"]["nll"]
+            plot_lift(lift, data.held_out, folder / "lift.png")
     result = FitReport(
         {name: {m: estimate(v, users, m) for m, v in row.items()} for name, row in values.items()},
         contrasts(values, users, test=False),
         len(users),
         len(set(users)),
-        notes + truncation_notes(plug, data),
-        side_by_side(plug, data.held_out, answers, examples),
-        details,
-        one_request(plug, data.held_out, examples),
+        notes,
+        details=details,
+        **shown,
     )
-    result.save(folder)
-    plot_loss(log, folder / "loss.png")
-    lift = values["plug_shuffled"]["nll"] - values["plug"]["nll"]
-    plot_lift(lift, data.held_out, folder / "lift.png")
+    with noted(notes, "the files of the report"):
+        result.save(folder)
     return result
 
 
 def run_methods(
-    plug: PlugModel, task_prompt: PlugModel | None, data: FitData, seed: int, generated: int
+    plug: PlugModel,
+    task_prompt: PlugModel | None,
+    data: FitData,
+    seed: int,
+    generated: int,
+    notes: list[str] | None = None,
 ) -> dict[str, Answers]:
     """Return per-question values of the controls, the plug and the LLM-free baselines on the held-out users.
 
@@ -205,19 +250,52 @@ def run_methods(
         data: `held_out` is asked, the baselines learn from the rest.
         seed: Of the draw of other users' histories.
         generated: See `make_report`.
+        notes: Gets a line where answers cannot be written, which leaves likelihoods; None raises the error.
     """
     questions = data.held_out
-    result = {"none": evaluate(plug, questions, generated, personal=False)}
-    if task_prompt is not None and task_prompt is not plug:
-        result["task_prompt"] = evaluate(task_prompt, questions, generated)
-    if plug.recollection is not None:
+
+    def ask(asked: PlugModel, questions: Sequence[Example], **options: bool) -> Callable[[], Answers]:
+        return lambda: _evaluate(asked, questions, generated, notes, options)
+
+    def wordless() -> Answers:
+        assert plug.recollection is not None  # noqa: S101 - it is asked for only then
         with plug.recollection.paused():
-            result["task_prompt" if task_prompt is plug else WORDLESS] = evaluate(plug, questions, generated)
-    result["plug_empty"] = evaluate(plug, [replace(e, history=()) for e in questions], generated)
-    result["plug_shuffled"] = evaluate(plug, with_other_history(questions, seed), generated)
-    result["plug"] = evaluate(plug, questions, generated)
+            return ask(plug, questions)()
+
+    methods = {"none": ask(plug, questions, personal=False)}
+    if task_prompt is not None and task_prompt is not plug:
+        methods["task_prompt"] = ask(task_prompt, questions)
+    if plug.recollection is not None:
+        methods["task_prompt" if task_prompt is plug else WORDLESS] = wordless
+    methods["plug_empty"] = ask(plug, [replace(e, history=()) for e in questions])
+    methods["plug_shuffled"] = ask(plug, with_other_history(questions, seed))
+    methods["plug"] = ask(plug, questions)
     if plug.embedder.has_answer_head:
-        result["plug: LLM alone"] = evaluate(plug, questions, generated, head=False)
-    for name, answer in prior_answers(plug, data, generated).items():
-        result[f"user_prior: {name}"] = answer
+        methods["plug: LLM alone"] = ask(plug, questions, head=False)
+    result = {}
+    with phase("asking the held-out users", len(methods) + 1, "method") as advance:
+        for done, (name, method) in enumerate(methods.items(), 1):
+            result[name] = method()
+            advance(done, name)
+        for name, answer in prior_answers(plug, data, generated).items():
+            result[f"user_prior: {name}"] = answer
     return result
+
+
+def _evaluate(
+    plug: PlugModel,
+    questions: Sequence[Example],
+    generated: int,
+    notes: list[str] | None,
+    options: dict[str, Any],
+) -> Answers:
+    try:
+        return evaluate(plug, questions, generated, **options)
+    except Exception as exc:
+        if notes is None or plug.config.answers or not generated:
+            raise
+        note = f"answers could not be written, so ROUGE, chrF and examples are missing: {first_line(exc)}"
+        if note not in notes:
+            notes.append(note)
+            logger.warning("%s", note)
+        return evaluate(plug, questions, 0, **options)

@@ -3,19 +3,34 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import os
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from accelerate import PartialState
+from safetensors.torch import load_file, save
+
+from persona_plug import persistence
+from persona_plug.clock import phase, tell
+from persona_plug.data.rows import local_path
 from persona_plug.data.splits import FitData, prepare
+from persona_plug.errors import ConfigError
+from persona_plug.files import write_atomically
 from persona_plug.fit.config import FitConfig
-from persona_plug.fit.loop import train
-from persona_plug.fit.report import FitReport, make_report
+from persona_plug.fit.identity import check_identity, identity, write_identity
+from persona_plug.fit.loop import read_log, train
+from persona_plug.fit.report import FitReport, make_report, noted
+from persona_plug.fit.surroundings import check_launcher, room_on_disk, undisturbed
+from persona_plug.fit.trainer import last_checkpoint
 from persona_plug.fit.words import fit_words, split_users
 from persona_plug.measure.stats import spread
 from persona_plug.model import PlugModel
+
+WEIGHTS = "fitted.safetensors"  # what a finished training learned, beside its log
+FEW_USERS = 10  # held-out users, below which a bootstrap over users says little
 
 
 def task_prompt(plug: PlugModel, seed: int) -> PlugModel:
@@ -34,14 +49,54 @@ def _capped(data: FitData, limit: int) -> FitData:
 
 
 def train_parts(
-    plug: PlugModel, data: FitData, config: FitConfig, folder: Path, resume: bool = False
+    plug: PlugModel,
+    data: FitData,
+    config: FitConfig,
+    folder: Path,
+    resume: bool = False,
+    what: str = "training the plug",
 ) -> list[dict[str, float]]:
-    """Train the soft tokens, then the words head on users of its own; for the arguments see `fit.loop.train`."""
-    if not plug.config.remembers:
-        return train(plug, data, config, folder, resume)
-    soft, gate = split_users(data, config.seed)
-    log = train(plug, dataclasses.replace(data, train=soft), config, folder, resume)
-    fit_words(plug, gate, data.valid, config.seed)
+    """Train the soft tokens, then the words head on users of its own; returns the Trainer's log.
+
+    Args:
+        plug: See `fit.loop.train`, also for the next two arguments.
+        data: See above.
+        config: See above.
+        folder: Checkpoints, the log and what was learned go here, and what was trained (`run.json`).
+        resume: Go on with an interrupted training of the same models, data and settings; read a finished one back.
+        what: What the progress calls it.
+
+    Raises:
+        MismatchError: The training that is to go on is another one.
+        ConfigError: A launcher's variables are left in the environment.
+        PersonaPlugError: The disk is full.
+    """
+    check_launcher()
+    processes = PartialState(cpu=plug.llm.device.type == "cpu")
+    present = identity(plug, data, config, processes.num_processes)
+    finished = resume and (folder / WEIGHTS).is_file()
+    if finished or (resume and last_checkpoint(folder)):
+        check_identity(folder, present)
+    processes.wait_for_everyone()  # all have looked
+    if finished:
+        persistence.apply_weights(plug.parts(), load_file(folder / WEIGHTS), folder)
+        plug.eval()
+        return read_log(folder)
+    if processes.is_main_process:
+        with room_on_disk(folder):
+            folder.mkdir(parents=True, exist_ok=True)
+            (folder / WEIGHTS).unlink(missing_ok=True)
+            write_identity(folder, present)
+    soft, gate = split_users(data, config.seed) if plug.config.remembers else (data.train, [])
+    with room_on_disk(folder):
+        log = train(plug, dataclasses.replace(data, train=soft), config, folder, resume, what)
+        if plug.config.remembers:
+            with phase("fitting the memory of users' words"):
+                fit_words(plug, gate, data.valid, config.seed)
+        if processes.is_main_process:
+            state = {name: tensor.clone() for name, tensor in persistence.state_of(plug.parts()).items()}
+            write_atomically(folder / WEIGHTS, save(state))
+    processes.wait_for_everyone()
     return log
 
 
@@ -50,10 +105,11 @@ def _trained_task_prompt(plug: PlugModel, data: FitData, config: FitConfig, fold
     if plug.config.remembers and not plug.config.user_tokens:
         return plug
     twin = task_prompt(plug, config.seed)
-    train(twin, data, config, folder, resume)
+    train_parts(twin, data, config, folder, resume, "training the task prompt, a control that knows no user")
     return twin
 
 
+@undisturbed()
 def fit(
     plug: PlugModel,
     data: Any,  # noqa: ANN401
@@ -61,7 +117,7 @@ def fit(
     output_dir: str | os.PathLike[str] | None = None,
     resume: bool = False,
     samples: str = "auto",
-    valid: float = 0.1,
+    valid: float | None = None,
     held_out: float | None = None,
     targets_per_user: int = 32,
     template: str | None = None,
@@ -72,34 +128,45 @@ def fit(
     report_samples: int = 400,
     generated: int = 48,
     examples: int = 3,
+    keep_texts: bool = False,
     **settings: Any,  # noqa: ANN401
 ) -> FitReport:
     """Train, calibrate, and tell on held-out users whether the output became theirs.
+
+    With `output_dir` the plug is saved there as soon as it is trained, and once more with its report. Progress is shown
+    on standard error; the caller's random numbers stay as they are.
 
     Args:
         plug: The plug; it is trained from its untrained state.
         data: See `persona_plug.data.splits.prepare`, also for the next eight arguments.
         samples: `auto`, `leave_one_out` or `time`.
-        valid: Share of users for early stopping and calibration.
+        valid: Share of users for early stopping and calibration [0.1].
         held_out: Share of users for the report; default the users that the data's sidecar names, else 0.2.
         targets_per_user: At most so many targets of one user.
         template: The LLM's instruction with `{input}`.
         answers: Answer space, `auto`, or None for free text.
         skip_bad: Skip and count bad records.
         columns: Field -> the data's own name of it.
-        output_dir: Checkpoints, log, plots and report; default a temporary folder that is removed.
-        resume: Go on with an interrupted run in `output_dir`.
+        output_dir: The plug, its checkpoints, log, plots and report; default a temporary folder that is removed.
+        resume: Go on with an interrupted run in `output_dir`; a finished one is only reported on. Model, data, settings
+            and seed must be those of the run.
         report: Also train the task prompt and compare on held-out users.
         report_samples: Held-out questions at most, evenly spread over the users.
         generated: Free text: answers generated a method for ROUGE.
         examples: Held-out answers shown side by side.
+        keep_texts: Write these answers, which are texts of users, into `output_dir` (`fit_examples.md`). The report
+            there holds none.
         settings: Fields of `FitConfig`.
 
     Raises:
         DataError: The data cannot be used; file, line and field are named.
-        ConfigError: A setting is unknown or out of range.
+        ConfigError: A setting is unknown or out of range, or variables of a launcher are left over.
+        MismatchError: The run that is to go on was another one.
     """
-    config = FitConfig.of(settings)
+    config = FitConfig.of(settings, ARGUMENTS)
+    if keep_texts and output_dir is None:
+        raise ConfigError("keep_texts=True writes into output_dir; name that folder, too")
+    check_launcher()
     made = (
         data
         if isinstance(data, FitData)
@@ -116,13 +183,42 @@ def fit(
             seed=config.seed,
         )
     )
-    made = _capped(made, report_samples)
+    made = _told(_capped(made, report_samples))
     with tempfile.TemporaryDirectory() as scratch:
-        folder = Path(output_dir) if output_dir is not None else Path(scratch)
+        folder = Path(scratch) if output_dir is None else local_path(output_dir)
         plug.seed = config.seed
         plug.reset(plug.config.replace(template=made.template, answers=made.answers))
         log = train_parts(plug, made, config, folder / "plug", resume)
+        with room_on_disk(folder):
+            _save(plug, folder)  # before anything is reported: whatever fails there, the plug is kept
         twin = None
         if report and made.held_out:
             twin = _trained_task_prompt(plug, made, config, folder / "task_prompt", resume)
-        return make_report(plug, twin, made, config, log, folder, generated=generated, examples=examples)
+        result = make_report(plug, twin, made, config, log, folder, generated=generated, examples=examples)
+        with noted(result.notes, "the report beside the plug"):
+            if keep_texts:
+                result.save_texts(folder)
+            _save(plug, folder, result)
+        return result
+
+
+def _told(data: FitData) -> FitData:
+    """Say what the data are and how they are split, before any work, and what cannot be told from them."""
+    users = len({e.user_id for e in data.held_out})
+    if 0 < users < FEW_USERS:
+        note = f"{users} held-out users tell little, since intervals are over users; add users, or raise held_out"
+        data = dataclasses.replace(data, notes=[*data.notes, note])
+    for name, part in (("training", data.train), ("validation", data.valid), ("held out", data.held_out)):
+        tell(f"{name}: {len(part)} samples of {len({e.user_id for e in part})} users")
+    for note in data.notes:
+        tell(f"note: {note}")
+    return data
+
+
+def _save(plug: PlugModel, folder: Path, report: FitReport | None = None) -> None:
+    """Save a plug; several processes write it once."""
+    if PartialState().is_main_process:
+        persistence.save(folder, plug.config, plug.parts(), plug.encoder, report)
+
+
+ARGUMENTS = tuple(name for name in inspect.signature(fit).parameters if name not in ("plug", "data", "settings"))

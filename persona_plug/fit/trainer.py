@@ -12,7 +12,7 @@ from accelerate import PartialState
 from torch import Tensor, nn
 from transformers import EarlyStoppingCallback, PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
-from persona_plug.clock import clock
+from persona_plug.clock import Advance, clock
 from persona_plug.dataset import Batch, PlugDataset
 from persona_plug.embedder.contract import Embedder
 from persona_plug.fit.config import FitConfig
@@ -45,15 +45,22 @@ class PlugTrainer(Trainer):
     """transformers.Trainer for a plug: its loss, its validation, checkpoints that are whole or ignored."""
 
     def __init__(
-        self, plug: PlugModel, args: TrainingArguments, train: PlugDataset, valid: PlugDataset, config: FitConfig
+        self,
+        plug: PlugModel,
+        args: TrainingArguments,
+        train: PlugDataset,
+        valid: PlugDataset,
+        config: FitConfig,
+        advance: Advance = lambda done, remark="": None,
     ) -> None:
-        """Create the trainer; the LLM is no part of the model the Trainer sees."""
+        """Create the trainer; the LLM is no part of the model the Trainer sees. `advance` hears of every step."""
         self.fit_config = config
         callbacks = [
             EarlyStoppingCallback(config.patience),
             _JsonLog(Path(str(args.output_dir)) / "log.jsonl", plug),
             _MarkComplete(),
             _DrawApart(),
+            _Tell(advance),
         ]
         super().__init__(
             model=_Trained(plug),
@@ -196,6 +203,21 @@ class _DrawApart(TrainerCallback):
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:  # noqa: ANN401
         if args.process_index:  # the first draws as one process alone does
             torch.manual_seed(args.seed + (args.process_index << 32))
+
+
+class _Tell(TrainerCallback):
+    """Tell the progress of each step, with the newest losses."""
+
+    def __init__(self, advance: Advance) -> None:
+        self.advance = advance
+        self.losses: dict[str, str] = {}
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:  # noqa: ANN401
+        names = {"loss": "loss", "eval_loss": "validation loss"}
+        self.losses |= {names[key]: f"{names[key]} {value:.3f}" for key, value in (logs or {}).items() if key in names}
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:  # noqa: ANN401
+        self.advance(state.global_step, ", ".join(self.losses.values()))
 
 
 def is_whole(checkpoint: Path) -> bool:

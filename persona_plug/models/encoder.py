@@ -5,8 +5,8 @@ from __future__ import annotations
 import copy
 import hashlib
 import logging
-import sys
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from persona_plug.clock import clock
+from persona_plug.clock import clock, phase, unshown
 from persona_plug.errors import ConfigError, DataError
 from persona_plug.models import zoo
 from persona_plug.models.fingerprint import weights_digest
@@ -151,7 +151,7 @@ class HistoryEncoder:
 
         Args:
             texts: The texts; repeated ones are encoded once.
-            progress: Show a progress bar; default only on a terminal and for more than one batch.
+            progress: Show the progress; default for more than one batch.
 
         Raises:
             DataError: `texts` is no list but one text; or a vector is not finite, and its text is named.
@@ -175,8 +175,6 @@ class HistoryEncoder:
     ) -> dict[bytes, np.ndarray]:
         if not texts:
             return {}
-        from tqdm.auto import tqdm
-
         ids = self._probe(texts)
         cut = [i for i, row in enumerate(ids) if len(row) > self.max_length]
         if cut:
@@ -185,9 +183,12 @@ class HistoryEncoder:
             for i, row in zip(cut, short, strict=True):
                 ids[i] = row
         order = sorted(range(len(ids)), key=lambda i: (-len(ids[i]), i))  # longest first: memory peaks at once
-        shown = progress if progress is not None else sys.stderr.isatty() and len(order) > self.batch_size
+        shown = progress if progress is not None else len(order) > self.batch_size
         fresh: dict[bytes, np.ndarray] = {}
-        with tqdm(total=len(order), desc="encode", unit="text", disable=not shown) as bar:
+        with (
+            nullcontext() if shown else unshown(),
+            phase("encoding texts", len(order), "text", announced=False) as advance,
+        ):
             for start in range(0, len(order), self.batch_size):
                 batch = order[start : start + self.batch_size]
                 vectors = self.forward([ids[i] for i in batch]).cpu()
@@ -198,7 +199,7 @@ class HistoryEncoder:
                 if self.cache is not None:
                     self.cache.put(done)
                 fresh.update(done)
-                bar.update(len(batch))
+                advance(len(fresh))
         self.stats.encoded += len(texts)
         self.stats.truncated += len(cut)
         if cut:

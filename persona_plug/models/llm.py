@@ -33,7 +33,7 @@ def load_llm(
         dtype: Weights' dtype; default bfloat16 on a GPU that has it, else float32. `auto` takes what a measurement
             says is faster, which on a CPU is not the same for all.
         quantization: `int8` or `nf4` by bitsandbytes.
-        device: Torch device; default CUDA if there is one, else CPU.
+        device: Torch device; default CUDA or Apple's GPU (MPS) if there is one, else CPU.
 
     Raises:
         ModelUnavailable: The weights cannot be had, or not all of them.
@@ -97,13 +97,13 @@ def loaded_as(llm: Any) -> dict[str, Any]:  # noqa: ANN401
 
 
 def pick_device(device: str | torch.device | None) -> torch.device:
-    """Return the device; by default CUDA if there is one, else the CPU.
+    """Return the device; by default CUDA or Apple's GPU (MPS) if there is one, else the CPU.
 
     Raises:
         ConfigError: Torch knows no such device, or this machine has none.
     """
     try:
-        place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        place = torch.device(device or _default_device())
     except RuntimeError as exc:
         raise ConfigError(f"device={device!r} is not one torch knows, such as cpu or cuda:0") from exc
     try:
@@ -111,6 +111,12 @@ def pick_device(device: str | torch.device | None) -> torch.device:
     except Exception as exc:  # each backend raises its own
         raise ConfigError(f"device={str(place)!r} is not on this machine; leave it out, or use cpu") from exc
     return place
+
+
+def _default_device() -> str:
+    if torch.cuda.is_available():
+        return "cuda"
+    return "mps" if torch.backends.mps.is_available() else "cpu"
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,6 +8,7 @@ from typing import Any
 
 from persona_plug.errors import CorruptFileError, ModelUnavailable
 from persona_plug.models import zoo
+from persona_plug.models.hub import cache_only
 
 _POINTER = b"version https://git-lfs"
 _BUFFERS = re.compile(r"(position_ids|inv_freq|\.attn\.bias|masked_bias|num_batches_tracked|rotary_emb\..*)$")
@@ -27,6 +28,8 @@ def load(auto: Any, folder: str, name: str, **options: Any) -> Any:  # noqa: ANN
         ModelUnavailable: It cannot be had, or needs code of its own.
         CorruptFileError: A weight file is damaged, or is a pointer to one.
     """
+    if cache_only(folder):
+        options["local_files_only"] = True
     try:
         return auto.from_pretrained(folder, trust_remote_code=False, **options)
     except Exception as exc:  # readers of configs, tokenizers and weights share no base

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from persona_plug.errors import ConfigError
+from persona_plug.models.hub import cache_only
 
 POOLINGS = ("cls", "max", "mean", "mean_sqrt_len", "weighted_mean", "last")
 """How token vectors become one, in the order in which several are joined."""
@@ -167,7 +168,8 @@ def _file(folder: str, path: str) -> str | None:
     from transformers.utils.hub import cached_file
 
     try:
-        return cached_file(folder, path, _raise_exceptions_for_missing_entries=False)
+        own = cache_only(folder)
+        return cached_file(folder, path, local_files_only=own, _raise_exceptions_for_missing_entries=False)
     except OSError:  # what loads the model says why it cannot be had
         return None
 

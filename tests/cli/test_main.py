@@ -158,7 +158,13 @@ def test_bad_values(tmp_path, events):
         ("--device", "abacus", "abacus"),
         ("--quantization", "int1", "int1"),
         ("--lr", -1, "lr=-1"),
-        ("--held-out", 1, "too few"),
+        ("--held-out", 1, "held_out=1 is a share of the users: give a number from 0 to 1"),
+        ("--held-out", 2, "held_out=2 is a share of the users"),
+        ("--valid", 20, "valid=20 is a share of the users"),
+        ("--targets-per-user", 0, "targets_per_user=0"),
+        ("--recipe", "word", "did you mean 'words'?"),
+        ("--aggregator", "attentoin", "did you mean 'attention'?"),
+        ("--chat-template-args", "[]", "--chat-template-args must be a JSON object"),
     ):
         fails("fit", events, "--out", tmp_path / "o", *TINY, option, value, say=say)
     fails("data", "synthetic", "--out", tmp_path / "o", "--kind", "odd", say="unknown kind 'odd'")

@@ -86,8 +86,10 @@ def test_without_texts_ids_and_times_are_shown(file, url):
 
 
 def test_delete_and_forget(filled):
-    assert run("users", "delete", "user-0", "2", "--store", filled).stdout == "deleted\n"
-    fails("users", "delete", "user-0", "2", "--store", filled, say="no such item")
+    kept = run("users", "delete", "user-0", "2", "--store", filled, code=1, stdin="n\n")
+    assert "delete item 2 of user-0 for good?" in kept.stderr
+    assert run("users", "delete", "user-0", "2", "--store", filled, stdin="y\n").stdout.endswith("deleted\n")
+    fails("users", "delete", "user-0", "2", "--store", filled, "--yes", say="no such item")
     refused = run("users", "forget", "user-0", "--store", filled, code=1, stdin="n\n")
     assert "delete 2 items of user-0 for good?" in refused.stderr
     assert "deleted 2 items and 4 cached" in run("users", "forget", "user-0", "--store", filled, stdin="y\n").stdout
@@ -100,7 +102,7 @@ def test_delete_and_forget(filled):
 
 def test_errors_are_one_line(filled, url, tmp_path, file):
     missing = f"sqlite:///{tmp_path}/no.db"
-    for words in (["list"], ["show", "a"], ["export", "a"], ["delete", "a", "b"], ["forget", "a", "--yes"]):
+    for words in (["list"], ["show", "a"], ["export", "a"], ["delete", "a", "b", "--yes"], ["forget", "a", "--yes"]):
         fails("users", *words, "--store", missing, say="no such store")
     fails("users", "show", "nobody", "--store", filled, say="no such user")
     fails("users", "export", "nobody", "--store", filled, say="no such user")
@@ -154,7 +156,29 @@ def test_a_tenants_users_are_those_that_a_gateway_finds(file, url):
     shown = json.loads(run("users", "show", "user-0", "--store", url, "--tenant", "acme", "--json").stdout)
     assert shown["items"] == 3
     assert "answer 0" in run("users", "export", "user-0", "--store", url, "--tenant", "acme").stdout
-    run("users", "delete", "user-0", "0", "--store", url, "--tenant", "acme")
+    run("users", "delete", "user-0", "0", "--store", url, "--tenant", "acme", "--yes")
     run("users", "forget", "user-0", "--store", url, "--tenant", "acme", "--yes")
     fails("users", "show", "user-0", "--store", url, "--tenant", "acme", say="holds no such user")
     assert run("users", "list", "--store", url).stdout.count("items") == 1
+
+
+def test_an_export_can_be_read_and_added_again(filled, tmp_path):
+    out = tmp_path / "mine.jsonl"
+    run("users", "export", "user-1", "--store", filled, "--out", out)
+    rows = [json.loads(line) for line in out.read_text().splitlines()]
+    assert set(rows[0]) == {"user_id", "id", "input", "output", "timestamp", "last_update_of_user"}
+    again = json.loads(
+        run("users", "add", out, "--store", f"sqlite:///{tmp_path}/b.db", "--keep-text", *TINY, "--json").stdout
+    )
+    assert again["new"] == 3
+    everything = run("users", "export", "user-1", "--store", filled, "--vectors").stdout
+    assert "text_hashes" in json.loads(everything.splitlines()[0])
+
+
+def test_an_export_replaces_nothing_unasked(filled, tmp_path):
+    out = tmp_path / "mine.jsonl"
+    out.write_text("precious")
+    fails("users", "export", "user-1", "--store", filled, "--out", out, say="is there already")
+    assert out.read_text() == "precious"
+    run("users", "export", "user-1", "--store", filled, "--out", out, "--force")
+    assert "answer 1" in out.read_text()

@@ -196,10 +196,10 @@ def test_one_record_is_no_table():
         prepare(ROWS[0])
 
 
-def test_of_several_splits_one_must_be_given():
+def test_rows_are_those_of_one_split():
     part = datasets.Dataset.from_list(ROWS)
     with pytest.raises(DataError, match=r"several splits \(train, test\); .*data\['train'\]"):
-        prepare(datasets.DatasetDict({"train": part, "test": part}))
+        list(table_rows(datasets.DatasetDict({"train": part, "test": part})))
 
 
 # --- what is refused, in one line with place and remedy

@@ -1,6 +1,8 @@
 import json
 from collections import Counter
 
+import datasets
+import pandas as pd
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -241,7 +243,49 @@ def test_skipped_records_are_noted(tmp_path):
     path.write_text("".join(json.dumps(r) + "\n" for r in records()) + "oops\n")
     with pytest.raises(DataError, match=":41: not JSON"):
         prepare(path)
-    assert any(n.startswith("1 bad records skipped, first: ") for n in prepare(path, skip_bad=True).notes)
+    assert any(n.startswith("1 bad records skipped; ") for n in prepare(path, skip_bad=True).notes)
+
+
+def of_users(*numbers):
+    return [row for row in records(40) if int(row["user_id"].removeprefix("u")) in numbers]
+
+
+@pytest.mark.parametrize("kind", [datasets.Dataset.from_list, pd.DataFrame], ids=["datasets", "pandas"])
+@pytest.mark.parametrize("names", [("train", "validation", "test"), ("train", "dev", "test"), ("Train", "val", "TEST")])
+def test_users_of_a_test_or_validation_split_alone_stay_there(kind, names):
+    splits = [of_users(*range(8)), of_users(8, 9, 0), of_users(10, 11, 12, 1)]
+    data = prepare({name: kind(rows) for name, rows in zip(names, splits, strict=True)})
+    assert [users(p) for p in parts(data)] == [{f"u{n}" for n in ns} for ns in (range(8), (8, 9), (10, 11, 12))]
+    assert any(f"the splits {', '.join(names)} count together" in note for note in data.notes)
+    assert prepare({name: kind(rows) for name, rows in zip(names, splits, strict=True)}, held_out=0.5, valid=0.2)
+
+
+def test_splits_of_the_same_users_are_joined_and_split_anew():
+    rows = records(20)
+    data = prepare(datasets.DatasetDict({"train": datasets.Dataset.from_list(rows[::2]),
+                                         "test": datasets.Dataset.from_list(rows[1::2])}))  # fmt: skip
+    assert [len(users(p)) for p in parts(data)] == [14, 2, 4]
+    assert sum(len(p) for p in parts(data)) == len(rows)
+
+
+def test_a_bad_record_of_a_split_is_named():
+    bad = pd.DataFrame([{"user_id": "a", "input": "b", "output": "c"}, {"user_id": "a", "input": "b"}])
+    with pytest.raises(DataError, match=r"split test, record 1: field 'output'"):
+        prepare({"train": pd.DataFrame(records(5)), "test": bad})
+
+
+@pytest.mark.parametrize("name", ["valid", "held_out"])
+@pytest.mark.parametrize("share", [1, 1.0, 2, 20, -0.1, float("nan")])
+def test_a_share_of_users_is_below_one(name, share):
+    with pytest.raises(ConfigError, match=f"^{name}={share:g} is a share of the users: give a number from 0 to 1"):
+        prepare(records(), **{name: share})
+
+
+def test_validation_users_may_be_named():
+    data = prepare(records(10), valid=["u1", "u2"], held_out=["u3"])
+    assert [users(p) for p in parts(data)][1:] == [{"u1", "u2"}, {"u3"}]
+    with pytest.raises(DataError, match="validation user 'u99' has no record"):
+        prepare(records(10), valid=["u99"])
 
 
 def test_events_records_and_examples_are_taken():

@@ -8,6 +8,7 @@ import pytest
 from persona_plug.data import synthetic
 from persona_plug.data.history import Example, HistoryItem
 from persona_plug.data.splits import FitData, prepare
+from persona_plug.errors import ConfigError
 from persona_plug.fit.plots import plot_lift, plot_loss
 from persona_plug.fit.report import FitReport
 from persona_plug.measure.answers import evaluate, label_answers, rating_errors
@@ -193,13 +194,131 @@ def test_json_is_strict_and_complete(tmp_path):
         raise AssertionError(f"{constant} is no JSON")
 
     raw = json.loads(text, parse_constant=refuse)
-    assert set(raw) == {f.name for f in dataclasses.fields(FitReport)}
+    assert set(raw) == {f.name for f in dataclasses.fields(FitReport)} - {"examples", "request"}
     assert raw["metrics"]["plug"] == {"nll": [1.0, 0.9, 1.1]}
     assert raw["contrasts"] == [
         {"a": "plug", "b": "plug_shuffled", "metric": "nll", "delta": pytest.approx(0.15), "low": 0.1, "high": 0.2}
     ]
     assert FitReport.from_json(text) == report
     assert (tmp_path / "fit_report.md").read_text() == str(report) + "\n"
+
+
+def test_the_repr_of_a_report_is_one_line():
+    report = dataclasses.replace(report_with(0.1, 0.2), examples=[{"input": "secret"}])
+    assert repr(report) == f"<FitReport: 12 questions of 3 held-out users. {report.verdict()}>"
+
+
+# --- texts of users stay out of what is shared
+
+
+@pytest.mark.parametrize("answers", ["auto", None])
+@pytest.mark.parametrize("keep", [False, True])
+def test_a_folder_holds_users_texts_only_where_they_were_asked_for(make_plug, tmp_path, answers, keep):
+    rows = [
+        {"user_id": f"person-{u}", "input": f"asks {u} {i} privately", "output": f"secret{u % 2}"}
+        for u in range(8)
+        for i in range(4)
+    ]
+    plug = make_plug(max_answer_tokens=8)
+    report = plug.fit(
+        rows, output_dir=tmp_path / "plug", answers=answers, held_out=0.4, steps=1, batch_size=4, keep_texts=keep
+    )
+    assert report.examples or report.request
+    assert "privately" in str(report)
+    plug.save_pretrained(tmp_path / "saved")
+    files = [f for f in tmp_path.rglob("*") if f.suffix in (".json", ".jsonl", ".md")]
+    assert {"fit_report.json", "fit_report.md", "README.md", "log.jsonl", "run.json"} <= {f.name for f in files}
+    texts = ("privately", "person-") + (("secret",) if answers is None else ())
+    found = {f.name for f in files if any(text in f.read_text() for text in texts)}
+    assert found == ({"fit_examples.md"} if keep else set())
+
+
+def test_bad_records_leave_no_text_in_the_notes(make_plug, tmp_path):
+    good = [{"user_id": f"u{n % 6}", "input": f"q {n}", "output": "ab"[n % 2]} for n in range(36)]
+    bad = [{"user_id": "u1", "input": ["my secret"], "output": "a"}]
+    report = make_plug().fit(
+        good + bad, output_dir=tmp_path, held_out=0.3, steps=1, batch_size=4, skip_bad=True, answers=["a", "b"]
+    )
+    assert any("1 bad records skipped" in note for note in report.notes)
+    assert "secret" not in report.to_json()
+
+
+def test_texts_need_a_folder(make_plug, labelled):
+    with pytest.raises(ConfigError, match="keep_texts=True writes into output_dir"):
+        make_plug().fit(labelled[1], keep_texts=True)
+
+
+# --- what fails in a report takes nothing else with it
+
+
+def broken(what):
+    def fail(*_, **__):
+        raise what
+
+    return fail
+
+
+REPORT = "persona_plug.fit.report."
+FAULTS = {
+    "loss plot": (REPORT + "plot_loss", ValueError("no backend 'module://x'"), "loss.png"),
+    "lift plot": (REPORT + "plot_lift", RuntimeError("no fonts"), "lift.png"),
+    "examples": (REPORT + "side_by_side", KeyError("token"), "answers side by side"),
+    "request": (REPORT + "one_request", IndexError("out of range"), "one request"),
+    "generation": ("persona_plug.model.PlugModel.generate", ValueError("cannot generate from embeddings"), "chrF"),
+    "counts": (REPORT + "truncation_notes", TypeError("tokenizer"), "the count of what was cut"),
+    "files": (REPORT + "FitReport.save", OSError(28, "No space left on device"), "the files of the report"),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_what_fails_leaves_plug_and_table_and_is_named(make_plug, tmp_path, monkeypatch, fault):
+    target, error, named = FAULTS[fault]
+    monkeypatch.setattr(target, broken(error))
+    rows = [{"user_id": f"u{u}", "input": f"asks {u} {i}", "output": f"text {u}"} for u in range(8) for i in range(4)]
+    plug = make_plug(max_answer_tokens=4)
+    report = plug.fit(rows, output_dir=tmp_path, answers=None, held_out=0.3, steps=1, batch_size=4, generated=4)
+    monkeypatch.undo()
+    assert {"plug", "plug_shuffled", "none", "task_prompt"} <= set(report.metrics)
+    (note,) = [note for note in report.notes if named in note and str(error.args[-1]) in note]
+    assert note in str(report)
+    loaded = type(plug).from_pretrained(tmp_path)
+    assert all(bool((p == q).all()) for p, q in zip(loaded.parameters(), plug.parameters(), strict=True))
+    assert fault == "files" or note in (tmp_path / "fit_report.json").read_text()
+
+
+@pytest.mark.parametrize("where", ["run_methods", "contrasts"])
+def test_the_plug_is_saved_before_anything_is_reported(make_plug, labelled, tmp_path, monkeypatch, where):
+    monkeypatch.setattr(REPORT + where, broken(ZeroDivisionError("whatever")))
+    plug = make_plug()
+    with pytest.raises(ZeroDivisionError):
+        plug.fit(labelled[1], output_dir=tmp_path, steps=1, batch_size=4)
+    loaded = type(plug).from_pretrained(tmp_path)
+    assert all(bool((p == q).all()) for p, q in zip(loaded.parameters(), plug.parameters(), strict=True))
+
+
+def test_a_full_disk_behind_the_report_keeps_the_saved_plug(make_plug, labelled, tmp_path, monkeypatch):
+    from persona_plug import persistence
+
+    real, calls = persistence.save, []
+
+    def save(folder, *args):
+        calls.append(folder)
+        if len(calls) > 1:
+            raise OSError(28, "No space left on device")
+        return real(folder, *args)
+
+    monkeypatch.setattr(persistence, "save", save)
+    report = make_plug().fit(labelled[1], output_dir=tmp_path, steps=1, batch_size=4)
+    assert any("the report beside the plug could not be made: [Errno 28] No space" in note for note in report.notes)
+    make_plug().from_pretrained(tmp_path)
+
+
+def test_few_held_out_users_are_told_of_before_the_work(make_plug, labelled, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("persona_plug.fit.run._train", broken(ZeroDivisionError()))
+    with pytest.raises(ZeroDivisionError):
+        make_plug().fit(labelled[1], output_dir=tmp_path)
+    users = len({e.user_id for e in labelled[1].held_out})
+    assert f"{users} held-out users tell little" in capsys.readouterr().err
 
 
 # --- plots

@@ -513,11 +513,11 @@ def test_fit_resumes_plug_and_task_prompt(make_plug, data, tmp_path):
         with pytest.MonkeyPatch.context() as patch:
             real = fit_module.train
 
-            def interrupted(plug, data, config, into, resume=False, real=real, when=when):
+            def interrupted(plug, data, config, into, *rest, real=real, when=when):
                 if Path(into).name != when:
-                    return real(plug, data, config, into, resume)
+                    return real(plug, data, config, into, *rest)
                 with stop_at(4):
-                    real(plug, data, config, into, resume)
+                    real(plug, data, config, into, *rest)
                 raise Stopped  # as the interrupted process would
 
             patch.setattr(fit_module, "train", interrupted)
