@@ -100,13 +100,14 @@ def remember(
         raise ConfigError(f"{plug} has no words memory; fit it with --recipe words")
     read = known = 0
     start = time.monotonic()
-    with HistoryStore(store, encoder=made.encoder) as opened, tqdm(desc="remember", unit="event") as bar:
+    with HistoryStore(store, encoder=made.encoder) as opened:
         if not opened.keep_text:
             raise ConfigError(f"{opened.name} keeps no texts to read; make a store with --keep-text")
-        for user in opened.users(prefix):
-            words, fresh = made.recollection.restore(opened, opened.read(user.user_id, made.config.max_words))
-            read, known = read + fresh, known + len(words) - fresh
-            bar.update(len(words))
+        with tqdm(desc="remember", unit="event") as bar:
+            for user in opened.users(prefix):
+                words, fresh = made.recollection.restore(opened, opened.read(user.user_id, made.config.max_words))
+                read, known = read + fresh, known + len(words) - fresh
+                bar.update(len(words))
     rate = read / max(time.monotonic() - start, 1e-9)
     row = {"read": read, "known": known, "events_per_second": round(rate, 1)}
     say(json.dumps(row) if as_json else ", ".join(f"{k.replace('_', ' ')}: {v}" for k, v in row.items()))
