@@ -99,7 +99,7 @@ def main(arguments: Sequence[str]) -> None:
     settings = load(arguments, ServingSettings)
     plug = PersonaPlug.build(settings.llm, settings.encoder, max_input_tokens=settings.max_model_len)
     texts = Texts(plug)
-    options = {"dtype": settings.dtype, "max_model_len": settings.max_model_len, "enforce_eager": True}
+    options: dict[str, Any] = {"dtype": settings.dtype, "max_model_len": settings.max_model_len, "enforce_eager": True}
     with VllmOffline(settings.llm, **options) as engine:
         batch = throughput(plug, engine, texts, settings)
         first = first_token(plug, engine, texts, settings)
