@@ -1,7 +1,7 @@
 """`python -m eval.habits [CONFIG] [key=value ...]`: whether a plug writes generated replies as their users would.
 
-Users and requests are generated anew, with greetings, sign-offs, names and emoji that no training user has. Every method
-answers the same requests, and `persona_plug.data.replies.check` says of each answer which habits it keeps.
+Users and requests are generated anew, with greetings, sign-offs, names and emoji that no training user has. Every
+method answers the same requests, and `persona_plug.data.replies.check` says of each answer which habits it keeps.
 """
 
 from __future__ import annotations

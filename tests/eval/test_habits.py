@@ -58,9 +58,13 @@ def test_the_command_writes_shares_and_answers(make_plug, tmp_path, capsys, monk
 
 @pytest.mark.parametrize(
     ("fields", "say"),
-    [({}, "plug=DIR"), ({"plug": "x", "methods": ("lora",)}, "'lora' is not one of"), ({"plug": "x", "users": 1}, "users"),
-     ({"plug": "x", "items": ()}, "items")],
-)  # fmt: skip
+    [
+        ({}, "plug=DIR"),
+        ({"plug": "x", "methods": ("lora",)}, "'lora' is not one of"),
+        ({"plug": "x", "users": 1}, "users"),
+        ({"plug": "x", "items": ()}, "items"),
+    ],
+)
 def test_impossible_settings_are_named(fields, say):
     with pytest.raises(ConfigError, match=say):
         HabitSettings(**fields)
