@@ -24,15 +24,15 @@ ROOMS = {
     "pairing": "config data errors store",
     "model": "config data embedder errors generation heads models pairing splice store",
     "persistence": "config embedder errors files models",
-    "dataset": "data embedder errors heads model splice",
+    "dataset": "data embedder errors model splice",
     "export": "data embedder errors files generation model",
     "measure": "config data dataset errors model models",
     "fit": "clock data dataset embedder errors files generation heads measure model persistence",
     "plug": "config fit model models persistence",
-    "serving": "data errors export files generation heads models pairing plug splice store",
+    "serving": "data errors export files heads models pairing persistence plug splice store",
     "page": "data errors fit generation measure persistence plug retrieval store",
     "cli": "data errors export models page persistence plug serving store",
-    "training": "config data dataset embedder errors files fit models plug splice",
+    "training": "clock config data dataset embedder errors files fit models persistence plug splice",
     "eval": "clock config data errors files fit measure model models plug retrieval serving splice store training",
 }
 ROOT_MODULES = 12  # modules at the root of persona_plug, at most
