@@ -26,7 +26,7 @@ from persona_plug.persistence import read_weights
 from persona_plug.serving.vllm import MEMORY, WORDS_FOLDER
 
 
-class WordsLogits(AdapterLogitsProcessor):  # type: ignore[misc]  # vLLM is not typed
+class WordsLogits(AdapterLogitsProcessor):
     """Mixes the memory that a request brings into the LLM's next-token probabilities."""
 
     def __init__(self, vllm_config: Any, device: torch.device, is_pin_memory: bool) -> None:  # noqa: ANN401
