@@ -27,13 +27,13 @@ class LLMClock:
 
     def __enter__(self) -> Self:
         """Start the clock (see `persona_plug.clock.clock`)."""
-        self.entered, self.depth = 0.0, 0
+        self.entry, self.depth = 0.0, 0
         self.usual_bill, self.splicer.bill = self.splicer.bill, self.bill
         # An encoder runs by itself, too.
         parts = [self.llm, self.llm.get_encoder()] if self.llm.config.is_encoder_decoder else [self.llm]
         self.hooks = [part.register_forward_pre_hook(self._enter) for part in parts]
         self.hooks += [part.register_forward_hook(self._leave) for part in parts]
-        self.encoded, self.began = self.encoder.stats.seconds, clock(self.llm)
+        self.encoding, self.start = self.encoder.stats.seconds, clock(self.llm)
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -41,17 +41,17 @@ class LLMClock:
         for hook in self.hooks:
             hook.remove()
         self.splicer.bill = self.usual_bill
-        self.seconds = clock(self.llm) - self.began - (self.encoder.stats.seconds - self.encoded)
+        self.seconds = clock(self.llm) - self.start - (self.encoder.stats.seconds - self.encoding)
 
     def _enter(self, *_: Any) -> None:  # noqa: ANN401
         if self.depth == 0:
-            self.entered = clock(self.llm)
+            self.entry = clock(self.llm)
         self.depth += 1
 
     def _leave(self, *_: Any) -> None:  # noqa: ANN401
         self.depth -= 1
         if self.depth == 0:
-            self.inside += clock(self.llm) - self.entered
+            self.inside += clock(self.llm) - self.entry
 
     def cost(self, reading: float = 0.0) -> tuple[float, float]:
         """Return the block's seconds and the share of them outside the LLM.

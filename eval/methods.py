@@ -45,9 +45,9 @@ class Method:
 
     def __post_init__(self) -> None:
         """Refuse a choice that does not exist."""
-        for name, value, known in (("prompt", self.prompt, (None, *PROMPTS)), ("history", self.history, HISTORIES)):
-            if value not in known:
-                raise ConfigError(f"{name}={value!r} is not one of {', '.join(map(str, known))}")
+        for name, value, values in (("prompt", self.prompt, (None, *PROMPTS)), ("history", self.history, HISTORIES)):
+            if value not in values:
+                raise ConfigError(f"{name}={value!r} is not one of {', '.join(map(str, values))}")
 
     @property
     def training(self) -> str:
@@ -107,7 +107,7 @@ CONTROLS = {"_shuffled": "other", "_empty": "none"}  # whose history any trained
 ALL = tuple(name for stem in METHODS for name in (stem, *READ_WITH.get(stem, ())))
 
 
-def method(name: str) -> Method:
+def find_method(name: str) -> Method:
     """Return a method by name; `bm25-8` is `bm25` with 8 items, `plug_shuffled` is `plug` with another user's history.
 
     Raises:
@@ -119,9 +119,9 @@ def method(name: str) -> Method:
     if stem in METHODS and METHODS[stem].prompt and count.isdigit() and int(count) > 0:
         return dataclasses.replace(METHODS[stem], items=int(count))
     for ending, history in CONTROLS.items():
-        asked = METHODS.get(name.removesuffix(ending))
-        if asked and asked.recipe:
-            return dataclasses.replace(asked, history=history)
+        basis = METHODS.get(name.removesuffix(ending))
+        if basis and basis.recipe:
+            return dataclasses.replace(basis, history=history)
     raise ConfigError(
         f"no method {name!r}; known are {', '.join(METHODS)}; NAME-K puts K items into the prompt, "
         "NAME_shuffled and NAME_empty ask a trained one with another user's history, or none"
@@ -130,5 +130,5 @@ def method(name: str) -> Method:
 
 def by_training(names: Sequence[str]) -> list[str]:
     """Return method names so that those that share a training stand together."""
-    trainings = [method(name).training for name in names]
-    return sorted(names, key=lambda name: trainings.index(method(name).training))
+    trainings = [find_method(name).training for name in names]
+    return sorted(names, key=lambda name: trainings.index(find_method(name).training))

@@ -16,7 +16,7 @@ from persona_plug.measure.contrasts import estimate
 from persona_plug.measure.metrics import find_metric
 from persona_plug.measure.stats import set_bootstrap
 
-Merged = dict[str, np.ndarray]  # metric -> (N,) means over seeds
+Means = dict[str, np.ndarray]  # metric -> (N,) means over seeds
 
 # Cost in a row of results.json -> attribute of `Costs`.
 COSTS = {
@@ -44,47 +44,47 @@ def add_official_values(outcome: Outcome, questions: Questions) -> None:
             outcome.answers.values[metric] = values
 
 
-def mean_values(outcomes: Sequence[Outcome]) -> Merged:
+def mean_values(outcomes: Sequence[Outcome]) -> Means:
     """Return the mean over seeds of each question's value in each metric."""
     runs = [outcome.answers.values for outcome in outcomes]
     return {metric: np.mean([run[metric] for run in runs], axis=0) for metric in runs[0]}
 
 
-def method_row(merged: Merged, outcomes: Sequence[Outcome], questions: Questions) -> dict[str, Any]:
+def method_row(means: Means, outcomes: Sequence[Outcome], questions: Questions) -> dict[str, Any]:
     """Return a method's row of results.json.
 
     Args:
-        merged: Its means over seeds.
+        means: Its means over seeds.
         outcomes: One per seed.
         questions: What was asked.
     """
     users = questions.users
-    intervals = {metric: estimate(values, users, metric) for metric, values in merged.items()}
+    intervals = {metric: estimate(values, users, metric) for metric, values in means.items()}
     owners = [users[i] for i in questions.texts]
     intervals |= {m: set_bootstrap(rule, owners) for m, rule in _set_rules(outcomes, questions).items()}
     costs = {key: _mean([getattr(o.costs, name) for o in outcomes]) for key, name in COSTS.items()}
     return {
         "metrics": {metric: interval_row(interval) for metric, interval in intervals.items()},
-        "per_seed": [_seed_row(outcome, list(merged)) for outcome in outcomes],
+        "per_seed": [_seed_row(outcome, list(means)) for outcome in outcomes],
         **costs,
         "curve": outcomes[0].costs.curve,
     }
 
 
 def details(
-    merged: Mapping[str, Merged], outcomes: Mapping[str, Sequence[Outcome]], questions: Questions
+    means: Mapping[str, Means], outcomes: Mapping[str, Sequence[Outcome]], questions: Questions
 ) -> dict[str, Any]:
     """Return what the page draws beside the results; the first seed's texts are shown."""
     texts = {name: runs[0].answers.texts for name, runs in outcomes.items()}
     held_out = questions.data.held_out
     examples = []
     for at, i in enumerate(questions.texts):
-        answers = {name: written[at] for name, written in texts.items() if written is not None}
+        answers = {name: of_one[at] for name, of_one in texts.items() if of_one is not None}
         examples.append({"input": held_out[i].input, "reference": held_out[i].output, "answers": answers})
     return {
         "users": questions.users,
         "history_lengths": [len(e.history) for e in held_out],
-        "values": merged,
+        "values": means,
         "examples": examples,
     }
 
@@ -127,5 +127,5 @@ def _seed_row(outcome: Outcome, metrics: Sequence[str]) -> dict[str, float]:
 
 
 def _mean(values: Sequence[float | None]) -> float | None:
-    known = [value for value in values if value is not None]
-    return _over_seeds(known) if known else None
+    numbers = [value for value in values if value is not None]
+    return _over_seeds(numbers) if numbers else None

@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from eval.methods import by_training, method
+from eval.methods import by_training, find_method
 from eval.questions import Questions
 from eval.report.page import html, markdown
 from eval.report.results import contrast_row, portable, to_json
@@ -80,7 +80,7 @@ def compare(settings: ComparisonSettings) -> tuple[dict[str, Any], dict[str, Any
     questions, base = prepare(settings)
     task, data, users = questions.task, questions.data, questions.users
     claim(settings, FIXED, task, ("train", settings.split))
-    repeats = {} if data.answers else {name: why for name in settings.methods if (why := method(name).repeats)}
+    repeats = {} if data.answers else {name: why for name in settings.methods if (why := find_method(name).repeats)}
     notes = [f"{name} not run: for free text {why}" for name, why in repeats.items()]
     names = [name for name in settings.methods if name not in repeats]
     if not names:
@@ -94,10 +94,10 @@ def compare(settings: ComparisonSettings) -> tuple[dict[str, Any], dict[str, Any
                     runs.setdefault(row, []).append(outcome)
     order = [*(name for name in names if name in runs), *runs]  # the prior's rows last
     runs = {name: runs[name] for name in order}
-    merged = {name: mean_values(outcomes) for name, outcomes in runs.items()}
+    means = {name: mean_values(outcomes) for name, outcomes in runs.items()}
     for name, outcomes in runs.items():
         _write_predictions(Path(settings.out) / "predictions", name, outcomes[0], questions)
-    pairs = dict.fromkeys([*usual_pairs(merged), *settings.pairs])
+    pairs = dict.fromkeys([*usual_pairs(means), *settings.pairs])
     results = {
         "task": task.name,
         "task_version": task.version,
@@ -114,10 +114,10 @@ def compare(settings: ComparisonSettings) -> tuple[dict[str, Any], dict[str, Any
         "machine": f"{platform.machine()}, {os.cpu_count()} cores, {platform.python_implementation()}",
         "data_notes": [*data.notes, *truncation_notes(base, data), *notes],
         "notes": {name: outcomes[0].notes for name, outcomes in runs.items() if outcomes[0].notes},
-        "methods": {name: method_row(merged[name], outcomes, questions) for name, outcomes in runs.items()},
-        "contrasts": [contrast_row(row) for row in contrasts(merged, users, pairs)],
+        "methods": {name: method_row(means[name], outcomes, questions) for name, outcomes in runs.items()},
+        "contrasts": [contrast_row(row) for row in contrasts(means, users, pairs)],
     }
-    return results, details(merged, runs, questions)
+    return results, details(means, runs, questions)
 
 
 def _write_predictions(folder: Path, name: str, outcome: Outcome, questions: Questions) -> None:

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from eval.clock import LLMClock, reading_seconds
-from eval.methods import PRIOR, Method, method
+from eval.methods import PRIOR, Method, find_method
 from eval.outcomes import Costs, Outcome, read_outcomes, write_outcomes
 from eval.prompts.history import PromptWriter
 from eval.questions import Questions
@@ -25,7 +25,7 @@ from persona_plug.model import PlugModel
 from persona_plug.models.caching import uncached
 from persona_plug.plug import PersonaPlug
 from training.lora import for_each_user
-from training.recipes import Fitted, fit
+from training.recipes import Training, fit
 
 
 class Session:
@@ -42,18 +42,18 @@ class Session:
         self.questions, self.base, self.settings = questions, base, settings
         self.writer = PromptWriter(questions, base, Path(settings.out))
         # The last training and its notes: methods that share one come one after the other.
-        self._last: tuple[tuple[str, int], Fitted, Counter[str]] | None = None
+        self._last: tuple[tuple[str, int], Training, Counter[str]] | None = None
         self._vllm: Any = None
 
     def outcomes(self, name: str, seed: int) -> dict[str, Outcome]:
         """Return the outcome of a method (of each of the family for `user_prior`) with a seed."""
-        chosen = method(name)
+        method = find_method(name)
         # Without training and without drawing nothing depends on the seed.
-        seed = seed if chosen.recipe or chosen.prompt == "random" else 0
+        seed = seed if method.recipe or method.prompt == "random" else 0
         folder = Path(self.settings.out) / f"seed-{seed}"
         rows = read_outcomes(folder, name)
         if not rows:
-            rows = {name: self._run(chosen, seed)} if chosen.llm else self._priors()
+            rows = {name: self._run(method, seed)} if method.llm else self._priors()
             write_outcomes(folder, name, rows)
         return rows
 
@@ -64,66 +64,66 @@ class Session:
         costs = Costs(prompt_tokens=0.0, generated_tokens=0.0, fit_seconds=seconds)
         return {f"{PRIOR}: {name}": Outcome(of_one, costs) for name, of_one in answers.items()}
 
-    def _run(self, chosen: Method, seed: int) -> Outcome:
-        fitted, notes = self._fit(chosen, seed) if chosen.recipe else (None, Counter[str]())
-        plug = fitted.plug if fitted else self.base
+    def _run(self, method: Method, seed: int) -> Outcome:
+        training, notes = self._fit(method, seed) if method.recipe else (None, Counter[str]())
+        plug = training.plug if training else self.base
         examples: list[Example] = list(self.questions.data.held_out)
-        if chosen.history == "other":
+        if method.history == "other":
             examples = with_other_history(examples, seed)
-        elif chosen.history == "none":
+        elif method.history == "none":
             examples = [replace(e, history=()) for e in examples]
-        reading = self._reading if _reads_request(chosen, plug) else 0.0
+        reading = self._reading if _reads_request(method, plug) else 0.0
         with LLMClock(plug) as watch:
-            prompts = self.writer.write_prompts(chosen, examples, seed)
-            answers = self._answers(chosen, plug, prompts.examples, self.settings.fit_config(seed))
+            prompts = self.writer.write_prompts(method, examples, seed)
+            answers = self._answers(method, plug, prompts.examples, self.settings.fit_config(seed))
         seconds, outside = watch.cost(reading)
         if plug.config.max_history < self.base.config.max_history:
             beyond = sum(max(0, len(e.history) - plug.config.max_history) for e in examples)
             notes = notes + Counter({f"history items beyond max_history={plug.config.max_history}": beyond})
         costs = replace(
-            _costs(plug, fitted, prompts.examples, answers),
+            _costs(plug, training, prompts.examples, answers),
             seconds=(seconds + prompts.debt) / len(examples),  # what another method has left written counts, too
-            outside_llm=None if chosen.user_adapter else outside,  # its seconds are those of training, too
+            outside_llm=None if method.user_adapter else outside,  # its seconds are those of training, too
         )
         return Outcome(answers, costs, dict(notes + prompts.notes))
 
-    def _fit(self, chosen: Method, seed: int) -> tuple[Fitted, Counter[str]]:
+    def _fit(self, method: Method, seed: int) -> tuple[Training, Counter[str]]:
         """Train what a method needs, and say what was cut from the prompts that training sees."""
-        key = chosen.training, seed
+        key = method.training, seed
         if self._last is None or self._last[0] != key:
             self._last = None  # frees an LLM with adapters before the next one is loaded
             data, notes = self.questions.data, Counter[str]()
-            if chosen.train_prompt:
-                train, valid = (self.writer.write_prompts(chosen, part, seed) for part in (data.train, data.valid))
+            if method.train_prompt:
+                train, valid = (self.writer.write_prompts(method, part, seed) for part in (data.train, data.valid))
                 data = replace(data, train=train.examples, valid=valid.examples)
                 notes.update({f"training: {what}": count for what, count in (train.notes + valid.notes).items()})
-            fitted = fit(str(chosen.recipe), self.base, data, self.settings, seed, chosen.training)
-            self._last = key, fitted, notes
+            training = fit(str(method.recipe), self.base, data, self.settings, seed, method.training)
+            self._last = key, training, notes
         return self._last[1:]
 
-    def _answers(self, chosen: Method, plug: PersonaPlug, examples: Sequence[Example], config: FitConfig) -> Answers:
-        if chosen.user_adapter:
+    def _answers(self, method: Method, plug: PersonaPlug, examples: Sequence[Example], config: FitConfig) -> Answers:
+        if method.user_adapter:
             return self._by_user(plug, examples, config)
-        personal = chosen.recipe is not None
-        with uncached() if chosen.prompt and not personal else nullcontext():  # each such prompt is read once
-            return evaluate(plug, examples, self.questions.generated, personal, chosen.head, self._write)
+        personal = method.recipe is not None
+        with uncached() if method.prompt and not personal else nullcontext():  # each such prompt is read once
+            return evaluate(plug, examples, self.questions.generated, personal, method.head, self._write)
 
     def _by_user(self, plug: PersonaPlug, examples: Sequence[Example], config: FitConfig) -> Answers:
         """Ask each user's questions of the adapter trained further on that user's history."""
-        merged: dict[str, np.ndarray] = {}
+        metrics: dict[str, np.ndarray] = {}
         texts: dict[int, str] = {}
         rows: dict[int, np.ndarray] = {}
         budget = set(self.questions.texts)
         for indices, own in for_each_user(plug, examples, config, self.settings.user_steps):
-            asked = [at for at, i in enumerate(indices) if i in budget]
-            answers = evaluate(own, [examples[i] for i in indices], asked, write=self._write)
+            of_text = [at for at, i in enumerate(indices) if i in budget]
+            answers = evaluate(own, [examples[i] for i in indices], of_text, write=self._write)
             for metric, values in answers.values.items():
-                merged.setdefault(metric, np.full(len(examples), np.nan))[indices] = values
-            texts |= zip([indices[at] for at in asked], answers.texts or (), strict=True)
+                metrics.setdefault(metric, np.full(len(examples), np.nan))[indices] = values
+            texts |= zip([indices[at] for at in of_text], answers.texts or (), strict=True)
             if answers.probabilities is not None:
                 rows |= zip(indices, answers.probabilities, strict=True)
         table = np.stack([rows[i] for i in range(len(examples))]) if rows else None
-        return Answers(merged, [texts[i] for i in sorted(texts)], table)
+        return Answers(metrics, [texts[i] for i in sorted(texts)], table)
 
     def _write(self, plug: PlugModel, examples: Sequence[Example], personal: bool) -> list[str]:
         """Write answers by the generator of the settings; what is trained inside the LLM only transformers can run."""
@@ -148,10 +148,10 @@ class Session:
         return reading_seconds(self.base.encoder, [e.input for e in self.questions.data.held_out])
 
 
-def _costs(plug: PersonaPlug, fitted: Fitted | None, examples: Sequence[Example], answers: Answers) -> Costs:
+def _costs(plug: PersonaPlug, training: Training | None, examples: Sequence[Example], answers: Answers) -> Costs:
     """Return what a method cost, the seconds of its answers aside."""
     parts = [plug.prompter.parts(e.input, e.prompt) for e in examples]
-    soft = float(np.mean([plug.embedder.soft_count(len(e.history)) for e in examples])) if fitted else 0.0
+    soft = float(np.mean([plug.embedder.soft_count(len(e.history)) for e in examples])) if training else 0.0
     prefix = plug.splicer.prefix_length  # trained keys and values: positions that nothing runs over
     prompt = float(np.mean([len(p) for p in parts])) + soft + prefix
     texts = [] if plug.config.answers else answers.texts or []
@@ -161,17 +161,17 @@ def _costs(plug: PersonaPlug, fitted: Fitted | None, examples: Sequence[Example]
     return Costs(
         prompt_tokens=prompt,
         generated_tokens=generated,
-        trainable_params=float(fitted.parameters) if fitted else 0.0,
-        fit_seconds=fitted.seconds if fitted else 0.0,
-        lr=fitted.lr if fitted else None,
-        curve=fitted.curve if fitted else None,
+        trainable_params=float(training.parameters) if training else 0.0,
+        fit_seconds=training.seconds if training else 0.0,
+        lr=training.lr if training else None,
+        curve=training.curve if training else None,
         cut=float(sum(p.cut > 0 for p in parts)),
         # Of one answer: twice the weights for each position that runs, the embedding table aside.
         flops=2.0 * float(weights) * (prompt - prefix + generated),
     )
 
 
-def _reads_request(chosen: Method, plug: PersonaPlug) -> bool:
+def _reads_request(method: Method, plug: PersonaPlug) -> bool:
     """Return whether a method needs the history encoder's vector of the request: a plug, or retrieval by nearness."""
-    retrieves = chosen.prompt in ("dense", "rrf", "graph")
-    return retrieves or (chosen.recipe is not None and plug.embedder.reads_request)
+    retrieves = method.prompt in ("dense", "rrf", "graph")
+    return retrieves or (method.recipe is not None and plug.embedder.reads_request)

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from eval.methods import ALL, PRIOR, method
+from eval.methods import ALL, PRIOR, find_method
 from persona_plug.config import SETTABLE, PlugConfig
 from persona_plug.errors import ConfigError
 from persona_plug.fit.config import FitConfig
@@ -49,10 +49,10 @@ class ComparisonSettings(RunSettings):
         self.require_at_least(1, "user_steps", "questions", "generated", "beams")
         if not self.methods:
             raise ConfigError("methods=[] names none; give at least one, such as methods=[none, plug]")
-        each = (name for listed in self.methods for name in (ALL if listed == "all" else (listed,)))
+        each = (name for entry in self.methods for name in (ALL if entry == "all" else (entry,)))
         object.__setattr__(self, "methods", tuple(dict.fromkeys(each)))
         for name in (*self.methods, *self.one_seed):
-            method(name)
+            find_method(name)
         for name in (name for pair in self.pairs for name in pair):
             if name not in self.methods and not name.startswith(f"{PRIOR}: "):
                 raise ConfigError(f"pairs: {name!r} is none of the methods compared; add it to methods=[...]")

@@ -75,11 +75,11 @@ def write(
         personal: Whether answers follow the user's taste; else they are drawn alike for all.
         dev_users: Users of the dev split; default half of `users`.
     """
-    task, instruction, (given, wanted) = SHAPES[shape]
+    task, instruction, (input_field, output_field) = SHAPES[shape]
     folder.mkdir(parents=True, exist_ok=True)
     rng = np.random.default_rng(0)
     for split, count in (("train", users), ("dev", dev_users or users // 2)):
-        asked, golds = [], []
+        rows, golds = [], []
         for u in range(count):
             taste = int(rng.integers(3))
 
@@ -97,14 +97,14 @@ def write(
             profile = []
             for i in range(items):
                 text = draw()
-                item = {wanted: answer(text), "id": f"{split}{u}-{i}", "date": f"2020-01-{i + 1:02d}"}
-                profile.append(item | ({given: text} if given else {}))
+                item = {output_field: answer(text), "id": f"{split}{u}-{i}", "date": f"2020-01-{i + 1:02d}"}
+                profile.append(item | ({input_field: text} if input_field else {}))
             for q in range(questions):
                 ident, text = f"{split}{u}-q{q}", draw()
                 question = {"id": ident, "user_id": f"{split}{u}", "input": instruction + text, "profile": profile}
-                asked.append(question)
+                rows.append(question)
                 golds.append({"id": ident, "output": answer(text)})
-        (folder / f"{split}_questions.json").write_text(json.dumps(asked), encoding="utf-8")
+        (folder / f"{split}_questions.json").write_text(json.dumps(rows), encoding="utf-8")
         (folder / f"{split}_outputs.json").write_text(json.dumps({"task": task, "golds": golds}), encoding="utf-8")
 
 

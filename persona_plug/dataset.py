@@ -12,7 +12,6 @@ from torch.utils.data import Dataset
 from persona_plug.data.history import Example
 from persona_plug.embedder.batch import HistoryBatch
 from persona_plug.errors import DataError
-from persona_plug.heads.words import WordsReader
 from persona_plug.model import PlugModel
 from persona_plug.splice.prompts import AnswerTree, PromptParts
 
@@ -22,7 +21,7 @@ class Batch:
     """B samples, ready for `PlugModel.forward` and the loss.
 
     Attributes:
-        history: The requests' vectors and histories; None for the plain LLM.
+        history: The requests' vectors and histories.
         parts: B prompts.
         trees: B trees of candidate answers.
         gold: (B,) int64, the number of each gold answer.
@@ -31,7 +30,7 @@ class Batch:
             training and for plugs without a head.
     """
 
-    history: HistoryBatch | None
+    history: HistoryBatch
     parts: list[PromptParts]
     trees: list[AnswerTree]
     gold: Tensor
@@ -42,7 +41,7 @@ class Batch:
         """Return the batch on a device."""
         return replace(
             self,
-            history=None if self.history is None else self.history.to(device),
+            history=self.history.to(device),
             gold=self.gold.to(device),
             lengths=self.lengths.to(device),
             offset=None if self.offset is None else self.offset.to(device),
@@ -52,21 +51,20 @@ class Batch:
 class PlugDataset(Dataset[int]):
     """Samples as prompts, answer trees and row numbers of encoded histories."""
 
-    def __init__(self, plug: PlugModel, examples: Sequence[Example], personal: bool = True) -> None:
+    def __init__(self, plug: PlugModel, examples: Sequence[Example]) -> None:
         """Tokenise prompts and answers, and encode all texts (from the vector cache where known).
 
         Args:
             plug: Whose prompter, answers and encoder are used.
             examples: The samples, at least one.
-            personal: False for the plain LLM, which reads no history: nothing is encoded.
 
         Raises:
             DataError: There are no samples.
         """
         if not examples:
             raise DataError("there are no samples to train on")
-        self.examples, self.plug = list(examples), plug
-        self.table = plug.table(examples) if personal else None
+        self.examples = list(examples)
+        self.table = plug.table(examples)
         self.offsets: Tensor | None = None  # (N, C) scores of the answer head in training
         prompter, answers = plug.prompter, plug.config.answers
         self.parts = [prompter.parts(e.input, e.prompt) for e in self.examples]
@@ -88,17 +86,13 @@ class PlugDataset(Dataset[int]):
         """Return the index itself; `collate` makes the batch."""
         return index
 
-    def readers(self, indices: Sequence[int]) -> list[WordsReader] | None:
-        """Return what reads the words of samples' users; None where the plug remembers none."""
-        return self.plug.readers([self.examples[i] for i in indices]) if self.table is not None else None
-
     def collate(self, indices: Sequence[int]) -> Batch:
         """Return samples as a batch on the CPU."""
         trees = [self.trees[i] for i in indices]
         gold = [self.gold[i] for i in indices]
         lengths = [len(t.paths[g]) + (t.gold_end is not None) for t, g in zip(trees, gold, strict=True)]
         return Batch(
-            None if self.table is None else self.table.batch([self.examples[i] for i in indices]),
+            self.table.batch([self.examples[i] for i in indices]),
             [self.parts[i] for i in indices],
             trees,
             torch.tensor(gold),
@@ -106,13 +100,31 @@ class PlugDataset(Dataset[int]):
             None if self.offsets is None else self.offsets[list(indices)],
         )
 
-    @torch.no_grad()
-    def scores(self, batch_size: int = 32) -> Tensor:
-        """Return the answers' scores (N, C), for free text with the end token included, on the CPU."""
-        rows = []
-        for start in range(0, len(self), batch_size):
-            indices = range(start, min(start + batch_size, len(self)))
-            batch = self.collate(indices)
-            loglik, _, bias = self.plug(batch.history, batch.parts, batch.trees, self.readers(indices))
-            rows.append(self.plug.embedder.combine(loglik, bias).float().cpu())
-        return torch.cat(rows)
+
+@torch.no_grad()
+def score_outputs(
+    plug: PlugModel, examples: Sequence[Example], personal: bool = True, head: bool = True, batch_size: int = 32
+) -> Tensor:
+    """Return scores (N, C) of the plug's own answers; for free text log-likelihoods (N, 1) of what the users wrote.
+
+    Args:
+        plug: The plug.
+        examples: N requests with their histories, and for free text their outputs, whose end token counts.
+        personal: False for the plain LLM, without soft tokens.
+        head: Whether the answer head counts beside the LLM.
+        batch_size: Rows at a time.
+    """
+    prompter, answers = plug.prompter, plug.config.answers
+    if answers:
+        trees = [AnswerTree.build(prompter.candidates(answers), prompter.eos)] * len(examples)
+    else:
+        trees = [AnswerTree.build([prompter.answer(e.output)], prompter.eos) for e in examples]
+    table = plug.table(examples) if personal else None
+    rows = []
+    for start in range(0, len(examples), batch_size):
+        batch = examples[start : start + batch_size]
+        parts = [prompter.parts(e.input, e.prompt) for e in batch]
+        history, readers = (table.batch(batch), plug.readers(batch)) if table else (None, None)
+        loglik, _, bias = plug(history, parts, trees[start : start + batch_size], readers)
+        rows.append(plug.embedder.combine(loglik, bias if head else None).float().cpu())
+    return torch.cat(rows)

@@ -35,4 +35,3 @@ def test_a_batch_holds_the_samples_that_were_asked_for(make_plug):
     assert batch.parts == [plug.prompter.parts(SAMPLES[i].input) for i in (1, 0)]
     assert batch.history.mask.tolist() == [[False, False], [True, True]]
     assert batch.offset is None
-    assert PlugDataset(plug, SAMPLES, personal=False).collate([0]).history is None

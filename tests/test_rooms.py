@@ -24,7 +24,7 @@ ROOMS = {
     "pairing": "config data errors store",
     "model": "config data embedder errors generation heads models pairing splice store",
     "persistence": "config data embedder errors files models",
-    "dataset": "data embedder errors heads model splice",
+    "dataset": "data embedder errors model splice",
     "export": "data embedder errors files generation model",
     "measure": "config data dataset errors model models",
     "fit": "clock config data dataset embedder errors files generation heads measure model persistence",

@@ -90,14 +90,14 @@ def for_each_user(
         samples = [s for s in samples if s.output.strip() and (answers is None or s.output.strip() in answers)]
         try:
             if samples:
-                _train(PlugDataset(plug, samples), config, steps)
+                _train(plug, samples, config, steps)
             yield indices, plug
         finally:
             plug.embedder.load_state_dict(start)
 
 
-def _train(samples: PlugDataset, config: FitConfig, steps: int) -> None:
-    plug = samples.plug
+def _train(plug: PersonaPlug, examples: Sequence[Example], config: FitConfig, steps: int) -> None:
+    samples = PlugDataset(plug, examples)
     adapters = list(plug.embedder.get_submodule(ADAPTERS).parameters())
     optimizer = torch.optim.AdamW(adapters, lr=config.lr, weight_decay=config.weight_decay)
     draw = torch.Generator().manual_seed(config.seed)

@@ -69,7 +69,7 @@ RECIPES: dict[str, Recipe] = {
 
 
 @dataclass(frozen=True, slots=True)
-class Fitted:
+class Training:
     """A trained plug with what its training took.
 
     Attributes:
@@ -89,7 +89,7 @@ class Fitted:
     curve: tuple[tuple[int, float, float], ...]
 
 
-def fit(recipe: str, base: PersonaPlug, data: FitData, settings: RunSettings, seed: int, name: str = "") -> Fitted:
+def fit(recipe: str, base: PersonaPlug, data: FitData, settings: RunSettings, seed: int, name: str = "") -> Training:
     """Train a recipe with a seed, or read it back from the run's folder; an interrupted training goes on.
 
     Args:
@@ -116,7 +116,7 @@ def fit(recipe: str, base: PersonaPlug, data: FitData, settings: RunSettings, se
     facts = _facts(folder)
     count = sum(p.numel() for p in plug.embedder.parameters() if p.requires_grad)
     curve = tuple((int(step), float(seconds), float(loss)) for step, seconds, loss in facts["curve"])
-    return Fitted(plug, facts["seconds"], facts["steps"], count, facts["lr"], curve)
+    return Training(plug, facts["seconds"], facts["steps"], count, facts["lr"], curve)
 
 
 def choose_lr(recipe: str, base: PersonaPlug, data: FitData, settings: RunSettings, name: str) -> float:

@@ -73,12 +73,12 @@ def main(arguments: Sequence[str]) -> None:
         claim(settings, TRAINED, task, ("train",))
     for name in settings.recipes:
         for seed in settings.seeds:
-            fitted = fit(name, base, data, settings, seed)
-            line = f"{name}, seed {seed}: {fitted.steps} steps, {fitted.seconds:.0f} s, {fitted.parameters:,} numbers"
-            line += f", learning rate {fitted.lr:g}"
+            training = fit(name, base, data, settings, seed)
+            line = f"{name}, seed {seed}: {training.steps} steps, {training.seconds:.0f} s, "
+            line += f"{training.parameters:,} numbers, learning rate {training.lr:g}"
             if processes.is_main_process:
                 if not (RECIPES[name].adapter or RECIPES[name].prefix):
-                    line += f", {fitted.plug.save_pretrained(Path(settings.out) / f'{name}-{seed}')}"
+                    line += f", {training.plug.save_pretrained(Path(settings.out) / f'{name}-{seed}')}"
                 sys.stdout.write(line + "\n")
     processes.wait_for_everyone()
     processes.destroy_process_group()

@@ -40,8 +40,8 @@ def main(arguments: Sequence[str]) -> None:
     """Run what was asked for, and print it as JSON."""
     settings = load(arguments, LoadSettings)
     with tempfile.TemporaryDirectory() as scratch:
-        found = overhead(settings, Path(scratch)) if settings.overhead else run(settings, Path(scratch))
-    text = json.dumps(found, indent=2)
+        figures = overhead(settings, Path(scratch)) if settings.overhead else run(settings, Path(scratch))
+    text = json.dumps(figures, indent=2)
     sys.stdout.write(text + "\n")
     if settings.out:
         Path(settings.out).write_text(text + "\n", encoding="utf-8")
@@ -201,12 +201,12 @@ def overhead(settings: LoadSettings, scratch: Path) -> dict[str, Any]:
             serving = asyncio.create_task(server.serve(sockets=[listening]))
             while not gateway.ready:
                 await asyncio.sleep(0.05)
-            loop, found = asyncio.get_running_loop(), {}
+            loop, figures = asyncio.get_running_loop(), {}
             for count in (1, 8):
-                found[str(count)] = await asyncio.to_thread(_compare, loop, url, body, direct, count, settings.pairs)
+                figures[str(count)] = await asyncio.to_thread(_compare, loop, url, body, direct, count, settings.pairs)
             server.should_exit = True
             await serving
-        return found
+        return figures
 
     return {"llm": settings.llm, "tokens": settings.tokens, "at_once": asyncio.run(measure())}
 
@@ -228,7 +228,7 @@ def _compare(
     def over_http(i: int) -> None:
         clients[i].post("/v1/completions", json=body(i)).raise_for_status()
 
-    def called(i: int) -> None:
+    def directly(i: int) -> None:
         asyncio.run_coroutine_threadsafe(direct(i), loop).result()  # type: ignore[arg-type]
 
     def round_of(call: Callable[[int], None]) -> list[float]:
@@ -246,37 +246,37 @@ def _compare(
             thread.join()
         return seconds
 
-    async def used() -> float:
+    async def thread_seconds() -> float:
         return time.thread_time()
 
     def loop_seconds() -> float:
-        return asyncio.run_coroutine_threadsafe(used(), loop).result()
+        return asyncio.run_coroutine_threadsafe(thread_seconds(), loop).result()
 
-    seconds: dict[Any, list[float]] = {over_http: [], called: []}
-    busy: dict[Any, float] = {over_http: 0.0, called: 0.0}
-    round_of(over_http), round_of(called)
+    seconds: dict[Any, list[float]] = {over_http: [], directly: []}
+    busy: dict[Any, float] = {over_http: 0.0, directly: 0.0}
+    round_of(over_http), round_of(directly)
     for i in range(pairs):
-        for call in (over_http, called) if i % 2 == 0 else (called, over_http):
+        for call in (over_http, directly) if i % 2 == 0 else (directly, over_http):
             began = loop_seconds()
             seconds[call] += round_of(call)
             busy[call] += loop_seconds() - began
     for client in clients:
         client.close()
-    ratio = statistics.median(seconds[over_http]) / statistics.median(seconds[called])
-    spent = {call: round(total * 1000 / (pairs * count), 3) for call, total in busy.items()}
+    ratio = statistics.median(seconds[over_http]) / statistics.median(seconds[directly])
+    milliseconds = {call: round(total * 1000 / (pairs * count), 3) for call, total in busy.items()}
     return {
-        "http": {**_percentiles(seconds[over_http]), "loop_cpu_ms": spent[over_http]},
-        "direct": {**_percentiles(seconds[called]), "loop_cpu_ms": spent[called]},
+        "http": {**_percentiles(seconds[over_http]), "loop_cpu_ms": milliseconds[over_http]},
+        "direct": {**_percentiles(seconds[directly]), "loop_cpu_ms": milliseconds[directly]},
         "median_ratio": round(ratio, 4),
         "pairs": pairs,
     }
 
 
 def _percentiles(seconds: list[float]) -> dict[str, float]:
-    ordered = sorted(seconds)
+    ascending = sorted(seconds)
     at = {"p50": 0.5, "p90": 0.9, "p99": 0.99}
-    shown = {name: round(ordered[min(len(ordered) - 1, int(len(ordered) * p))], 4) for name, p in at.items()}
-    return {**shown, "max": round(ordered[-1], 4)}
+    quantiles = {name: round(ascending[min(len(ascending) - 1, int(len(ascending) * p))], 4) for name, p in at.items()}
+    return {**quantiles, "max": round(ascending[-1], 4)}
 
 
 def _rss(pid: int) -> float:

@@ -52,9 +52,9 @@ def sizes(settings: BenchSettings) -> dict[str, Any]:
     """Compare the saved file with what is trained."""
     plug = PersonaPlug.build(settings.llm, settings.encoder)
     with tempfile.TemporaryDirectory() as folder:
-        written = (plug.save_pretrained(folder) / "model.safetensors").stat().st_size
+        size = (plug.save_pretrained(folder) / "model.safetensors").stat().st_size
     return {
-        "saved bytes / trainable bytes": written / sum(p.numel() * p.element_size() for p in plug.parameters()),
+        "saved bytes / trainable bytes": size / sum(p.numel() * p.element_size() for p in plug.parameters()),
         "trained parameters": sum(p.numel() for p in plug.parameters() if p.requires_grad),
     }
 

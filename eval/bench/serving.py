@@ -35,13 +35,13 @@ class Texts:
 
     def __init__(self, plug: PersonaPlug) -> None:
         """Use a plug's tokenizer."""
-        self.plug, self.made = plug, 0
+        self.plug, self.count = plug, 0
 
     def of(self, tokens: int) -> str:
         """Return a new text of about so many tokens."""
-        self.made += 1
-        words = [WORDS[(self.made * 5 + i * (1 + self.made % 7)) % len(WORDS)] for i in range(tokens)]
-        ids = self.plug.prompter.ids(f"{self.made} " + " ".join(words))[:tokens]
+        self.count += 1
+        words = [WORDS[(self.count * 5 + i * (1 + self.count % 7)) % len(WORDS)] for i in range(tokens)]
+        ids = self.plug.prompter.ids(f"{self.count} " + " ".join(words))[:tokens]
         return str(self.plug.tokenizer.decode(ids))
 
     def users(self, count: int, items: int, tokens: int) -> list[tuple[HistoryItem, ...]]:
@@ -67,8 +67,8 @@ def throughput(plug: PersonaPlug, engine: VllmOffline, texts: Texts, settings: S
 
     def soft() -> None:
         with torch.no_grad():
-            told = plug.embed(plug.table(examples).batch(examples))
-        prompts = [{"prompt_embeds": e} for e in prompt_embeds(plug, parts, told.soft)]
+            output = plug.embed(plug.table(examples).batch(examples))
+        prompts = [{"prompt_embeds": e} for e in prompt_embeds(plug, parts, output.soft)]
         engine.llm.generate(prompts, sampling, use_tqdm=False)
 
     return paired(
@@ -86,13 +86,13 @@ def first_token(plug: PersonaPlug, engine: VllmOffline, texts: Texts, settings: 
     def soft() -> None:
         engine.answer(plug, [Example("u", texts.of(body), "", items)], one)
 
-    def retrieved() -> None:
+    def retrieval() -> None:
         request = texts.of(body)
-        found = [items[i] for i in retriever.rank("dense", request, items, settings.retrieved)]
-        prompt = "\n".join([*(f"{i.input} {i.output}" for i in found), request])
+        nearest = [items[i] for i in retriever.rank("dense", request, items, settings.retrieved)]
+        prompt = "\n".join([*(f"{i.input} {i.output}" for i in nearest), request])
         engine.answer(plug, [Example("u", request, "", items, prompt=prompt)], one, personal=False)
 
-    return paired(retrieved, soft, settings.pairs, clock=time.perf_counter)
+    return paired(retrieval, soft, settings.pairs, clock=time.perf_counter)
 
 
 def main(arguments: Sequence[str]) -> None:

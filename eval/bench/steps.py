@@ -64,15 +64,15 @@ def steps(settings: BenchSettings) -> dict[str, Any]:
         logits.logsumexp(-1).sum().backward()
 
     suffix, suffix_first, prefix = stepper("suffix", True), stepper("suffix", False), stepper("prefix", True)
-    found: dict[str, Any] = {
+    figures: dict[str, Any] = {
         "suffix step, states kept / prefix step": paired(suffix, prefix, settings.pairs),
         "suffix step, first epoch / prefix step": paired(suffix_first, prefix, settings.pairs),
         "prefix step / bare forward + input-backward": paired(prefix, floor, settings.pairs),
     }
     flops = {name: _flops(f) for name, f in (("suffix", suffix), ("prefix", prefix), ("floor", floor))}
-    found["FLOPs: suffix step, states kept / prefix step"] = flops["suffix"] / flops["prefix"]
-    found["FLOPs: prefix step / floor"] = flops["prefix"] / flops["floor"]
-    return found
+    figures["FLOPs: suffix step, states kept / prefix step"] = flops["suffix"] / flops["prefix"]
+    figures["FLOPs: prefix step / floor"] = flops["prefix"] / flops["floor"]
+    return figures
 
 
 def rows(settings: BenchSettings) -> dict[str, Any]:
@@ -84,10 +84,10 @@ def rows(settings: BenchSettings) -> dict[str, Any]:
     parts = [PromptParts(ids, tuple(plug.prompter.after)) for ids in left]
     start = torch.randn(len(parts), plug.config.soft_tokens, plug.config.llm_width, generator=generator)
 
-    def step(run: Any) -> Any:  # noqa: ANN401
+    def step(score: Any) -> Any:  # noqa: ANN401
         def call() -> None:
             soft = start.clone().requires_grad_()
-            loglik, end = run(parts, soft, trees)
+            loglik, end = score(parts, soft, trees)
             (-(loglik.sum() + end.sum())).backward()
 
         return call

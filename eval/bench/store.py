@@ -44,8 +44,8 @@ class RandomEncoder:
 
     def encode(self, texts: Sequence[str], progress: bool | None = None) -> torch.Tensor:
         """Return (n, d) unit vectors, rounded through fp16."""
-        drawn = torch.randn(len(texts), self.dim, generator=self.draw)
-        return torch.nn.functional.normalize(drawn, dim=-1).half().float()
+        vectors = torch.randn(len(texts), self.dim, generator=self.draw)
+        return torch.nn.functional.normalize(vectors, dim=-1).half().float()
 
 
 def main(arguments: Sequence[str]) -> None:
@@ -65,38 +65,38 @@ def measure(settings: StoreSettings, folder: Path) -> dict[str, Any]:
     encoder: Any = RandomEncoder()
     if settings.encoder != "random":
         encoder = HistoryEncoder(settings.encoder, use_cache=False)
-    spent = _watch(encoder)
+    watch = _watch(encoder)
     file = folder / "events.jsonl"
     _write(file, settings.users, settings.events)
     url = settings.url or f"sqlite:///{folder / 'users.db'}"
-    found: dict[str, Any] = {k: getattr(settings, k) for k in ("encoder", "vectors", "keep_text", "users", "events")}
+    figures: dict[str, Any] = {k: getattr(settings, k) for k in ("encoder", "vectors", "keep_text", "users", "events")}
     with HistoryStore(url, encoder, settings.keep_text, settings.vectors) as store:
         start = time.perf_counter()
         store.load_file(file, progress=False)
         seconds = time.perf_counter() - start
-        found |= {"import_s": seconds, "import_events_per_s": settings.events / seconds}
-        found["import_share_encoder"] = spent["seconds"] / seconds
+        figures |= {"import_s": seconds, "import_events_per_s": settings.events / seconds}
+        figures["import_share_encoder"] = watch["seconds"] / seconds
         start = time.perf_counter()
         again = store.load_file(file, progress=False)
-        found |= {"import_again_s": time.perf_counter() - start, "import_again_new": again.new}
+        figures |= {"import_again_s": time.perf_counter() - start, "import_again_new": again.new}
         if settings.url is None:
             scrub(folder / "users.db")  # what is still in the log comes into the file
-            found["bytes_per_event"] = (folder / "users.db").stat().st_size / settings.events
+            figures["bytes_per_event"] = (folder / "users.db").stat().st_size / settings.events
         rng = np.random.default_rng(0)
         names = [f"user-{i}" for i in rng.integers(settings.users, size=settings.reads)]
-        found["read_ms"] = _quantiles([_seconds(partial(store.read, name)) for name in names])
-        found |= _appends(store, encoder, settings.appends, names)
+        figures["read_ms"] = _quantiles([_seconds(partial(store.read, name)) for name in names])
+        figures |= _appends(store, encoder, settings.appends, names)
         if settings.llm:
-            found |= _soft(store, encoder, settings.llm, settings.history)
-        found["forget_s"] = [_seconds(partial(store.forget, f"user-{i}")) for i in range(settings.forgets)]
-    return found
+            figures |= _soft(store, encoder, settings.llm, settings.history)
+        figures["forget_s"] = [_seconds(partial(store.forget, f"user-{i}")) for i in range(settings.forgets)]
+    return figures
 
 
-def rounding(saved: str, data: Path, samples: int, folder: Path) -> dict[str, Any]:
+def rounding(plug_folder: str, data: Path, samples: int, folder: Path) -> dict[str, Any]:
     """Return the mean log-likelihood with vectors of either kind, and the paired difference over users."""
-    plug = PersonaPlug.from_pretrained(saved)
+    plug = PersonaPlug.from_pretrained(plug_folder)
     people = list(by_user(read_events(data).events).items())[:samples]
-    said: dict[str, np.ndarray] = {}
+    logliks: dict[str, np.ndarray] = {}
     for kind in ("fp16", "int8"):
         rows = []
         with HistoryStore(f"sqlite:///{folder / kind}.db", plug.encoder, True, kind) as store:
@@ -104,25 +104,25 @@ def rounding(saved: str, data: Path, samples: int, folder: Path) -> dict[str, An
                 store.append(user, items[:-1])
                 last = items[-1]
                 rows.append(float(plug.score(last.input, [last.output], user=user, store=store)[0, 0]))
-        said[kind] = np.array(rows)
-    gap = user_bootstrap(said["int8"] - said["fp16"], [user for user, _ in people])
-    means = {kind: float(values.mean()) for kind, values in said.items()}
+        logliks[kind] = np.array(rows)
+    gap = user_bootstrap(logliks["int8"] - logliks["fp16"], [user for user, _ in people])
+    means = {kind: float(values.mean()) for kind, values in logliks.items()}
     return {"users": len(people), "loglik": means, "int8_minus_fp16": [gap.value, gap.low, gap.high]}
 
 
 def _watch(encoder: Any) -> dict[str, float]:  # noqa: ANN401
     """Count the seconds that an encoder takes."""
-    spent, real = {"seconds": 0.0}, encoder.encode
+    watch, real = {"seconds": 0.0}, encoder.encode
 
     def encode(*args: Any, **kwargs: Any) -> torch.Tensor:  # noqa: ANN401
         start = time.perf_counter()
         try:
             return real(*args, **kwargs)
         finally:
-            spent["seconds"] += time.perf_counter() - start
+            watch["seconds"] += time.perf_counter() - start
 
     encoder.encode = encode
-    return spent
+    return watch
 
 
 def _write(file: Path, users: int, events: int) -> None:

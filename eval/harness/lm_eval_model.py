@@ -10,7 +10,7 @@ as in `--model_args plug=my-plug,history=ann.jsonl`:
     llm, encoder, dtype, quantization, max_length; the harness's own --device and --batch_size
 
 The soft tokens stand in front of or behind a task's context as the plug was trained to have them (see
-`eval.harness.plugged`); the request whose vector steers the plug is the context.
+`eval.harness.user_plug`); the request whose vector steers the plug is the context.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ except ImportError as exc:
     raise ConfigError("eval.harness needs lm-eval: pip install 'persona-plug[harness]'") from exc
 
 if TYPE_CHECKING:
-    from eval.harness.plugged import Row
+    from eval.harness.user_plug import Row
 
 logger = logging.getLogger(__name__)
 
@@ -86,31 +86,31 @@ class PluggedLM(TemplateLM):
             raise ConfigError(f"unknown option {min(unknown)!r} of the model persona_plug; see python -m eval.harness")
         self.detached = _flag("detached", detached)
         self.batch_size = _count("batch_size", batch_size)
-        from eval.harness.plugged import Plugged, read_history
+        from eval.harness.user_plug import UserPlug, read_history
         from persona_plug.plug import PersonaPlug
 
         items = read_history(Path(history), user) if history else ()
-        loaded = PersonaPlug.from_pretrained(
+        model = PersonaPlug.from_pretrained(
             plug, llm=llm, encoder=encoder, dtype=dtype, quantization=quantization, device=device
         )
         self.name = str(plug)
-        self.plugged = Plugged(loaded, items, self.detached)
-        self.tokenizer = loaded.tokenizer
-        self.backend = "seq2seq" if self.plugged.seq2seq else "causal"
-        self.max_length = _count("max_length", max_length) if max_length is not None else self._stated_length()
-        self.room = self.max_length - self.plugged.soft_tokens
+        self.user_plug = UserPlug(model, items, self.detached)
+        self.tokenizer = model.tokenizer
+        self.backend = "seq2seq" if self.user_plug.seq2seq else "causal"
+        self.max_length = _count("max_length", max_length) if max_length is not None else self._length_limit()
+        self.room = self.max_length - self.user_plug.soft_tokens
         if self.room < 2:
             raise ConfigError(
-                f"max_length={self.max_length} leaves no room beside {self.plugged.soft_tokens} soft tokens"
+                f"max_length={self.max_length} leaves no room beside {self.user_plug.soft_tokens} soft tokens"
             )
-        self._device = loaded.llm.device
+        self._device = model.llm.device
 
     # -- what the harness asks -------------------------------------------------------------------------------------
 
     @property
     def eot_token_id(self) -> int:
         """The end-of-text token."""
-        return int(self.plugged.plug.prompter.eos)
+        return int(self.user_plug.plug.prompter.eos)
 
     @property
     def prefix_token_id(self) -> int:
@@ -128,16 +128,16 @@ class PluggedLM(TemplateLM):
         return {
             "plug": self.name,
             "detached": self.detached,
-            "llm_fingerprint": self.plugged.plug.config.llm_fingerprint,
-            "soft_tokens": self.plugged.soft_tokens,
-            "history_items": len(self.plugged.history),
+            "llm_fingerprint": self.user_plug.plug.config.llm_fingerprint,
+            "soft_tokens": self.user_plug.soft_tokens,
+            "history_items": len(self.user_plug.history),
         }
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_: Any) -> list[int]:  # noqa: ANN401
         """Tokenise as the harness's own model `hf` does: the tokenizer's default, but never two begin tokens."""
         if add_special_tokens is None:
-            begun = self.tokenizer.decode([self.prefix_token_id])
-            add_special_tokens = not (begun and string.startswith(begun))
+            start = self.tokenizer.decode([self.prefix_token_id])
+            add_special_tokens = not (start and string.startswith(start))
         return list(self.tokenizer.encode(string, add_special_tokens=add_special_tokens, verbose=False))
 
     def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
@@ -159,8 +159,8 @@ class PluggedLM(TemplateLM):
         owner = []
         for i, request in enumerate(requests):
             (string,) = request.args
-            found = get_rolling_token_windows(self.tok_encode(string), self.prefix_token_id, self.room, 1)
-            for context, continuation in map(make_disjoint_window, found):
+            rolling = get_rolling_token_windows(self.tok_encode(string), self.prefix_token_id, self.room, 1)
+            for context, continuation in map(make_disjoint_window, rolling):
                 windows.append((None, context, continuation))
                 owner.append(i)
         totals = [0.0] * len(requests)
@@ -185,10 +185,10 @@ class PluggedLM(TemplateLM):
         Raises:
             DataError: A continuation is empty or does not fit the LLM.
         """
-        from eval.harness.plugged import Row, open_tree
+        from eval.harness.user_plug import Row, open_tree
 
         groups: dict[Row, list[int]] = {}
-        cut = 0
+        count = 0
         for i, (texts, context, continuation) in enumerate(requests):
             # The last token is predicted and never read.
             room = self.room - (len(continuation) - 1 if self.backend == "causal" else 0)
@@ -197,17 +197,17 @@ class PluggedLM(TemplateLM):
                     f"a continuation of {len(continuation)} tokens: at least 1 is needed and at most {self.room} fit "
                     f"max_length={self.max_length} beside the soft tokens; change the task or raise max_length"
                 )
-            cut += len(context) > room
+            count += len(context) > room
             row = Row(texts[0] if texts else "", tuple(context[-room:]))
             groups.setdefault(row, []).append(i)
-        _report_cut(cut, len(requests))
+        _report_cut(count, len(requests))
         results: list[tuple[float, bool]] = [(0.0, False)] * len(requests)
         rows = sorted(groups, key=lambda row: -len(row.ids))  # like lengths together; too little memory shows at once
-        for batch, parts, soft in self.plugged.batches(rows, self.batch_size, disable_tqdm, "contexts"):
+        for batch, parts, soft in self.user_plug.batches(rows, self.batch_size, disable_tqdm, "contexts"):
             trees = [open_tree([tuple(requests[i][2]) for i in groups[row]]) for row in batch]
-            scores, greedy = self.plugged.score(parts, soft, trees)
-            for row, found, likely in zip(batch, scores, greedy, strict=True):
-                for i, score, best in zip(groups[row], found, likely, strict=False):
+            scores, greedy = self.user_plug.score(parts, soft, trees)
+            for row, of_row, likely in zip(batch, scores, greedy, strict=True):
+                for i, score, best in zip(groups[row], of_row, likely, strict=False):
                     results[i] = (score, best)
                     if requests[i][0] is not None:
                         self.cache_hook.add_partial("loglikelihood", requests[i][0], results[i])
@@ -223,7 +223,7 @@ class PluggedLM(TemplateLM):
         Raises:
             ConfigError: So many new tokens leave no room for a context.
         """
-        from eval.harness.plugged import Row
+        from eval.harness.user_plug import Row
 
         results = [""] * len(requests)
         kinds: dict[str, list[int]] = {}
@@ -235,30 +235,30 @@ class PluggedLM(TemplateLM):
             if room < 1:
                 raise ConfigError(f"max_gen_toks={new} leaves no room in max_length={self.max_length}; lower it")
             groups: dict[Row, list[int]] = {}
-            cut = 0
+            count = 0
             for i in members:
                 ids = self.tok_encode(requests[i].args[0])
-                cut += len(ids) > room
+                count += len(ids) > room
                 groups.setdefault(Row(requests[i].args[0], tuple(ids[-room:])), []).append(i)
-            _report_cut(cut, len(members))
+            _report_cut(count, len(members))
             if options["do_sample"]:  # equal contexts are drawn one by one
                 rows = [row for row, same in groups.items() for _ in same]
             else:
                 rows = sorted(groups, key=lambda row: -len(row.ids))
-            for batch, parts, soft in self.plugged.batches(rows, self.batch_size, disable_tqdm, "answers"):
-                for row, text in zip(batch, self.plugged.write(parts, soft, stops, new, options), strict=True):
+            for batch, parts, soft in self.user_plug.batches(rows, self.batch_size, disable_tqdm, "answers"):
+                for row, text in zip(batch, self.user_plug.write(parts, soft, stops, new, options), strict=True):
                     for i in [groups[row].pop()] if options["do_sample"] else groups[row]:
                         results[i] = text
                         self.cache_hook.add_partial("generate_until", requests[i].args, text)
         return results
 
-    def _stated_length(self) -> int:
-        config = self.plugged.plug.llm.config.get_text_config(decoder=True)
+    def _length_limit(self) -> int:
+        config = self.user_plug.plug.llm.config.get_text_config(decoder=True)
         for name in ("n_positions", "max_position_embeddings", "n_ctx"):
             if getattr(config, name, None) is not None:
                 return int(getattr(config, name))
-        stated = self.tokenizer.model_max_length
-        return int(stated) if stated and stated < 1e9 else DEFAULT_LENGTH  # without a limit it is 1e30
+        length = self.tokenizer.model_max_length
+        return int(length) if length and length < 1e9 else DEFAULT_LENGTH  # without a limit it is 1e30
 
 
 def main() -> None:
@@ -285,9 +285,9 @@ def _generation(options: dict[str, Any]) -> tuple[list[str], int, dict[str, Any]
     return stops, new, {**options, "do_sample": False, "temperature": None, "top_p": None, "top_k": None}
 
 
-def _report_cut(cut: int, total: int) -> None:
-    if cut:
-        logger.warning("%d of %d contexts did not fit the LLM: their beginnings were cut", cut, total)
+def _report_cut(count: int, total: int) -> None:
+    if count:
+        logger.warning("%d of %d contexts did not fit the LLM: their beginnings were cut", count, total)
 
 
 def _flag(name: str, value: bool | str) -> bool:
@@ -300,9 +300,9 @@ def _flag(name: str, value: bool | str) -> bool:
 
 def _count(name: str, value: int | str) -> int:
     try:
-        found = int(value)
+        number = int(value)
     except (TypeError, ValueError):
-        found = 0
-    if found < 1:
+        number = 0
+    if number < 1:
         raise ConfigError(f"{name}={value!r} must be a whole number above 0")
-    return found
+    return number

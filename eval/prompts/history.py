@@ -54,19 +54,19 @@ class PromptWriter:
         elif method.prompt == "summary":
             summaries = Summaries(self.base, self.folder)
             profiles = summaries.of_many(self.task, histories)
-            debt = summaries.owed - summaries.spent
+            debt = summaries.price - summaries.seconds
         matches = [find_query(self.task, text) for text in inputs]
         notes = Counter({"questions whose query was not found: the whole input is used": matches.count(None)})
         queries = [text if query is None else query for query, text in zip(matches, inputs, strict=True)]
         prompts = []
-        items = self._items(method, queries, histories, seed)
-        for example, text, shown, profile in zip(examples, inputs, items, profiles, strict=True):
+        items_of_each = self._items(method, queries, histories, seed)
+        for example, text, items, profile in zip(examples, inputs, items_of_each, profiles, strict=True):
             beginning = fitting(profile, text, tokenizer, config.max_input_tokens)
             room = config.max_input_tokens - len(tokenizer(with_profile(beginning, "-"))["input_ids"])
-            prompt = render(self.task, text, shown, tokenizer, room)
+            prompt = render(self.task, text, items, tokenizer, room)
             notes["profiles that were cut to leave room for the question"] += beginning != profile
             notes["prompts with an item that was cut"] += prompt.items_cut > 0
-            notes["items that found no room in a prompt"] += len(shown) - prompt.items_used
+            notes["items that found no room in a prompt"] += len(items) - prompt.items_used
             prompts.append(replace(example, prompt=with_profile(beginning, prompt.text)))
         return Prompts(prompts, +notes, debt)
 

@@ -15,7 +15,7 @@ MIN_TOKENS = 4  # of each text of an item; one that is shorter stays whole
 
 
 @dataclass(frozen=True, slots=True)
-class Rendered:
+class Prompt:
     """A prompt.
 
     Attributes:
@@ -31,7 +31,7 @@ class Rendered:
     tokens: int
 
 
-def render(task: Task, text: str, items: Sequence[HistoryItem], tokenizer: Any, max_tokens: int) -> Rendered:  # noqa: ANN401
+def render(task: Task, text: str, items: Sequence[HistoryItem], tokenizer: Any, max_tokens: int) -> Prompt:  # noqa: ANN401
     """Write items into a question's prompt by LaMP's length budget.
 
     Of the budget B = max_tokens - len(input), less what stands between the items, each of n items gets the same share;
@@ -55,24 +55,24 @@ def render(task: Task, text: str, items: Sequence[HistoryItem], tokenizer: Any, 
     Returns:
         The prompt; without items, or if none fits, the question as it is.
     """
-    plain = Rendered(text, 0, 0, count_tokens(tokenizer, text))
+    plain = Prompt(text, 0, 0, count_tokens(tokenizer, text))
     # The question alone fills the length, or has no place for items: `insert_after` does not occur in it.
     if plain.tokens >= max_tokens or assemble(task, ["-"], text) == text:
         return plain
     # More items than tokens never fit: a long history is not tokenised in vain.
-    given = [item for item in items if item.output.strip()][:max_tokens]
-    pieces = [_Piece.of(task, item, tokenizer) for item in given]
+    items = [item for item in items if item.output.strip()][:max_tokens]
+    pieces = [_Piece.of(task, item, tokenizer) for item in items]
     frame = count_tokens(tokenizer, assemble(task, [""], text))
     join = count_tokens(tokenizer, task.join)
-    for used in range(len(pieces), 0, -1):
-        budget = max_tokens - frame - join * (used - 1)
-        while (fitted := _fit(pieces[:used], budget)) is not None:
-            items_shown = [piece.write(*sizes) for piece, sizes in zip(pieces, fitted, strict=False)]
-            prompt = assemble(task, items_shown, text)
+    for count in range(len(pieces), 0, -1):
+        budget = max_tokens - frame - join * (count - 1)
+        while (shares := _fit(pieces[:count], budget)) is not None:
+            texts = [piece.write(*sizes) for piece, sizes in zip(pieces, shares, strict=False)]
+            prompt = assemble(task, texts, text)
             tokens = count_tokens(tokenizer, prompt)
             if tokens <= max_tokens:
-                cut = sum(p.cuts(*sizes) for p, sizes in zip(pieces, fitted, strict=False))
-                return Rendered(prompt, used, cut, tokens)
+                cuts = sum(p.cuts(*sizes) for p, sizes in zip(pieces, shares, strict=False))
+                return Prompt(prompt, count, cuts, tokens)
             budget -= tokens - max_tokens  # texts that meet may be tokenised otherwise than each alone
     return plain
 
@@ -97,11 +97,11 @@ def assemble(task: Task, items: Sequence[str], text: str) -> str:
     """
     if not items:
         return text
-    joined = task.join.join(items)
+    history = task.join.join(items)
     if not task.insert_after:
-        return task.prompt.format(items=joined, input=text)
+        return task.prompt.format(items=history, input=text)
     before, place, after = text.partition(task.insert_after)
-    return before + place + task.prompt.format(items=joined) + after if place else text
+    return before + place + task.prompt.format(items=history) + after if place else text
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,8 +139,8 @@ class _Piece:
             return min(inputs, room - outputs), outputs
         if self.label or least + min(MIN_TOKENS, outputs) > room:
             return None
-        kept = min(inputs, room // 2)
-        return kept, room - kept
+        length = min(inputs, room // 2)
+        return length, room - length
 
     def write(self, inputs: int, outputs: int) -> str:
         return self.wording.format(
@@ -154,15 +154,15 @@ class _Piece:
 
 def _fit(pieces: Sequence[_Piece], budget: int) -> list[tuple[int, int]] | None:
     """Share a budget out over items, LaMP's way; None if one of them cannot get what it needs at least."""
-    share, saved = divmod(budget, len(pieces))
-    fitted = []
+    share, rest = divmod(budget, len(pieces))
+    shares = []
     for piece in pieces:
-        sizes = piece.sizes(share + saved)
+        sizes = piece.sizes(share + rest)
         if sizes is None:
             return None
-        saved += share - piece.overhead - sum(sizes)
-        fitted.append(sizes)
-    return fitted
+        rest += share - piece.overhead - sum(sizes)
+        shares.append(sizes)
+    return shares
 
 
 def first_tokens(text: str, ends: Sequence[int], tokens: int) -> str:

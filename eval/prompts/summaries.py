@@ -53,10 +53,10 @@ def with_profile(profile: str, text: str) -> str:
 def fitting(profile: str, text: str, tokenizer: Any, max_tokens: int) -> str:  # noqa: ANN401
     """Return as much of a profile's beginning as leaves room for the whole request behind it."""
     ends = token_ends(tokenizer, profile)
-    kept = len(ends)
-    while kept and (over := count_tokens(tokenizer, with_profile(profile, text)) - max_tokens) > 0:
-        kept = max(0, kept - over)
-        profile = first_tokens(profile, ends, kept)
+    length = len(ends)
+    while length and (over := count_tokens(tokenizer, with_profile(profile, text)) - max_tokens) > 0:
+        length = max(0, length - over)
+        profile = first_tokens(profile, ends, length)
     return profile
 
 
@@ -68,8 +68,8 @@ def profile_text(items: Sequence[HistoryItem]) -> str:
     counts = Counter(answer for item in items if (answer := item.output.strip()))
     if not counts:
         return ""
-    named = sorted(counts.items(), key=lambda pair: (-pair[1], pair[0]))[:NAMED]
-    first, *others = [f'"{answer}" ({count})' for answer, count in named]
+    frequent = sorted(counts.items(), key=lambda pair: (-pair[1], pair[0]))[:NAMED]
+    first, *others = [f'"{answer}" ({count})' for answer, count in frequent]
     total = counts.total()
     text = MOSTLY.format(first=first.removesuffix(")") + f" of {total})")
     if others:
@@ -90,9 +90,9 @@ class Summaries:
     holds text about users: delete it when theirs has to go.
 
     Attributes:
-        written: Summaries that the LLM had to write, so far.
-        spent: Seconds of these.
-        owed: Seconds that all summaries took that were asked for, whenever they were written.
+        count: Summaries that the LLM had to write, so far.
+        seconds: Seconds of these.
+        price: Seconds that all summaries took that were asked for, whenever they were written.
     """
 
     def __init__(
@@ -123,7 +123,7 @@ class Summaries:
         config = plug.config.replace(template="{input}", answers=None, max_input_tokens=max_tokens)
         self.plain = plug.twin(config, share_states=False)
         self.sample, self.max_tokens, self.max_new_tokens = sample, max_tokens, max_new_tokens
-        self.written, self.spent, self.owed = 0, 0.0, 0.0
+        self.count, self.seconds, self.price = 0, 0.0, 0.0
         self.path = Path(cache_dir) / "summaries.sqlite"
         self.path.parent.mkdir(parents=True, exist_ok=True)
         columns = "key BLOB PRIMARY KEY, text TEXT, seconds REAL"
@@ -147,22 +147,22 @@ class Summaries:
         """
         prompts = [self._prompt(task, items) for items in histories]
         keys = {prompt: self._key(prompt) for prompt in dict.fromkeys(prompts) if prompt}
-        found = {p: row[0] for p, key in keys.items() if (row := self._read(key))}
-        known = {prompt: text for prompt, (text, _) in found.items()}
-        self.owed += sum(seconds for _, seconds in found.values())
-        missing = [prompt for prompt in keys if prompt not in known]
+        rows = {p: row[0] for p, key in keys.items() if (row := self._read(key))}
+        texts = {prompt: text for prompt, (text, _) in rows.items()}
+        self.price += sum(seconds for _, seconds in rows.values())
+        missing = [prompt for prompt in keys if prompt not in texts]
         for start in range(0, len(missing), batch_size):
             batch = missing[start : start + batch_size]
             began = clock(self.plain.llm)
-            texts = self._write(batch)
+            summaries = self._write(batch)
             seconds = clock(self.plain.llm) - began
-            fresh = {prompt: " ".join(text.split()) for prompt, text in zip(batch, texts, strict=True)}
+            fresh = {prompt: " ".join(text.split()) for prompt, text in zip(batch, summaries, strict=True)}
             if empty := sum(not text for text in fresh.values()):
                 logger.warning("the LLM wrote nothing for %d of %d summaries", empty, len(fresh))
             self._store({keys[prompt]: (text, seconds / len(fresh)) for prompt, text in fresh.items()})
-            self.written, self.spent, self.owed = self.written + len(fresh), self.spent + seconds, self.owed + seconds
-            known |= fresh
-        return [known[prompt] if prompt else "" for prompt in prompts]
+            self.count, self.seconds, self.price = self.count + len(fresh), self.seconds + seconds, self.price + seconds
+            texts |= fresh
+        return [texts[prompt] if prompt else "" for prompt in prompts]
 
     def _write(self, prompts: list[str]) -> list[str]:
         with warnings.catch_warnings():
@@ -176,36 +176,36 @@ class Summaries:
         if not usable:
             return ""
         count = min(self.sample, len(usable))
-        shown = [usable[len(usable) * (i + 1) // count - 1] for i in range(count)]
+        sample = [usable[len(usable) * (i + 1) // count - 1] for i in range(count)]
         wording = dataclasses.replace(task, prompt=SUMMARY_PROMPT, insert_after="")
         # LaMP-1 asks for a label, but its items are titles that the user wrote.
-        kind = task.kind if any(item.output.strip() in (task.answers or ()) for item in shown) else "text"
-        found = render(wording, REQUESTS[kind], shown, self.plain.tokenizer, self.max_tokens)
-        if not found.items_used:
+        kind = task.kind if any(item.output.strip() in (task.answers or ()) for item in sample) else "text"
+        request = render(wording, REQUESTS[kind], sample, self.plain.tokenizer, self.max_tokens)
+        if not request.items_used:
             raise ConfigError(f"max_tokens={self.max_tokens} leaves no room for a history item in a summary; raise it")
-        return found.text
+        return request.text
 
     def _key(self, prompt: str) -> bytes:
         parts = self.plain.prompter.parts(prompt)
         fingerprint = self.plain.config.llm_fingerprint
-        made = (fingerprint, parts.left, parts.right, self.max_new_tokens, NO_REPEAT)
-        return hashlib.sha256(repr(made).encode()).digest()
+        identity = (fingerprint, parts.left, parts.right, self.max_new_tokens, NO_REPEAT)
+        return hashlib.sha256(repr(identity).encode()).digest()
 
     def _read(self, key: bytes) -> list[tuple[str, float]]:
         return self._run("SELECT text, seconds FROM profiles WHERE key = ?", [(key,)])
 
-    def _store(self, written: Mapping[bytes, tuple[str, float]]) -> None:
-        self._run("INSERT OR REPLACE INTO profiles VALUES (?, ?, ?)", [(key, *row) for key, row in written.items()])
+    def _store(self, rows: Mapping[bytes, tuple[str, float]]) -> None:
+        self._run("INSERT OR REPLACE INTO profiles VALUES (?, ?, ?)", [(key, *row) for key, row in rows.items()])
 
     def _run(self, statement: str, rows: Sequence[tuple[object, ...]]) -> list[tuple[str, float]]:
         """Run a statement for every row in one transaction, and return what the last one found."""
-        found: list[tuple[str, float]] = []
+        results: list[tuple[str, float]] = []
         try:
             with closing(sqlite3.connect(self.path, timeout=60)) as db, db:
                 for row in rows:
-                    found = db.execute(statement, row).fetchall()
+                    results = db.execute(statement, row).fetchall()
         except sqlite3.OperationalError:
             raise  # locked, or the disk is full: the file is as it should be
         except sqlite3.DatabaseError as exc:
             raise CorruptFileError(f"{self.path} is damaged ({exc}); delete it, to have it written again") from exc
-        return found
+        return results

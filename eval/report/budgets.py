@@ -50,5 +50,5 @@ def _budget_cells(curve: Sequence[Sequence[float]], limit: float) -> list[str]:
 
 
 def _reference(results: Mapping[str, Any]) -> str | None:
-    trained = [name for name, row in results["methods"].items() if row.get("curve")]
-    return REFERENCE if REFERENCE in trained else next(iter(trained), None)
+    names = [name for name, row in results["methods"].items() if row.get("curve")]
+    return REFERENCE if REFERENCE in names else next(iter(names), None)

@@ -92,7 +92,7 @@ def by_length(details: Mapping[str, Any], metric: str) -> str:
     signs = Counter(int(np.sign(p.y)) for p in points)
     words = f"Of {len(points)} users the lift is above 0 for {signs[1]}, below for {signs[-1]}, 0 for {signs[0]}."
     cloud = figures.scatter(
-        points, "Lift by user", "items in the user's history", f"lift in {metric}", zero=True, described=words
+        points, "Lift by user", "items in the user's history", f"lift in {metric}", zero=True, words=words
     )
     return figure("By terciles", forest, table) + figure("By user", cloud, None, words)
 
@@ -155,9 +155,9 @@ def against_cost(results: Results, metric: str) -> str:
 def examples(results: Results, details: Mapping[str, Any]) -> str:
     """Return the answers in which the plug wins and loses most clearly against another user's history."""
     every = details.get("examples") or []
-    aligned = len(every) == len(details.get("users") or [])
+    in_order = len(every) == len(details.get("users") or [])
     usable = [
-        (e.get("index", i if aligned else None), e)
+        (e.get("index", i if in_order else None), e)
         for i, e in enumerate(every)
         if set(LIFT) <= set(e.get("answers") or {})
     ]
@@ -165,11 +165,11 @@ def examples(results: Results, details: Mapping[str, Any]) -> str:
         return missing("answers of plug and plug_shuffled")
     gains, how = _gains(results, details, usable)
     order = sorted(range(len(usable)), key=lambda i: -gains[i])
-    won, lost = [i for i in order if gains[i] > 0], [i for i in reversed(order) if gains[i] < 0]
-    even = len(usable) - len(won) - len(lost)
-    count = f"Against plug_shuffled, judged {how}: {len(won)} won, {len(lost)} lost, {even} even."
+    wins, losses = [i for i in order if gains[i] > 0], [i for i in reversed(order) if gains[i] < 0]
+    even = len(usable) - len(wins) - len(losses)
+    count = f"Against plug_shuffled, judged {how}: {len(wins)} won, {len(losses)} lost, {even} even."
     parts = [paragraph(f"{count} The clearest {EXAMPLES} of each are shown.")]
-    for title, clearest in (("Won", won[:EXAMPLES]), ("Lost", lost[:EXAMPLES])):
+    for title, clearest in (("Won", wins[:EXAMPLES]), ("Lost", losses[:EXAMPLES])):
         parts.append(f"<h3>{title}</h3>" if clearest else paragraph(f"{title}: none."))
         parts += [_example(usable[i][1]) for i in clearest]
     return "".join(parts)
@@ -183,9 +183,9 @@ def _gains(
     if pair := _pair(details, *LIFT, metric):
         own, other, _, some = pair
         gains = {int(i): METRICS[metric].gain(x, y) for x, y, i in zip(own, other, some, strict=True)}
-        judged = [gains[at] for at, _ in usable if at in gains]
-        if len(judged) == len(usable):
-            return judged, f"by {metric} of each question"
+        scores = [gains[at] for at, _ in usable if at in gains]
+        if len(scores) == len(usable):
+            return scores, f"by {metric} of each question"
     return [_overlap_gain(e) for _, e in usable], "by the words shared with the reference (F1)"
 
 

@@ -148,7 +148,7 @@ def standalone(svg: str) -> str:
 
 
 def scatter(
-    points: Sequence[Point], title: str, x_label: str, y_label: str, *, zero: bool = False, described: str = ""
+    points: Sequence[Point], title: str, x_label: str, y_label: str, *, zero: bool = False, words: str = ""
 ) -> str:
     """Return an SVG of points, with a stepped line through those on the frontier.
 
@@ -158,7 +158,7 @@ def scatter(
         x_label: Label of the horizontal scale.
         y_label: Label of the vertical scale, written above it.
         zero: Whether to draw a line at y = 0.
-        described: What a screen reader says of the points; default each by its label.
+        words: What a screen reader says of the points; default each by its label.
     """
     if not points:
         return ""
@@ -193,7 +193,7 @@ def scatter(
             )
     parts.append(f'<text class="soft" x="{RIGHT}" y="14">{escaped(y_label)}</text>')
     parts.append(f'<text class="soft" x="{WIDTH / 2}" y="{HEIGHT + 34}" text-anchor="middle">{escaped(x_label)}</text>')
-    words = described or "; ".join(f"{p.label}: {p.x:.3g}, {p.y:.3g}" for p in points)
+    words = words or "; ".join(f"{p.label}: {p.x:.3g}, {p.y:.3g}" for p in points)
     return _svg(parts, HEIGHT + 42, f"{title}. {words}")
 
 

@@ -39,8 +39,8 @@ def record(path: Path) -> list[Path]:
     results = read_results(path)
     page, plot = path.with_suffix(".md"), path.with_suffix(".svg")
     drawing = plot_of(results)
-    block = rendered(results, path.name, plot.name if drawing else None)
-    text = updated(page, block) if page.is_file() else new_page(results, block)
+    block = rendered_block(results, path.name, plot.name if drawing else None)
+    text = updated_page(page, block) if page.is_file() else new_page(results, block)
     write_atomically(page, text.encode())
     if drawing:
         write_atomically(plot, drawing.encode())
@@ -55,7 +55,7 @@ def new_page(results: Results, block: str) -> str:
     )
 
 
-def updated(page: Path, block: str) -> str:
+def updated_page(page: Path, block: str) -> str:
     """Return a page's text with the part between the marks rendered anew.
 
     Raises:
@@ -69,7 +69,7 @@ def updated(page: Path, block: str) -> str:
     return above + block + below
 
 
-def rendered(results: Results, source: str, plot: str | None) -> str:
+def rendered_block(results: Results, source: str, plot: str | None) -> str:
     """Return the part of the page that stands between the marks.
 
     Args:
@@ -113,8 +113,8 @@ def page_methods(results: Results) -> list[str]:
 
 def _ranking(values: Methods, metric: str) -> list[str]:
     """Return the methods that a metric was measured of, the best first."""
-    measured = [name for name, row in values.items() if metric in row and math.isfinite(row[metric].value)]
-    return sorted(measured, key=lambda name: METRICS[metric].gain(values[name][metric].value, 0.0), reverse=True)
+    names = [name for name, row in values.items() if metric in row and math.isfinite(row[metric].value)]
+    return sorted(names, key=lambda name: METRICS[metric].gain(values[name][metric].value, 0.0), reverse=True)
 
 
 def plot_of(results: Results) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +16,9 @@ from torch import Tensor
 from transformers import TrainingArguments
 
 from persona_plug.clock import Advance, phase
+from persona_plug.data.history import Example
 from persona_plug.data.splits import FitData
-from persona_plug.dataset import PlugDataset
+from persona_plug.dataset import PlugDataset, score_outputs
 from persona_plug.errors import ConfigError
 from persona_plug.files import write_atomically
 from persona_plug.fit.config import FitConfig
@@ -62,7 +64,8 @@ def train(
     with processes.main_process_first():  # it encodes, the others read the cache
         train_set = PlugDataset(plug, data.train)
         looks = [data.valid[i] for i in spread(len(data.valid), config.eval_samples)]
-        valid_set = PlugDataset(plug, sorted(looks, key=lambda e: len(plug.prompter.parts(e.input, e.prompt))))
+        looks.sort(key=lambda e: len(plug.prompter.parts(e.input, e.prompt)))
+        valid_set = PlugDataset(plug, looks)
     drawn = config.steps * config.batch_size * config.gradient_accumulation * processes.num_processes
     lefts = [p.left for part in (train_set, valid_set) for p in part.parts]
     plug.splicer.plan(lefts, drawn + len(valid_set))
@@ -76,7 +79,7 @@ def train(
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     plug.eval()
     if data.answers:
-        plug.embedder.score_temperature.fill_(_agreed(calibrate(valid_set, config.batch_size)))
+        plug.embedder.score_temperature.fill_(_agreed(calibrate(plug, looks, config.batch_size)))
     processes.wait_for_everyone()
     return list(trainer.state.log_history)
 
@@ -175,11 +178,12 @@ def start_answer_head(plug: PlugModel, data: FitData) -> Tensor:
 
 
 @torch.no_grad()
-def calibrate(samples: PlugDataset, batch_size: int = 32) -> float:
+def calibrate(plug: PlugModel, samples: Sequence[Example], batch_size: int = 32) -> float:
     """Fit the temperature of candidate scores on held-back users by a line search on their NLL, and return it."""
-    scores, gold = samples.scores(batch_size), torch.tensor(samples.gold)
+    scores, answers = score_outputs(plug, samples, batch_size=batch_size), list(plug.config.answers or ())
+    gold = torch.tensor([answers.index(e.output.strip()) for e in samples])
     grid = torch.logspace(-1, 1, 81)
     nll = torch.stack([torch.nn.functional.cross_entropy(scores / t, gold) for t in grid])
     best = grid[int(nll.argmin())]
-    samples.plug.embedder.score_temperature.fill_(float(best))
+    plug.embedder.score_temperature.fill_(float(best))
     return float(best)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from persona_plug.data.history import Example, longest_by_user
-from persona_plug.dataset import PlugDataset
+from persona_plug.dataset import score_outputs
 from persona_plug.measure.overlap import overlaps
 from persona_plug.measure.priors import is_rating, label_priors, rating_priors, text_priors
 from persona_plug.measure.stats import derangement, spread
@@ -60,15 +60,13 @@ def evaluate(
     order = np.argsort([len(plug.prompter.parts(e.input, e.prompt)) for e in questions], kind="stable")
     back = np.argsort(order)
     queue = [questions[i] for i in order]
+    scores = score_outputs(plug, queue, personal, head)[back]
     if plug.config.answers:
-        scores = plug.score(queue, personal=personal, head=head)[back]
         # The temperature was fitted for the plug's scores, not for log-likelihoods of the LLM alone.
         temperature = plug.embedder.score_temperature.cpu() if personal and head else 1.0
         return label_answers((scores / temperature).softmax(-1).double().numpy(), questions, plug.config.answers)
-    dataset = PlugDataset(plug, queue, personal)
-    loglik = dataset.scores()[:, 0].double().numpy()
-    lengths = np.array([len(t.paths[0]) for t in dataset.trees])
-    values = {"nll": (-loglik / lengths)[back]}
+    lengths = np.array([len(plug.prompter.answer(e.output)) + 1 for e in questions])  # the end token counts
+    values = {"nll": -scores[:, 0].double().numpy() / lengths}
     some = spread(len(questions), generated) if isinstance(generated, int) else list(generated)
     in_order = sorted(some, key=lambda i: int(back[i]))
     outputs = (write or _generate)(plug, [questions[i] for i in in_order], personal) if some else []

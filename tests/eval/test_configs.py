@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from eval.methods import METHODS, method
+from eval.methods import METHODS, find_method
 from eval.settings import ComparisonSettings
 from persona_plug.config import PlugConfig
 from training.config import load
@@ -29,7 +29,7 @@ def test_a_config_names_only_what_there_is(config):
     assert settings.fit_config(3).seed == 3
     assert set(settings.recipes) <= set(RECIPES)
     for name in settings.methods:
-        assert method(name)
+        assert find_method(name)
     for name in SETS:
         task = load_task(name)
         lengths = {"max_answer_tokens": task.max_answer_tokens, "max_input_tokens": task.max_input_tokens}

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from eval import methods, run, tiny
-from eval.methods import METHODS, PRIOR, Method, by_training, method
+from eval.methods import METHODS, PRIOR, Method, by_training, find_method
 from eval.metrics.lamp import score
 from eval.session import Session
 from persona_plug.errors import ConfigError
@@ -55,7 +55,7 @@ def test_every_method_has_a_row_with_costs(everything):
             continue
         assert row["prompt_tokens_mean"] > 0
         assert row["seconds_per_query"] > 0
-        assert (row["trainable_params"] > 0) == (method(name).recipe is not None)
+        assert (row["trainable_params"] > 0) == (find_method(name).recipe is not None)
     assert 0 < results["methods"]["bm25"]["outside_llm"] < 1
     assert results["methods"]["lora_user"]["outside_llm"] is None  # it trains while it is asked
     running = {n: results["methods"][n]["flops_per_query"] for n in ("none", "prefix_tuning", "task_prompt")}
@@ -204,19 +204,19 @@ def test_a_new_method_is_a_line_and_a_new_task_a_file(tmp_path, monkeypatch):
 
 
 def test_names_are_checked_and_methods_that_share_a_training_stand_together():
-    assert method("bm25-8").items == 8
-    assert method("lora_user_shuffled") == Method("lora", user_adapter=True, history="other")
-    assert method("plug_rag_empty") == Method("plug", prompt="bm25", history="none")
+    assert find_method("bm25-8").items == 8
+    assert find_method("lora_user_shuffled") == Method("lora", user_adapter=True, history="other")
+    assert find_method("plug_rag_empty") == Method("plug", prompt="bm25", history="none")
     unknown = ("nonsense", "plug-4", "bm25-0", "bm25-x", "bm25_shuffled", "plug_shuffled_empty", "x_shuffled", "_empty")
     for name in unknown:
         with pytest.raises(ConfigError, match="no method"):
-            method(name)
+            find_method(name)
     with pytest.raises(ConfigError, match="prompt='nonsense' is not one of"):
         Method(prompt="nonsense")
     assert {m.recipe for m in METHODS.values() if m.recipe} <= set(RECIPES)
     names = ["plug_empty", "lora_rag", "none", "plug", "lora", "task_prompt", "lora_user", "plug_rag", "plug_shuffled"]
     assert sorted(by_training(names)) == sorted(names)
-    kinds = [method(n).training for n in by_training(names)]
+    kinds = [find_method(n).training for n in by_training(names)]
     assert [k for i, k in enumerate(kinds) if i == 0 or kinds[i - 1] != k] == list(dict.fromkeys(kinds))
 
 

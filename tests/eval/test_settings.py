@@ -10,7 +10,7 @@ import pytest
 from eval import run, tiny
 from eval.bench import __main__ as bench
 from eval.bench.settings import BenchSettings, LoadSettings, ServingSettings, StoreSettings
-from eval.methods import ALL, CONTROLS, METHODS, method
+from eval.methods import ALL, CONTROLS, METHODS, find_method
 from eval.settings import ComparisonSettings, page
 from persona_plug.errors import ConfigError
 from training import run as training_run
@@ -53,8 +53,9 @@ def test_all_stands_for_every_method_with_its_controls():
     assert found == ("bm25-8", *ALL)
     assert set(METHODS) <= set(found)
     controls = [name for name in found if name.endswith(tuple(CONTROLS))]
-    assert controls == ["plug_shuffled", "plug_empty", "lora_user_shuffled", "plug_lora_shuffled"]
-    assert all(method(name) for name in found)
+    shuffled = ["plug_shuffled", "lora_user_shuffled", "plug_lora_shuffled", "words_shuffled", "words_lora_shuffled"]
+    assert sorted(controls) == sorted([*shuffled, "plug_empty", "words_empty"])
+    assert all(find_method(name) for name in found)
 
 
 def test_settings_are_recorded_as_they_were_before_they_had_types():

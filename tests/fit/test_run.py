@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 from persona_plug.data import synthetic
 from persona_plug.data.history import Example, HistoryItem
 from persona_plug.data.splits import FitData, prepare
-from persona_plug.dataset import PlugDataset
+from persona_plug.dataset import score_outputs
 from persona_plug.errors import ConfigError, DataError
 from persona_plug.fit import run as fit_module
 from persona_plug.fit.config import FitConfig
@@ -313,13 +313,14 @@ def test_the_first_gradient_does_not_depend_on_how_a_batch_is_split(make_plug, t
 
 def test_calibration_lowers_the_validation_nll_to_its_least(make_plug, data):
     plug = make_plug(differ=True, answers=data.answers)
-    samples = PlugDataset(plug, data.valid + data.train)
-    scores, gold = samples.scores(), torch.tensor(samples.gold)
+    samples = data.valid + data.train
+    scores = score_outputs(plug, samples)
+    gold = torch.tensor([data.answers.index(e.output) for e in samples])
 
     def nll(t):
         return float(torch.nn.functional.cross_entropy(scores / t, gold))
 
-    found = calibrate(samples)
+    found = calibrate(plug, samples)
     assert float(plug.embedder.score_temperature) == pytest.approx(found)
     assert nll(found) < nll(1.0) - 1e-3
     assert nll(found) <= min(nll(1.03**i) for i in range(-70, 71) if 0.1 <= 1.03**i <= 10) + 1e-3

@@ -16,7 +16,7 @@ from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 
 from eval.harness.lm_eval_model import PluggedLM, main
-from eval.harness.plugged import Row
+from eval.harness.user_plug import Row
 from persona_plug.errors import ConfigError, DataError, MismatchError
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -142,17 +142,17 @@ def test_soft_tokens_stand_where_the_plug_has_them(llm, placement, load, load_pa
     bare = load(llm, placement, detached=True).loglikelihood([asked(*p) for p in PAIRS], disable_tqdm=True)
     for (score, greedy), (without, _), pair in zip(found, bare, PAIRS, strict=True):
         context, continuation = encoded(lm, *pair)
-        soft = lm.plugged.plug.soft_prompt(pair[0], ITEMS)
+        soft = lm.user_plug.plug.soft_prompt(pair[0], ITEMS)
         at = len(context) if placement == "suffix" else int(context[0] == tokenizer.bos_token_id)
         left, right = (table(torch.tensor(ids, dtype=torch.long)) for ids in (context[:at], context[at:]))
         expected, likely = plain(model, torch.cat([left, soft, right]), continuation)
         assert score == pytest.approx(expected, abs=10 * SAME)  # the context's states come from a pass of their own
         assert greedy == likely
         assert abs(score - without) > 1e-3
-    assert lm.plugged.soft_tokens == lm.plugged.plug.config.soft_tokens > 0
+    assert lm.user_plug.soft_tokens == lm.user_plug.plug.config.soft_tokens > 0
     # A benchmark's contexts would fill the memory that training keeps states in.
-    assert lm.plugged.plug.splicer.cache.used == 0
-    assert lm.plugged.plug.splicer.head == ()
+    assert lm.user_plug.plug.splicer.cache.used == 0
+    assert lm.user_plug.plug.splicer.head == ()
 
 
 @pytest.mark.parametrize("placement", ["suffix", "prefix"])
@@ -201,8 +201,8 @@ def test_rolling_windows_leave_room_for_the_soft_tokens_and_are_not_steered_by_t
     table = model.get_input_embeddings()
     text = "a text of many words that is longer than the window of this model, by far"
     ids = lm.tok_encode(text)
-    room = 40 - lm.plugged.soft_tokens
-    soft = lm.plugged.plug.soft_prompt("", ITEMS)
+    room = 40 - lm.user_plug.soft_tokens
+    soft = lm.user_plug.plug.soft_prompt("", ITEMS)
     total, at = 0.0, 0
     while at < len(ids):
         if at == 0:
@@ -230,7 +230,7 @@ def test_generation_stops_at_a_text_a_limit_and_the_end(load):
     assert len(stopped[1]) <= 2
     assert lm.generate_until([asked(context, {"until": stop, "max_gen_toks": 24})], True) == [stopped[0]]
     calls = []
-    handle = lm.plugged.plug.llm.register_forward_hook(lambda *_: calls.append(1))
+    handle = lm.user_plug.plug.llm.register_forward_hook(lambda *_: calls.append(1))
     lm.generate_until([asked(context, {"until": [stop], "max_gen_toks": 200})], True)
     handle.remove()
     assert len(calls) < 30  # it does not write on behind the stop text
@@ -270,7 +270,7 @@ def test_a_long_context_loses_its_beginning_and_this_is_said(detached, load, cap
         (score, _), _ = lm.loglikelihood([asked(long + "end", " x"), asked("short", " x")], True)
     assert "1 of 2 contexts did not fit the LLM" in caplog.text
     kept = lm.tok_encode(long + "end")[-(lm.room - len(lm.tok_encode(" x", add_special_tokens=False)) + 1) :]
-    assert len(kept) + lm.plugged.soft_tokens < len(lm.tok_encode(long))
+    assert len(kept) + lm.user_plug.soft_tokens < len(lm.tok_encode(long))
     caplog.clear()
     tail = lm._loglikelihood_tokens([((long + "end", " x"), kept, lm.tok_encode(" x", add_special_tokens=False))], True)
     assert tail[0][0] == pytest.approx(score, abs=10 * SAME)
@@ -286,8 +286,8 @@ def test_greedy_is_what_the_llm_would_write(llm, load):
     """Four tokens that the LLM writes by itself are its greedy continuation; with the first or last changed not."""
     lm = load(llm)
     row = Row("rate this", tuple(lm.tok_encode("rate this")))
-    parts, request = lm.plugged.place(row)
-    plug = lm.plugged.plug
+    parts, request = lm.user_plug.place(row)
+    plug = lm.user_plug.plug
     inputs = plug.splicer.generation_inputs([parts], plug.soft_prompt(request, ITEMS)[None])
     out = plug.llm.generate(**inputs, max_new_tokens=4, min_new_tokens=4, do_sample=False, pad_token_id=0)
     written = out[0].tolist()[-4:]

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from eval.prompts.lamp import MIN_TOKENS, Rendered, render
+from eval.prompts.lamp import MIN_TOKENS, Prompt, render
 from persona_plug.data.history import HistoryItem
 from training.tasks import Task, load_task
 
@@ -87,7 +87,7 @@ def long(task, tokenizer, text, items):
 )
 def test_prompts_read_as_lamps(bytewise, name, question, items, expected):
     found = long(load_task(name), bytewise, question, [HistoryItem(*item) for item in items])
-    assert found == Rendered(expected, len(items), 0, len(expected))
+    assert found == Prompt(expected, len(items), 0, len(expected))
 
 
 def test_an_item_without_input_shows_its_output_alone(bytewise):
@@ -110,13 +110,13 @@ def test_braces_and_marks_of_the_chat_are_mere_text(bytewise):
 
 
 def test_the_plain_question_is_returned_without_items(bytewise):
-    expected = Rendered(QUESTION, 0, 0, len(QUESTION))
+    expected = Prompt(QUESTION, 0, 0, len(QUESTION))
     assert long(RATING, bytewise, QUESTION, []) == expected
     assert long(RATING, bytewise, QUESTION, [HistoryItem("a", "")]) == expected
 
 
 def test_where_there_is_no_place_for_items_the_question_stays(bytewise):
-    assert long(CITE, bytewise, "no such word", [HistoryItem("", "One")]) == Rendered("no such word", 0, 0, 12)
+    assert long(CITE, bytewise, "no such word", [HistoryItem("", "One")]) == Prompt("no such word", 0, 0, 12)
 
 
 # The budget. Tokens are bytes here; '5 is the score for ""' has 21, ". " 2, ", and " 6.
@@ -163,7 +163,7 @@ def test_an_output_is_cut_only_where_the_input_is_short_of_its_least(bytewise):
         found = render(TITLE, "q", [item], bytewise, wording + room)
         sizes = [len(text) for text in found.text.split('"')[1:4:2]]
         if room < 2 * MIN_TOKENS:
-            assert found == Rendered("q", 0, 0, 1)
+            assert found == Prompt("q", 0, 0, 1)
         elif room < 20 + MIN_TOKENS:
             assert sizes == [room - room // 2, room // 2]
         else:
@@ -216,7 +216,7 @@ def test_the_last_items_go_first_where_shares_are_too_small(bytewise):
 def test_a_question_as_long_as_the_limit_stays_plain_and_whole(bytewise):
     items = [HistoryItem("good", "5")]
     for limit in (1, len(QUESTION) - 1, len(QUESTION), len(QUESTION) + 5):
-        assert render(RATING, QUESTION, items, bytewise, limit) == Rendered(QUESTION, 0, 0, len(QUESTION))
+        assert render(RATING, QUESTION, items, bytewise, limit) == Prompt(QUESTION, 0, 0, len(QUESTION))
 
 
 def test_a_long_history_is_not_tokenised_in_vain(bytewise):

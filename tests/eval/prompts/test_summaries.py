@@ -165,7 +165,7 @@ def test_a_summary_is_written_once_and_found_again(make, asked):
     other = make()
     assert other.of_many(SCORES, [answers("2"), answers("1")]) == ["Summary 2", "Summary 1"]
     assert [len(call) for call in asked] == [2, 1]
-    assert (one.written, other.written) == (2, 1)
+    assert (one.count, other.count) == (2, 1)
 
 
 def test_a_summary_costs_the_same_whenever_it_was_written(make, asked, monkeypatch):
@@ -173,9 +173,9 @@ def test_a_summary_costs_the_same_whenever_it_was_written(make, asked, monkeypat
     monkeypatch.setattr(summaries, "clock", lambda _: next(ticks))
     one, other = make(), make()
     one.of_many(SCORES, [answers("5"), answers("1")])  # 4 seconds each
-    assert (one.spent, one.owed) == (8.0, 8.0)
+    assert (one.seconds, one.price) == (8.0, 8.0)
     other.of_many(SCORES, [answers("2"), answers("1"), answers("1")])
-    assert (other.spent, other.owed) == (3.0, 7.0)
+    assert (other.seconds, other.price) == (3.0, 7.0)
 
 
 @pytest.mark.parametrize("change", ["llm", "weights", "items", "wording", "request", "length", "sample"])

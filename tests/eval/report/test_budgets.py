@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from eval.clock import LLMClock, reading_seconds
-from eval.methods import METHODS, PRIOR, method
+from eval.methods import METHODS, PRIOR, find_method
 from eval.report.budgets import budget_note, budget_table
 from eval.session import _reads_request
 from persona_plug.data.history import Example, HistoryItem
@@ -141,12 +141,13 @@ def test_reading_requests_is_measured_past_the_cache(make_plug, monkeypatch):
 
 def test_those_that_read_the_requests_vector_are_charged_for_it(make_plug):
     base = make_plug()
-    plugs = {n: make(method(n).recipe, base, {}, 0) if method(n).recipe else base for n in NAMES}
-    free = {n for n, plug in plugs.items() if not _reads_request(method(n), plug)}
+    plugs = {n: make(find_method(n).recipe, base, {}, 0) if find_method(n).recipe else base for n in NAMES}
+    free = {n for n, plug in plugs.items() if not _reads_request(find_method(n), plug)}
     prompted = {"none", "random", "recency", "bm25", "summary", "summary_profile"}
     without_user = {"task_prompt", "prefix_tuning", "lora", "lora_rag", "lora_user"}
     history_alone = {"uem", "persoma", "persoma_mlp", "persoma_transformer", "persoma_lora"}
-    assert free == prompted | without_user | history_alone | {"plug_paper_full"}  # the last reads on the clock
+    on_the_clock = {"plug_paper_full", "words", "words_lora"}
+    assert free == prompted | without_user | history_alone | on_the_clock
 
 
 def test_what_is_said_to_see_no_request_does_not(make_plug):
@@ -154,8 +155,8 @@ def test_what_is_said_to_see_no_request_does_not(make_plug):
     base = make_plug()
     history = [HistoryItem("what was asked", "what was answered"), HistoryItem("a song", "no, thank you")]
     for name in NAMES:
-        recipe = method(name).recipe
-        if not recipe or method(name).prompt:
+        recipe = find_method(name).recipe
+        if not recipe or find_method(name).prompt:
             continue
         plug = make(recipe, base, {}, 0)
         if isinstance(plug.embedder, NoTokens) or plug.config.train_request:
@@ -165,4 +166,4 @@ def test_what_is_said_to_see_no_request_does_not(make_plug):
             for parameter in plug.embedder.parameters():
                 parameter.normal_()
         one, other = (plug.soft_prompt(text, history) for text in ("a film about love", "the price of coal"))
-        assert _reads_request(method(name), plug) != torch.equal(one, other) or name == "task_prompt"
+        assert _reads_request(find_method(name), plug) != torch.equal(one, other) or name == "task_prompt"

@@ -8,7 +8,7 @@ from xml.dom import minidom
 
 import pytest
 
-from eval.report.record import BEGIN, END, ROWS, page_methods, record, rendered, updated
+from eval.report.record import BEGIN, END, ROWS, page_methods, record, rendered_block, updated_page
 from eval.report.results import portable, read_results, to_json
 from persona_plug.errors import CorruptFileError, DataError
 
@@ -179,8 +179,8 @@ def stale(folder):
     pages = []
     for path in sorted(folder.glob("*.json")):
         page, plot = path.with_suffix(".md"), path.with_suffix(".svg")
-        block = rendered(read_results(path), path.name, plot.name if plot.is_file() else None)
-        if not page.is_file() or updated(page, block) != page.read_text():
+        block = rendered_block(read_results(path), path.name, plot.name if plot.is_file() else None)
+        if not page.is_file() or updated_page(page, block) != page.read_text():
             pages.append(page.name)
     return pages
 

@@ -37,7 +37,7 @@ class Row:
     ids: tuple[int, ...]
 
 
-class Plugged:
+class UserPlug:
     """The plug with its LLM, for one user.
 
     Attributes:
@@ -72,14 +72,14 @@ class Plugged:
             quiet: Whether to show no bar even on a terminal.
             what: What the bar counts.
         """
-        placed = [self.place(row) for row in rows]
-        examples = [Example("-", request, "", self.history) for _, request in placed]
+        places = [self.place(row) for row in rows]
+        examples = [Example("-", request, "", self.history) for _, request in places]
         table = None if self.detached or not rows else self.plug.table(examples)
         for start in tqdm(range(0, len(rows), size), desc=f"persona_plug: {what}", disable=quiet or None):
             part = slice(start, start + size)
             with torch.no_grad():
-                told = self.plug.embed(table.batch(examples[part])) if table else self.plug.plain(len(rows[part]))
-            yield list(rows[part]), [parts for parts, _ in placed[part]], told.soft
+                output = self.plug.embed(table.batch(examples[part])) if table else self.plug.plain(len(rows[part]))
+            yield list(rows[part]), [parts for parts, _ in places[part]], output.soft
 
     def place(self, row: Row) -> tuple[PromptParts, str]:
         """Return a prompt's ids on either side of the soft tokens, and the request that steers the plug.
@@ -94,11 +94,11 @@ class Plugged:
             return (PromptParts(ids, ()) if suffix else PromptParts((), ids)), row.text
         tokenizer, before = self.plug.tokenizer, tuple(prompter.before)
         tail = self._header(ids) if getattr(tokenizer, "chat_template", None) else 0
-        known = len(before) > 0 and ids[: len(before)] == before
-        if not known:  # no header, or one of another kind; a begin token stays in front all the same
+        has_header = len(before) > 0 and ids[: len(before)] == before
+        if not has_header:  # no header, or one of another kind; a begin token stays in front all the same
             before = ids[:1] if ids[:1] == (tokenizer.bos_token_id,) else ()
         request = row.text
-        if tail and known:
+        if tail and has_header:
             request = tokenizer.decode(ids[len(before) : -tail], skip_special_tokens=True)
         at = len(ids) - tail if suffix else len(before)
         return PromptParts(ids[:at], ids[at:]), request
@@ -129,10 +129,10 @@ class Plugged:
         """
         if isinstance(self.plug.splicer, RowSplicer) and (len(parts) > 1 or len(trees[0].paths) > 1):
             return self._score_alone(parts, soft, trees)
-        seen: list[Tensor] = []
+        logits: list[Tensor] = []
 
         def keep(module: Any, arguments: Any, output: Any) -> None:  # noqa: ANN401
-            seen[:] = [output.logits]  # the last call is the one over the answers
+            logits[:] = [output.logits]  # the last call is the one over the answers
 
         # The splicer gives sums of log-likelihoods; which token would have won stands in the logits behind them.
         handle = self.plug.llm.register_forward_hook(keep)
@@ -141,7 +141,7 @@ class Plugged:
                 scores, _ = self.plug.splicer.in_one_pass(parts, soft, trees)
         finally:
             handle.remove()
-        winners = seen[0].argmax(-1).tolist()
+        winners = logits[0].argmax(-1).tolist()
         greedy, at = [], 0
         nodes = max(len(tree.tokens) for tree in trees)
         for b, tree in enumerate(trees):
@@ -241,8 +241,8 @@ def _stop_at(tokenizer: Any, stops: list[str]) -> Callable[..., Any]:  # noqa: A
     """Return a stopping criterion, (B, L) ids -> (B,) bool: whether a row's newest text holds a stop text."""
     back = max(len(s.encode()) for s in stops) + LOOKBACK  # a token is a byte at least
 
-    def stopped(ids: Tensor, scores: Any, **_: Any) -> Tensor:  # noqa: ANN401
+    def stop(ids: Tensor, scores: Any, **_: Any) -> Tensor:  # noqa: ANN401
         ends = tokenizer.batch_decode(ids[:, -back:], skip_special_tokens=False)
         return torch.tensor([any(s in end for s in stops) for end in ends], device=ids.device)
 
-    return stopped
+    return stop

@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 
-from eval.harness.plugged import Plugged, Row, open_tree, read_history
+from eval.harness.user_plug import Row, UserPlug, open_tree, read_history
 from persona_plug.config import PlugConfig
 from persona_plug.errors import DataError
 from persona_plug.plug import PersonaPlug
@@ -46,14 +46,14 @@ def test_an_llm_that_reads_rows_is_scored_and_judged_as_by_itself(load_parts, en
     """Bloom counts columns: its continuations run one by one, and what it would write is seen there."""
     llm, (_, tokenizer) = model_of("bloom"), load_parts("tiny-gpt2")
     plug = PersonaPlug.join(PlugConfig("tiny", encoder.name, max_answer_tokens=4), llm, tokenizer, encoder)
-    plugged = Plugged(plug, detached=True)
+    user_plug = UserPlug(plug, detached=True)
     prompts = [tuple(tokenizer(text)["input_ids"]) for text in ("Once", "what is two and two?")]
-    parts = [plugged.place(Row("", ids))[0] for ids in prompts]
+    parts = [user_plug.place(Row("", ids))[0] for ids in prompts]
     none = torch.zeros(2, 0, plug.config.llm_width)
     with torch.no_grad():
         best = [llm(input_ids=torch.tensor([ids])).logits[0, -1].argmax().item() for ids in prompts]
     answers = [((best[0],), (7, 8)), ((9,), (best[1],))]
-    scores, greedy = plugged.score(parts, none, [open_tree(a) for a in answers])
+    scores, greedy = user_plug.score(parts, none, [open_tree(a) for a in answers])
     assert greedy == [[True, False], [False, True]]
     for ids, row, values in zip(prompts, answers, scores, strict=True):
         for answer, value in zip(row, values, strict=True):
