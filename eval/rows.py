@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from eval.metrics.classes import expected_calibration_error
+from eval.metrics.calibration import expected_calibration_error
 from eval.metrics.lamp import QUESTION_RULES, SET_RULES
 from eval.outcomes import Outcome
 from eval.questions import Questions

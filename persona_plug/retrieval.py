@@ -184,28 +184,25 @@ class Retriever:
         return _best_first(fused)
 
 
-def neighbours(vectors: np.ndarray, wanted: Sequence[int], k: int) -> list[list[int]]:
-    """Return, for each wanted user, the at most k most similar other users, nearest first; ties by order.
+def neighbours(users: np.ndarray, pool: np.ndarray, k: int) -> list[list[int]]:
+    """Return, for each user, the rows of at most k most similar users of a pool, nearest first; ties by order.
 
     Similarity is the cosine. A user without history (a zero row) is similar to nobody: it has no neighbours and is
     nobody's. To place such a user by a request, put the request's vector into the row.
 
     Args:
-        vectors: (n, d) of all users, of any scale; see `Retriever.user_vectors`.
-        wanted: Rows whose neighbours are asked for.
+        users: (n, d) of any scale; see `Retriever.user_vectors`.
+        pool: (m, d), the same of those who may be neighbours.
         k: Most neighbours of one user.
     """
-    norms = np.linalg.norm(vectors, axis=1, keepdims=True)
-    units = vectors / np.where(norms > 0, norms, 1.0)
-    empty = norms[:, 0] == 0
-    found = []
-    for row in wanted:  # one row at a time: all pairs of 20,000 users would take gigabytes
-        similar = units @ units[row]
-        similar[empty] = -np.inf
-        similar[row] = -np.inf
-        order = np.argsort(-similar, kind="stable")[: max(0, k)]
-        found.append([] if empty[row] else [int(i) for i in order if similar[i] > -np.inf])
-    return found
+    norms = np.linalg.norm(pool, axis=1, keepdims=True)
+    units = pool / np.where(norms > 0, norms, 1.0)
+    rows = []
+    for user in users:  # one at a time: all pairs of 20,000 users would take gigabytes
+        similarity = np.where(norms[:, 0] > 0, units @ user, -np.inf)
+        order = np.argsort(-similarity, kind="stable")[: max(0, k)]
+        rows.append([int(i) for i in order if similarity[i] > -np.inf] if user.any() else [])
+    return rows
 
 
 def _matched(item: HistoryItem, outputs: bool) -> str:

@@ -283,13 +283,13 @@ def test_a_users_vector_is_the_mean_of_the_items(monkeypatch):
     assert Retriever(Words()).user_vectors([]).shape[0] == 0
 
 
-def test_neighbours_are_the_most_similar_others():
-    vectors = np.array([[1.0, 0], [5.0, 1], [0, 1.0], [0, 0], [1.0, 1], [-1.0, 0]])
-    assert neighbours(vectors, [0, 2], 2) == [[1, 4], [4, 1]]
-    assert neighbours(vectors, [0], 9) == [[1, 4, 2, 5]]
-    assert neighbours(vectors, [3], 2) == [[]]
-    assert neighbours(vectors, [0, 1], 0) == [[], []]
-    assert neighbours(np.ones((4, 2)), [2], 2) == [[0, 1]]
+def test_neighbours_are_the_most_similar_of_the_pool():
+    pool = np.array([[5.0, 1], [0, 1.0], [0, 0], [1.0, 1], [-1.0, 0]])
+    assert neighbours(np.array([[2.0, 0], [0, 3]]), pool, 2) == [[0, 3], [1, 3]]
+    assert neighbours(np.array([[1.0, 0]]), pool, 9) == [[0, 3, 1, 4]]
+    assert neighbours(np.array([[0.0, 0]]), pool, 2) == [[]]
+    assert neighbours(np.array([[1.0, 0], [0, 1]]), pool, 0) == [[], []]
+    assert neighbours(np.ones((1, 2)), np.ones((3, 2)), 2) == [[0, 1]]
 
 
 def test_a_short_history_is_filled_with_items_of_similar_users():

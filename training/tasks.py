@@ -35,7 +35,7 @@ class Task:
         version: Raised whenever a change of the definition changes results.
         kind: `label` (accuracy, macro-F1), `rating` (MAE, RMSE) or `text` (ROUGE).
         answers: The answer space of a label or rating task; ratings in rising order.
-        metrics: What is reported, names of `eval.metrics.classes`; left empty, the kind's first two of `METRICS`.
+        metrics: What is reported, out of the kind's `METRICS`; left empty, the first two of them.
         fields: Fields of a profile item that become a history item's input and output; an empty input name means that
             the user's text answers nothing. Several fields joined by "+" are joined by a space. For `read_lamp`.
         query: Regular expression on a question's input; its group 1 (or groups, joined by a space) is what retrieval

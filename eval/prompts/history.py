@@ -7,8 +7,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-import numpy as np
-
 from eval.methods import Method
 from eval.prompts.lamp import find_query, render
 from eval.prompts.summaries import Summaries, fitting, profile_text, with_profile
@@ -53,7 +51,7 @@ class PromptWriter:
             profiles = [profile_text(history) for history in histories]
         elif method.prompt == "summary":
             summaries = Summaries(self.base, self.folder)
-            profiles = summaries.of_many(self.task, histories)
+            profiles = summaries.of(self.task, histories)
             debt = summaries.price - summaries.seconds
         matches = [find_query(self.task, text) for text in inputs]
         notes = Counter({"questions whose query was not found: the whole input is used": matches.count(None)})
@@ -85,14 +83,8 @@ class PromptWriter:
         # Only training users lend items: held-out ones stay apart.
         pool = list(longest_by_user(self.data.train).values())
         vectors = retriever.user_vectors([*histories, *pool])
-        others = _nearest(vectors[: len(histories)], vectors[len(histories) :])
+        others = neighbours(vectors[: len(histories)], vectors[len(histories) :], NEIGHBOURS)
         return [
             retriever.graph(q, h, [pool[i] for i in near], method.items)
             for q, h, near in zip(queries, histories, others, strict=True)
         ]
-
-
-def _nearest(users: np.ndarray, pool: np.ndarray) -> list[list[int]]:
-    both = np.concatenate([users, pool])
-    ranks = neighbours(both, range(len(users)), len(both))
-    return [[i - len(users) for i in near if i >= len(users)][:NEIGHBOURS] for near in ranks]

@@ -129,11 +129,7 @@ class Summaries:
         columns = "key BLOB PRIMARY KEY, text TEXT, seconds REAL"
         self._run(f"CREATE TABLE IF NOT EXISTS profiles ({columns}) WITHOUT ROWID", [()])
 
-    def of(self, task: Task, items: Sequence[HistoryItem]) -> str:
-        """Return the summary of one history; see `of_many`."""
-        return self.of_many(task, [items])[0]
-
-    def of_many(self, task: Task, histories: Sequence[Sequence[HistoryItem]], batch_size: int = 8) -> list[str]:
+    def of(self, task: Task, histories: Sequence[Sequence[HistoryItem]], batch_size: int = 8) -> list[str]:
         """Return the summary of each history, on one line; "" where no item has an output, without asking the LLM.
 
         Args:

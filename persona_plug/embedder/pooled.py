@@ -15,15 +15,8 @@ from persona_plug.errors import DataError
 class PooledEmbedder(UserEmbedder):
     """PPlug and its kind: aggregator + projector, and quoted tokens for free text."""
 
-    def __init__(
-        self,
-        config: PlugConfig,
-        embedding_norm: float,
-        start: Tensor | None = None,
-        request_encoder: nn.Module | None = None,
-    ) -> None:
-        """See `UserEmbedder`."""
-        super().__init__(config, embedding_norm, start, request_encoder)
+    def build(self, config: PlugConfig) -> None:
+        """See `UserEmbedder.build`."""
         self.reads_request = not config.train_request
         self.aggregator = AGGREGATORS[config.aggregator](config)
         if config.quotes:

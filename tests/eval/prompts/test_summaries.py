@@ -116,13 +116,13 @@ def test_as_much_of_a_profile_as_fits_is_kept(tokenizer):
 
 
 def test_the_llm_sees_items_and_what_is_asked_but_not_the_plugs_instruction(make, asked):
-    assert make().of(SCORES, answers("5", "1")) == "Summary 0"
+    assert make().of(SCORES, [answers("5", "1")]) == ["Summary 0"]
     expected = '5 is the score for "request 0", and 1 is the score for "request 1".\n\n' + REQUESTS["rating"]
     assert asked == [[expected]]
 
 
 def test_a_long_history_is_sampled_evenly_up_to_its_end(make, asked):
-    make(sample=3).of(TAGS, answers(*(f"tag{i}" for i in range(10))))
+    make(sample=3).of(TAGS, [answers(*(f"tag{i}" for i in range(10)))])
     shown = [part.split('"')[0] for part in asked[0][0].split('is "')[1:]]
     assert shown == ["tag2", "tag5", "tag9"]
 
@@ -137,13 +137,13 @@ def test_a_long_history_is_sampled_evenly_up_to_its_end(make, asked):
     ],
 )
 def test_what_is_asked_fits_what_the_items_hold(make, asked, name, output, kind):
-    make().of(load_task(name), answers(output))
+    make().of(load_task(name), [answers(output)])
     assert asked[0][0].endswith(".\n\n" + REQUESTS[kind])
     assert output in asked[0][0]
 
 
 def test_items_are_cut_to_fit_and_the_question_is_not(make, asked):
-    make(max_tokens=400).of(TITLES, [HistoryItem("abstract " * 99, f"Title {i}") for i in range(3)])
+    make(max_tokens=400).of(TITLES, [[HistoryItem("abstract " * 99, f"Title {i}") for i in range(3)]])
     (prompt,) = asked[0]
     assert len(prompt) <= 400
     assert prompt.endswith(REQUESTS["text"])
@@ -151,7 +151,7 @@ def test_items_are_cut_to_fit_and_the_question_is_not(make, asked):
 
 
 def test_nothing_is_asked_about_a_user_without_answers(make, asked):
-    assert make().of_many(SCORES, [[], [HistoryItem("text", " ")]]) == ["", ""]
+    assert make().of(SCORES, [[], [HistoryItem("text", " ")]]) == ["", ""]
     assert asked == []
 
 
@@ -160,10 +160,10 @@ def test_nothing_is_asked_about_a_user_without_answers(make, asked):
 
 def test_a_summary_is_written_once_and_found_again(make, asked):
     one = make()
-    assert one.of_many(SCORES, [answers("5"), answers("1"), answers("5")]) == ["Summary 0", "Summary 1", "Summary 0"]
-    assert one.of(SCORES, answers("1")) == "Summary 1"
+    assert one.of(SCORES, [answers("5"), answers("1"), answers("5")]) == ["Summary 0", "Summary 1", "Summary 0"]
+    assert one.of(SCORES, [answers("1")]) == ["Summary 1"]
     other = make()
-    assert other.of_many(SCORES, [answers("2"), answers("1")]) == ["Summary 2", "Summary 1"]
+    assert other.of(SCORES, [answers("2"), answers("1")]) == ["Summary 2", "Summary 1"]
     assert [len(call) for call in asked] == [2, 1]
     assert (one.count, other.count) == (2, 1)
 
@@ -172,15 +172,15 @@ def test_a_summary_costs_the_same_whenever_it_was_written(make, asked, monkeypat
     ticks = iter([1.0, 9.0, 10.0, 13.0])
     monkeypatch.setattr(summaries, "clock", lambda _: next(ticks))
     one, other = make(), make()
-    one.of_many(SCORES, [answers("5"), answers("1")])  # 4 seconds each
+    one.of(SCORES, [answers("5"), answers("1")])  # 4 seconds each
     assert (one.seconds, one.price) == (8.0, 8.0)
-    other.of_many(SCORES, [answers("2"), answers("1"), answers("1")])
+    other.of(SCORES, [answers("2"), answers("1"), answers("1")])
     assert (other.seconds, other.price) == (3.0, 7.0)
 
 
 @pytest.mark.parametrize("change", ["llm", "weights", "items", "wording", "request", "length", "sample"])
 def test_a_change_of_anything_that_matters_is_another_summary(make, asked, monkeypatch, change):
-    make().of(SCORES, answers("5", "1"))
+    make().of(SCORES, [answers("5", "1")])
     task = dataclasses.replace(SCORES, item="{output}: {input}") if change == "wording" else SCORES
     if change == "request":
         monkeypatch.setitem(REQUESTS, "rating", "Say something.")
@@ -188,12 +188,12 @@ def test_a_change_of_anything_that_matters_is_another_summary(make, asked, monke
     other = make(**settings)
     if change == "weights":
         other.plain.config = other.plain.config.replace(llm_fingerprint="of other weights")
-    assert other.of(task, answers("5", "2" if change == "items" else "1")) == "Summary 1"
+    assert other.of(task, [answers("5", "2" if change == "items" else "1")]) == ["Summary 1"]
 
 
 def test_a_change_of_the_plug_alone_is_the_same_summary(make, asked):
-    make().of(SCORES, answers("5"))
-    make(template="Other: {input}").of(SCORES, answers("5"))
+    make().of(SCORES, [answers("5")])
+    make(template="Other: {input}").of(SCORES, [answers("5")])
     assert len(asked) == 1
 
 
@@ -204,20 +204,20 @@ def test_what_was_written_before_a_kill_is_kept(make, asked, monkeypatch):
     real = PersonaPlug.generate
     monkeypatch.setattr(PersonaPlug, "generate", lambda *a, **o: (killed if len(asked) == 2 else real)(*a, **o))
     with pytest.raises(KeyboardInterrupt):
-        make().of_many(SCORES, [answers(c) for c in "12345"], batch_size=2)
+        make().of(SCORES, [answers(c) for c in "12345"], batch_size=2)
     monkeypatch.setattr(PersonaPlug, "generate", real)
     expected = [f"Summary {i}" for i in range(5)]
-    assert make().of_many(SCORES, [answers(c) for c in "12345"], batch_size=2) == expected
+    assert make().of(SCORES, [answers(c) for c in "12345"], batch_size=2) == expected
     assert [len(call) for call in asked] == [2, 2, 1]
 
 
 def test_an_empty_summary_is_told(make, monkeypatch, caplog):
     monkeypatch.setattr(PersonaPlug, "generate", lambda self, inputs, **_: ["" for _ in inputs])
     with caplog.at_level(logging.WARNING):
-        assert make().of_many(SCORES, [answers("1"), answers("2")]) == ["", ""]
+        assert make().of(SCORES, [answers("1"), answers("2")]) == ["", ""]
     assert "nothing for 2 of 2" in caplog.text
     monkeypatch.setattr(PersonaPlug, "generate", lambda *_, **__: pytest.fail("asked again"))
-    assert make().of(SCORES, answers("1")) == ""
+    assert make().of(SCORES, [answers("1")]) == [""]
 
 
 # With an LLM
@@ -228,20 +228,20 @@ def test_the_plain_llm_writes_it(make, llm):
     made = make(llm)
     with warnings.catch_warnings(record=True) as told:
         warnings.simplefilter("always")
-        text = made.of(SCORES, answers("5", "1"))
+        (text,) = made.of(SCORES, [answers("5", "1")])
     assert not told
     prompt = made._prompt(SCORES, answers("5", "1"))
     with warnings.catch_warnings(action="ignore"):
         plain = made.plain.generate(prompt, personal=False, max_new_tokens=8, no_repeat_ngram_size=summaries.NO_REPEAT)
     assert text == " ".join(plain.split())
     assert text
-    assert make(llm).of(SCORES, answers("5", "1")) == text
+    assert make(llm).of(SCORES, [answers("5", "1")]) == [text]
 
 
 def test_the_plug_is_left_as_it_was(make_plug, tmp_path):
     plug = make_plug(template="Rate it: {input}", answers=("1", "5"))
     before = plug.config, plug.prompter, {k: v.clone() for k, v in plug.state_dict().items()}
-    Summaries(plug, tmp_path, max_tokens=600, max_new_tokens=2).of(SCORES, answers("5"))
+    Summaries(plug, tmp_path, max_tokens=600, max_new_tokens=2).of(SCORES, [answers("5")])
     assert (plug.config, plug.prompter) == before[:2]
     assert all(bool((v == before[2][k]).all()) for k, v in plug.state_dict().items())
 
@@ -253,7 +253,7 @@ def test_settings_that_cannot_work_are_refused(make):
     with pytest.raises(ConfigError, match="sample=0"):
         make(sample=0)
     with pytest.raises(ConfigError, match=r"max_tokens=60 leaves no room.*raise it"):
-        make(max_tokens=60).of(SCORES, answers("5"))
+        make(max_tokens=60).of(SCORES, [answers("5")])
 
 
 def test_a_damaged_file_is_named(make, tmp_path):
@@ -268,4 +268,4 @@ def test_a_locked_file_is_not_called_damaged(make, tmp_path, monkeypatch):
     with closing(sqlite3.connect(tmp_path / "summaries.sqlite", timeout=1)) as other:
         other.execute("BEGIN EXCLUSIVE")
         with pytest.raises(sqlite3.OperationalError, match="locked"):
-            made.of(SCORES, answers("5"))
+            made.of(SCORES, [answers("5")])
