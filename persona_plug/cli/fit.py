@@ -60,7 +60,9 @@ def fit(
         bool, typer.Option(help="Write these answers, texts of users, into --out as fit_examples.md.")
     ] = False,
     quantization: Quantized = None,
-    dtype: Annotated[str | None, typer.Option(help="The LLM's dtype, such as float32 or bfloat16.")] = None,
+    dtype: Annotated[
+        str | None, typer.Option(help="The LLM's dtype: float32, bfloat16, or auto for the one that is faster here.")
+    ] = None,
     state_gigabytes: Annotated[float, typer.Option(help="Memory for frozen states of prompts.")] = 4,
     device: Device = None,
     as_json: Json = False,
