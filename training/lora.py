@@ -25,7 +25,7 @@ ADAPTERS = "adapters"  # the embedder's module that holds them
 TARGETS = {"q_proj", "k_proj", "v_proj", "q", "k", "v", "c_attn"}  # names in Llama-likes, T5, GPT-2
 
 
-def with_lora(plug: PersonaPlug, soft: bool, rank: int = RANK, alpha: int = ALPHA) -> PersonaPlug:
+def with_lora(plug: PersonaPlug, soft: bool) -> PersonaPlug:
     """Return an untrained plug like `plug` whose own copy of the LLM has LoRA adapters on its attention.
 
     The copy is loaded as the plug's LLM was; on a quantised one this is QLoRA (Dettmers et al., arXiv 2305.14314).
@@ -33,8 +33,6 @@ def with_lora(plug: PersonaPlug, soft: bool, rank: int = RANK, alpha: int = ALPH
     Args:
         plug: Gives config, encoder and seed; its LLM is not changed.
         soft: Whether the plug's soft tokens are trained beside the adapters.
-        rank: r.
-        alpha: The update is scaled by alpha / r.
 
     Raises:
         ConfigError: peft is missing, or the LLM has no layer of a known name.
@@ -51,7 +49,7 @@ def with_lora(plug: PersonaPlug, soft: bool, rank: int = RANK, alpha: int = ALPH
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(plug.seed)
         transposed = "c_attn" in names  # GPT-2's layers
-        adapter = LoraConfig(r=rank, lora_alpha=alpha, target_modules=names, fan_in_fan_out=transposed)
+        adapter = LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules=names, fan_in_fan_out=transposed)
         inject_adapter_in_model(adapter, llm)
     config = plug.config if soft else plug.config.replace(user_tokens=0, task_tokens=1)
     twin = plug.twin(config, llm=llm)  # freezes all of its LLM

@@ -25,10 +25,10 @@ def plot_loss(log: Sequence[dict[str, float]], path: Path) -> None:
     figure.savefig(path, dpi=120)
 
 
-def plot_lift(lift: np.ndarray, questions: Sequence[Example], path: Path, groups: int = 4) -> None:
-    """Draw the personal lift of each question, (N,) NLL of plug_shuffled minus plug, by history length."""
+def plot_lift(lift: np.ndarray, questions: Sequence[Example], path: Path) -> None:
+    """Draw the personal lift of each question, (N,) NLL of plug_shuffled minus plug, by quarters of history length."""
     lengths = np.array([len(e.history) for e in questions])
-    edges = np.unique(np.quantile(lengths, np.linspace(0, 1, groups + 1)))
+    edges = np.unique(np.quantile(lengths, np.linspace(0, 1, 5)))
     labels, points = [], []
     for low, high in itertools.pairwise(edges) if len(edges) > 1 else [(edges[0], edges[0])]:
         inside = (lengths >= low) & ((lengths < high) | (high == edges[-1]))

@@ -66,7 +66,7 @@ def estimate(values: Values, users: Sequence[str], metric: str) -> Interval:
     return user_bootstrap(array, owners, transform=find_metric(metric).transform)
 
 
-def difference(a: Values, b: Values, users: Sequence[str], metric: str, seed: int = 0) -> Interval:
+def difference(a: Values, b: Values, users: Sequence[str], metric: str) -> Interval:
     """Return the paired difference of two methods on the questions that both answered, positive where `a` is better.
 
     Args:
@@ -74,7 +74,6 @@ def difference(a: Values, b: Values, users: Sequence[str], metric: str, seed: in
         b: (N,) the other method's values of the same questions.
         users: (N,) the owner of each question.
         metric: Name of the metric.
-        seed: Seed of the draws.
 
     Raises:
         ConfigError: The metric is unknown.
@@ -83,7 +82,7 @@ def difference(a: Values, b: Values, users: Sequence[str], metric: str, seed: in
     (first, second), owners = _measured([a, b], users, metric)
     rule = find_metric(metric)
     better, worse = (second, first) if rule.lower_is_better else (first, second)
-    return user_bootstrap(better, owners, worse, rule.transform, seed)
+    return user_bootstrap(better, owners, worse, rule.transform)
 
 
 def usual_pairs(methods: Iterable[str]) -> list[tuple[str, str]]:
@@ -100,7 +99,6 @@ def contrasts(
     pairs: Iterable[tuple[str, str]] | None = None,
     *,
     test: bool = True,
-    seed: int = 0,
 ) -> list[Contrast]:
     """Compare pairs of methods in every metric that both have per question.
 
@@ -109,7 +107,6 @@ def contrasts(
         users: (N,) the owner of each question.
         pairs: Names of the first and the second method; default `usual_pairs`.
         test: Whether to test each contrast, and to correct p over all of them together.
-        seed: Seed of the draws.
 
     Raises:
         ConfigError: A method or metric is unknown.
@@ -121,7 +118,7 @@ def contrasts(
             if name not in values:
                 raise ConfigError(f"no method {name!r} to compare; there are {', '.join(values)}")
         shared = [m for m in values[a] if m in values[b] and _both(values[a][m], values[b][m], users, m)]
-        rows += [_contrast(values, users, a, b, metric, test, seed) for metric in shared]
+        rows += [_contrast(values, users, a, b, metric, test) for metric in shared]
     if not test:
         return rows
     corrected = holm([row.p for row in rows if row.p is not None])
@@ -133,15 +130,13 @@ def as_array(values: Values) -> np.ndarray:
     return np.array([np.nan if v is None else v for v in values], dtype=np.float64)
 
 
-def _contrast(
-    values: MethodValues, users: Sequence[str], a: str, b: str, metric: str, test: bool, seed: int
-) -> Contrast:
+def _contrast(values: MethodValues, users: Sequence[str], a: str, b: str, metric: str, test: bool) -> Contrast:
     first, second = values[a][metric], values[b][metric]
-    delta = difference(first, second, users, metric, seed)
+    delta = difference(first, second, users, metric)
     p = None
     if test:
         (array_a, array_b), owners = _measured([first, second], users, metric)
-        p = sign_flip(array_a, array_b, owners, find_metric(metric).transform, seed)
+        p = sign_flip(array_a, array_b, owners, find_metric(metric).transform)
     return Contrast(a, b, metric, delta.value, delta.low, delta.high, p)
 
 

@@ -60,21 +60,17 @@ def user_bootstrap(
     return Interval(value, float(low), float(high))
 
 
-def set_bootstrap(
-    measure: Callable[[np.ndarray], float], users: Sequence[str], resamples: int = SET_RESAMPLES, seed: int = 0
-) -> Interval:
+def set_bootstrap(measure: Callable[[np.ndarray], float], users: Sequence[str]) -> Interval:
     """Return a value that is no mean over questions, with the percentile interval of drawing users anew.
 
     Args:
         measure: Returns the value of the questions with the given indices, (M,) int64; a question may occur repeatedly.
         users: (N,) the owner of each question.
-        resamples: Number of draws.
-        seed: Seed of the draws.
     """
     names, owner = np.unique(np.asarray(users), return_inverse=True)
     groups = [np.flatnonzero(owner == u) for u in range(len(names))]
-    rng = np.random.default_rng(seed)
-    draws = (np.concatenate([groups[u] for u in rng.integers(0, len(names), len(names))]) for _ in range(resamples))
+    rng = np.random.default_rng(0)
+    draws = (np.concatenate([groups[u] for u in rng.integers(0, len(names), len(names))]) for _ in range(SET_RESAMPLES))
     low, high = np.percentile([measure(rows) for rows in draws], [2.5, 97.5])
     return Interval(float(measure(np.arange(len(users)))), float(low), float(high))
 
