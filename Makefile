@@ -72,7 +72,7 @@ demo: env ## fit a plug on generated replies, and see three users answer one req
 serve-demo: env ## serve the demo's plug with its users' histories on port 8000 (fits it first where it is missing)
 	test -f $(DEMO)/plug/config.json || $(MAKE) demo
 	$(BIN)/persona-plug users add $(DEMO)/replies.jsonl --store sqlite:///$(DEMO)/users.db --encoder minilm-l6 \
-		--keep-text --tenant local
+		--keep-text
 	$(BIN)/persona-plug serve $(DEMO)/plug --store sqlite:///$(DEMO)/users.db --keep-text --name demo $(ARGS)
 
 bench: env ## measure speed and memory against their floors

@@ -29,6 +29,18 @@ def test_the_gateway_is_started_with_options_that_there_are():
         assert f"{option} " in known, option
 
 
+def test_a_plug_in_a_container_has_texts_to_answer_by():
+    services = yaml.safe_load((DEPLOY / "compose.yaml").read_text(encoding="utf-8"))["services"]
+    assert "--keep-text" in services["gateway"]["command"]
+    assert '"--keep-text"' in (DEPLOY / "Dockerfile").read_text(encoding="utf-8")
+
+
+def test_no_password_stands_in_a_command():
+    services = yaml.safe_load((DEPLOY / "compose.yaml").read_text(encoding="utf-8"))["services"]
+    assert not [word for service in services.values() for word in service.get("command", []) if "PASSWORD" in word]
+    assert "POSTGRES_PASSWORD" in services["gateway"]["environment"]["PERSONA_PLUG_STORE"]
+
+
 def test_no_secret_is_written_down_and_nothing_listens_outside():
     text = (DEPLOY / "compose.yaml").read_text(encoding="utf-8")
     services = yaml.safe_load(text)["services"]

@@ -33,6 +33,15 @@ PlugsEncoder = Annotated[str | None, typer.Option("--encoder", help="Another pla
 History = Annotated[Path | None, typer.Option(help=f"{RECORDS} of the user's items (input, output).")]
 
 
+Url = Annotated[
+    str,
+    typer.Option(
+        "--store", envvar="PERSONA_PLUG_STORE", help="sqlite:///users.db or postgresql://user:password@host/database."
+    ),
+]
+Tenant = Annotated[str, typer.Option(help="Whose user it is; a gateway without keys has one tenant, local.")]
+
+
 def say(text: str) -> None:
     """Write a line to standard output."""
     sys.stdout.write(text + "\n")

@@ -67,6 +67,6 @@ def kept_where(store: str | None) -> str:
     """Say where histories are kept, without a password."""
     if store is None:
         return "Histories are kept with their text in a temporary file, which goes when the page ends."
-    from sqlalchemy import make_url
+    from persona_plug.store.database import shown_url
 
-    return f"Histories are kept with their text in {make_url(store).render_as_string(hide_password=True)}."
+    return f"Histories are kept with their text in {shown_url(store)}."

@@ -195,14 +195,16 @@ def _whose(path: Path | None, user: str | None, store: str | None, columns: str 
     """Return the arguments that say whose history counts: from a file, or from a store, which is not made here."""
     if store is None:
         return {"history": _history(path, user, columns)}
+    from persona_plug.serving.auth import LOCAL_TENANT, store_key
     from persona_plug.store.history_store import HistoryStore
 
     if user is None or path is not None:
         raise typer.BadParameter("--store goes with --user, and without --history")
     opened = HistoryStore(store)
-    if not opened.read(user, 1).total:
+    name = store_key(LOCAL_TENANT, user)
+    if not opened.read(name, 1).total:
         sys.stderr.write(f"note: {opened.name} holds no such user; the answer is that for an empty history\n")
-    return {"user": user, "store": opened}
+    return {"user": name, "store": opened}
 
 
 def _history(path: Path | None, user: str | None, columns: str | None) -> list[Any]:

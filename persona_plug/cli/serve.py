@@ -18,6 +18,7 @@ from persona_plug.cli.common import (
     PlugsEncoder,
     PlugsLlm,
     Quantized,
+    Url,
     one_line_errors,
     quiet,
     say,
@@ -32,14 +33,14 @@ keys_app: typer.Typer = typer.Typer(help="API keys of the gateway: new, list, re
 
 Keys = Annotated[Path, typer.Option("--keys", help="File of keys; it holds hashes only.")]
 
-CONNECTIONS = 1000  # open at once; far above what can be answered, and below what a process may hold
 SHUTDOWN_SECONDS = 30
+STORE_SECONDS = 8  # what the store may take to answer; a little less than the gateway waits
 
 
 @one_line_errors
 def serve(
     plug: Plug,
-    store: Annotated[str, typer.Option(help="Where histories are: sqlite:///users.db, or a PostgreSQL URL.")],
+    store: Url,
     keep_text: Annotated[
         bool | None, typer.Option(help="Keep texts beside vectors; default as the store was made, at first not.")
     ] = None,
@@ -56,30 +57,34 @@ def serve(
     max_batch: Annotated[int, typer.Option(help="transformers: requests that run together.")] = 16,
     rate: Annotated[float, typer.Option(help="Requests a minute and key; 0 for any number.")] = 0,
     pending: Annotated[int, typer.Option(help="Completions in hand at once; more get 429.")] = 64,
+    pending_tokens: Annotated[int, typer.Option(help="Tokens of these, read and to be written.")] = 131_072,
     timeout: Annotated[float, typer.Option(help="Seconds a completion may take.")] = 120,
     max_tokens: Annotated[int, typer.Option(help="New tokens a completion may ask for.")] = 1024,
     max_prompt: Annotated[int, typer.Option(help="Characters of a completion's messages or prompt.")] = 50_000,
     max_body: Annotated[int, typer.Option(help="Bytes of a request's body.")] = 1_000_000,
     max_events: Annotated[int, typer.Option(help="Events kept of a user.")] = 10_000,
+    keep_days: Annotated[float, typer.Option(help="Days after which an event is deleted; 0 keeps events.")] = 0,
     remember: Annotated[float, typer.Option(help="Seconds a completion can be accepted; 0 for never.")] = 600,
     device: Device = None,
 ) -> None:
     """Serve a plug over HTTP with OpenAI's API; the request's `user` says whose history is used.
 
-    PERSONA_PLUG_HASH_KEY (environment) keys the hashes that stand for users in logs; without it they change at each
-    start. VLLM_API_KEY is sent to a vLLM server.
+    Of the environment PERSONA_PLUG_STORE is the store's URL, which may hold a password. PERSONA_PLUG_HASH_KEY keys the
+    hashes that stand for users in logs; without it they change at each start. VLLM_API_KEY is sent to a vLLM server.
     """
     from persona_plug.serving.auth import check_host
     from persona_plug.serving.limits import Limits
 
     check_host(host, keys)
     limits = Limits(body_bytes=max_body, per_minute=rate, pending=pending, seconds=timeout, max_tokens=max_tokens,
-                    prompt_characters=max_prompt, events=max_events, remember_seconds=remember)  # fmt: skip
+                    prompt_characters=max_prompt, events=max_events, remember_seconds=remember,
+                    tokens=pending_tokens, keep_days=keep_days)  # fmt: skip
     if max_batch < 1:
         raise ConfigError(f"max_batch={max_batch} must be at least 1")
     try:
         import uvicorn
 
+        from persona_plug.serving.connections import CONNECTIONS, PatientProtocol
         from persona_plug.serving.gateway import Settings
         from persona_plug.serving.logs import Log
         from persona_plug.serving.routes import create_app
@@ -99,7 +104,8 @@ def serve(
             raise
 
     secret = os.environ.get("PERSONA_PLUG_HASH_KEY")
-    settings = Settings(name or Path(plug).name, keys, limits, secret.encode() if secret else None)
+    address = f"http://{f'[{host}]' if ':' in host else host}:{port}"
+    settings = Settings(name or Path(plug).name, keys, limits, secret.encode() if secret else None, address)
     app = create_app(settings, load, log)
     server = uvicorn.Server(
         uvicorn.Config(
@@ -109,11 +115,12 @@ def serve(
             log_config=None,
             access_log=False,  # it would hold users' ids
             server_header=False,
-            limit_concurrency=CONNECTIONS,
+            http=PatientProtocol,
+            limit_concurrency=CONNECTIONS + 24,  # silent connections make room before that
             timeout_graceful_shutdown=SHUTDOWN_SECONDS,
         )
     )
-    log.event("start", host=host, port=port, model=settings.model, keys=keys is not None)
+    log.event("start", address=address, model=settings.model, keys=keys is not None)
     server.run()
     if app.state.gateway.failure is not None:
         raise app.state.gateway.failure
@@ -135,28 +142,45 @@ def _load(
     from persona_plug.serving.gateway import Backend
     from persona_plug.store.history_store import HistoryStore
 
+    if engine != "transformers" and not engine.startswith(("http://", "https://")):
+        raise ConfigError(f"engine={engine!r:.80} is neither `transformers` nor the URL of a vLLM server")
+    _check_texts(folder, url, keep_text)
     loaded = PersonaPlug.from_pretrained(folder, llm=llm, encoder=encoder, quantization=quantization, device=device)
     loaded.keep_nothing()
     if engine == "transformers":
         from persona_plug.serving.engine import TransformersEngine
 
         made: Any = TransformersEngine(loaded, max_batch, gateway.metrics.batch.observe)
-    elif engine.startswith(("http://", "https://")):
+    else:
         from persona_plug.serving.vllm import VllmEngine, VllmServer
 
         made = VllmEngine(
             loaded, VllmServer(engine, api_key=os.environ.get("VLLM_API_KEY"), width=loaded.config.llm_width)
         )
-    else:
-        raise ConfigError(f"engine={engine!r:.80} is neither `transformers` nor the URL of a vLLM server")
-    users = HistoryStore(url, encoder=loaded.encoder, keep_text=keep_text)
-    if loaded.config.remembers and not users.keep_text:
-        users.close()
-        raise ConfigError(
-            f"{users.name} keeps no texts, and this plug reads users' own words: make the store with --keep-text, "
-            "or fit a plug with words=False"
-        )
+    users = HistoryStore(url, encoder=loaded.encoder, keep_text=keep_text, wait=STORE_SECONDS)
     return Backend(loaded, users, made)
+
+
+def _check_texts(folder: str, url: str, keep_text: bool | None) -> None:
+    """Refuse, before the LLM is loaded, a store without texts under a plug that needs them."""
+    from persona_plug.config import PlugConfig
+    from persona_plug.errors import DataError
+    from persona_plug.persistence import local_folder
+    from persona_plug.store.history_store import HistoryStore
+
+    config = PlugConfig.load(local_folder(folder))
+    if not (config.quotes or config.remembers):
+        return
+    try:
+        with HistoryStore(url, wait=STORE_SECONDS) as opened:
+            name, keeps = opened.name, opened.keep_text
+    except DataError:  # there is no store yet: it is made as asked
+        name, keeps = "the new store", bool(keep_text)
+    if keeps or (keep_text is False and not config.remembers):  # without, on purpose
+        return
+    what = "reads users' own words" if config.remembers else "quotes users' own words"
+    cure = "fit a plug with words=False" if config.remembers else "answer without them by --no-keep-text"
+    raise ConfigError(f"{name} keeps no texts, and this plug {what}: make the store with --keep-text, or {cure}")
 
 
 def _log_as_json(log: Log) -> None:

@@ -19,6 +19,8 @@ from persona_plug.cli.common import (
     Encoder,
     Force,
     Json,
+    Tenant,
+    Url,
     columns_of,
     new_file,
     one_line_errors,
@@ -33,12 +35,9 @@ users_app: typer.Typer = typer.Typer(
 
 READABLE = ("user_id", "id", "input", "output", "timestamp", "last_update_of_user")  # of an exported record
 
-Url = Annotated[str, typer.Option("--store", help="sqlite:///users.db or postgresql://user:password@host/database.")]
 Yes = Annotated[bool, typer.Option("--yes", help="Do not ask.")]
 User = Annotated[str, typer.Argument(metavar="ID", help="The user's id.")]
-Tenant = Annotated[
-    str | None, typer.Option(help="Whose user it is in a gateway's store; a gateway without keys has one, local.")
-]
+Users = Annotated[list[str], typer.Argument(metavar="ID...", help="Ids of users.")]
 
 
 @users_app.command("add")
@@ -53,7 +52,7 @@ def add(
     ] = None,
     vectors: Annotated[str | None, typer.Option(help="A new store's vectors: fp16 (default) or int8.")] = None,
     skip_bad: Annotated[bool, typer.Option(help="Skip bad records and count them.")] = False,
-    tenant: Tenant = None,
+    tenant: Tenant = "local",
     device: Device = None,
     as_json: Json = False,
 ) -> None:
@@ -138,7 +137,7 @@ def show(
     user: User,
     store: Url,
     limit: Annotated[int, typer.Option(min=1, help="Newest items at most.")] = 20,
-    tenant: Tenant = None,
+    tenant: Tenant = "local",
     as_json: Json = False,
 ) -> None:
     """Show a user's newest items, with texts if the store keeps them."""
@@ -171,26 +170,29 @@ def export(
     ] = None,
     vectors: Annotated[bool, typer.Option("--vectors", help="Write vectors and hashes of the texts, too.")] = False,
     force: Force = False,
-    tenant: Tenant = None,
+    tenant: Tenant = "local",
 ) -> None:
     """Write what is held about a user, one JSON record an item, which `users add` can read again.
 
-    --vectors adds what only machines read: vectors and hashes of the texts.
+    --vectors adds what only machines read: vectors and hashes of the texts. Without texts they are always there.
     """
+    from persona_plug.data.rows import json_line
     from persona_plug.store.history_store import HistoryStore
 
     with HistoryStore(store) as opened:
         name = _name(user, tenant)
         if not opened.read(name, 1).total:
             raise _unknown(opened.name)
-        records = (row if vectors else {k: row[k] for k in READABLE if k in row} for row in opened.export(name))
+        shown = None if vectors or not opened.keep_text else READABLE
+        rows = ({**row, "user_id": user} for row in opened.export(name))
+        records = ({k: row[k] for k in shown if k in row} if shown else row for row in rows)
         if out is None:
             for record in records:
-                say_json(record)
+                say_json(json_line(record))
             return
         path = new_file(out, force)
         with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w", encoding="utf-8") as file:
-            file.writelines(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
+            file.writelines(json_line(record) + "\n" for record in records)
     say(f"written to {path}")
 
 
@@ -201,7 +203,7 @@ def delete(
     item: Annotated[str, typer.Argument(metavar="ITEM", help="The item's id.")],
     store: Url,
     yes: Yes = False,
-    tenant: Tenant = None,
+    tenant: Tenant = "local",
 ) -> None:
     """Delete one item of a user for good."""
     from persona_plug.errors import DataError
@@ -218,29 +220,45 @@ def delete(
 @users_app.command("forget")
 @one_line_errors
 def forget(
-    user: User,
+    users: Users,
     store: Url,
     yes: Yes = False,
-    tenant: Tenant = None,
+    tenant: Tenant = "local",
     as_json: Json = False,
 ) -> None:
-    """Delete a user for good: id, texts and vectors, in the store's files and the encoder's cache."""
+    """Delete users for good: ids, texts and vectors, in the store's files and the encoder's cache."""
     from persona_plug.store.history_store import HistoryStore
 
     with HistoryStore(store) as opened:
+        names = [_name(user, tenant) for user in users]
         if not yes:
-            count = opened.read(_name(user, tenant), 1).total
-            typer.confirm(f"delete {count} items of {_plain(user)} for good?", abort=True, err=True)
-        result = opened.forget(_name(user, tenant))
+            count = sum(opened.read(name, 1).total for name in names)
+            typer.confirm(f"delete {count} items of {_plain(', '.join(users))} for good?", abort=True, err=True)
+        result = opened.forget(*names)
     row = dataclasses.asdict(result)
     say(json.dumps(row) if as_json else f"deleted {result.items} items and {result.cached_vectors} cached vectors")
 
 
-def _name(user: str, tenant: str | None) -> str:
+@users_app.command("expire")
+@one_line_errors
+def expire(
+    store: Url,
+    keep_days: Annotated[float, typer.Option(min=0, help="Items that were added earlier go.")],
+    as_json: Json = False,
+) -> None:
+    """Delete the items of all users that were added too long ago."""
+    from persona_plug.store.history_store import HistoryStore
+
+    with HistoryStore(store) as opened:
+        gone = opened.expire(keep_days)
+    say(json.dumps({"items": gone}) if as_json else f"deleted {gone} items")
+
+
+def _name(user: str, tenant: str) -> str:
     """Return what a user is called in the store."""
     from persona_plug.serving.auth import store_key
 
-    return user if tenant is None else store_key(tenant, user)
+    return store_key(tenant, user)
 
 
 def _unknown(store: str) -> Exception:

@@ -13,6 +13,7 @@ import io
 import json
 import lzma
 import os
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,7 @@ TABLE_ENDINGS = {".csv": None, ".tsv": "\t", ".tab": "\t"}
 PACKERS: dict[str, Callable[..., Any]] = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
 ENDINGS = ".jsonl, .json, .csv, .tsv or .parquet, the first four also as .gz, .bz2 or .xz"
 MARKS = {codecs.BOM_UTF8: "utf-8-sig", codecs.BOM_UTF16_LE: "utf-16", codecs.BOM_UTF16_BE: "utf-16"}
+_BREAKS = re.compile("[\x85\u2028\u2029\ud800-\udfff]")  # also halves of characters, which are no UTF-8
 LONGEST_CELL = (1 << 31) - 1
 
 
@@ -83,6 +85,12 @@ def check_columns(columns: Mapping[str, str] | None) -> None:
             raise ConfigError(
                 f"columns: {name!r:.60} is no field of a record{nearest(name, FIELDS) or ';'} use {', '.join(FIELDS)}"
             )
+
+
+def json_line(value: Any, compact: bool = False) -> str:  # noqa: ANN401
+    """Return a value as JSON on one line, also for readers that end lines where Unicode does."""
+    text = json.dumps(value, ensure_ascii=False, separators=(",", ":") if compact else None)
+    return _BREAKS.sub(lambda found: f"\\u{ord(found[0]):04x}", text)
 
 
 def local_path(path: str | os.PathLike[str]) -> Path:

@@ -8,7 +8,6 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
@@ -20,12 +19,9 @@ from persona_plug.heads.words import SIZE, TokenEncoder, WordsHead, WordsReader
 from persona_plug.splice.base import Splicer
 from persona_plug.splice.prompts import AnswerTree, Prompter
 from persona_plug.splice.soft import Soft
-from persona_plug.store.batches import StoredExample
+from persona_plug.store.batches import StoredExample, WordStore
 from persona_plug.store.database import StoreUnavailable
 from persona_plug.store.format import StoredHistory
-
-if TYPE_CHECKING:
-    from persona_plug.store.history_store import HistoryStore
 
 logger = logging.getLogger(__name__)
 
@@ -131,7 +127,7 @@ class Recollection:
         return pack_item(self.head.item_words(self.encoder, *pair, row.tokens, row.offsets, row.logits))
 
     @torch.no_grad()
-    def restore(self, store: HistoryStore, history: StoredHistory) -> tuple[list[ItemWords], int]:
+    def restore(self, store: WordStore, history: StoredHistory) -> tuple[list[ItemWords], int]:
         """Return the words of a stored history's newest items, and how many the LLM had to read.
 
         The store keeps what was read. Nothing of a user is cached in this process: it goes when the store forgets.

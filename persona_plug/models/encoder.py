@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import torch
@@ -121,6 +121,12 @@ class HistoryEncoder:
         root = Path(cache_dir) if cache_dir is not None else zoo.cache_dir() / "vectors"
         self.cache_path = root / f"{self.fingerprint}.sqlite"
         self.cache: VectorCache | None = VectorCache(self.cache_path, self.dim) if use_cache else None
+
+    def sibling(self) -> Self:
+        """Return the same frozen encoder for another thread: tokenizers bear one thread each."""
+        made = copy.copy(self)
+        made.tokenizer, made.stats = copy.deepcopy(self.tokenizer), EncodeStats()
+        return made
 
     def _length(self, wanted: int | None) -> int:
         """Return how many tokens are read of a text, within what the model has positions for."""

@@ -7,14 +7,13 @@ import hmac
 import ipaddress
 import json
 import logging
-import os
 import re
 import secrets
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from urllib.parse import quote
+from urllib.parse import quote, unquote
 
 from filelock import FileLock
 
@@ -59,7 +58,7 @@ def new_key(path: Path, tenant: str) -> tuple[Key, str]:
     secret = "pp-" + secrets.token_urlsafe(32)
     created = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
     key = Key("key-" + secrets.token_hex(4), tenant, _digest(secret), created)
-    with FileLock(f"{path}.lock"):
+    with FileLock(f"{path}.lock", mode=0o600):
         _write(path, [*(read_keys(path) if path.exists() else []), key])
     return key, secret
 
@@ -70,7 +69,7 @@ def revoke_key(path: Path, ident: str) -> Key:
     Raises:
         ConfigError: There is no such key.
     """
-    with FileLock(f"{path}.lock"):
+    with FileLock(f"{path}.lock", mode=0o600):
         keys = read_keys(path)
         for key in keys:
             if key.id == ident:
@@ -86,16 +85,19 @@ def read_keys(path: Path) -> list[Key]:
         ConfigError: The file is missing, or a line is not a key.
     """
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = path.read_text(encoding="utf-8").split("\n")
     except OSError as exc:
         raise ConfigError(f"key file {path}: {exc.strerror}; make one with `persona-plug keys new`") from exc
+    except UnicodeDecodeError as exc:
+        raise ConfigError(f"key file {path}: not UTF-8 text; `persona-plug keys new` writes one") from exc
+    lines = lines[:-1] if lines[-1] == "" else lines
     keys = []
     for number, line in enumerate(lines, start=1):
         try:
             key = Key(**json.loads(line))
             if not (_TENANT.fullmatch(key.tenant) and re.fullmatch(r"[0-9a-f]{64}", key.sha256)):
                 raise ValueError
-        except (TypeError, ValueError) as exc:
+        except (TypeError, ValueError, RecursionError) as exc:
             raise ConfigError(f"{path}:{number}: not a key; lines are written by `persona-plug keys new`") from exc
         keys.append(key)
     return keys
@@ -116,6 +118,11 @@ class Keyring:
             self._keys, self._stamp = read_keys(path), _stamp(path)
             if not self._keys:
                 raise ConfigError(f"key file {path} holds no key; make one with `persona-plug keys new`")
+
+    @property
+    def tenants(self) -> frozenset[str]:
+        """Who may ask."""
+        return frozenset(key.tenant for key in self._keys) if self.path else frozenset({LOCAL_TENANT})
 
     def find(self, authorization: str) -> Key | None:
         """Return whose key an Authorization header carries, or None."""
@@ -142,8 +149,19 @@ class Keyring:
 
 
 def store_key(tenant: str, user: str) -> str:
-    """Return the name under which a tenant's user is stored; a slash in either cannot reach another tenant."""
+    """Return the name under which a tenant's user is stored; a slash in either cannot reach another tenant.
+
+    Whoever is alone needs no tenant: users of the local one have their own names, if no slash is in them.
+    """
+    if tenant == LOCAL_TENANT and "/" not in user:
+        return user
     return f"{quote(tenant, safe='')}/{quote(user, safe='')}"
+
+
+def tenant_of(name: str) -> str:
+    """Return whose user is stored under a name."""
+    tenant, slash, _ = name.partition("/")
+    return unquote(tenant) if slash else LOCAL_TENANT
 
 
 def check_host(host: str, keys: Path | None) -> None:
@@ -177,5 +195,4 @@ def _stamp(path: Path) -> tuple[int, int]:
 
 def _write(path: Path, keys: Sequence[Key]) -> None:
     text = "".join(json.dumps(asdict(key)) + "\n" for key in keys)
-    write_atomically(path, text.encode())
-    os.chmod(path, 0o600)
+    write_atomically(path, text.encode(), 0o600)

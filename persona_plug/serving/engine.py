@@ -18,7 +18,7 @@ from torch import Tensor
 from persona_plug.errors import PersonaPlugError
 from persona_plug.heads.processor import WordsProcessor
 from persona_plug.heads.words import WordsReader
-from persona_plug.serving.writing import Sampler, Writer
+from persona_plug.serving.writing import Penalties, Sampler, Writer
 from persona_plug.splice.prompts import PromptParts
 
 if TYPE_CHECKING:
@@ -45,8 +45,13 @@ class Call:
         top_p: Probability mass that is sampled from.
         seed: Of the sampling; None draws one.
         stop: Texts that end the answer and do not belong to it.
+        repetition_penalty: Logits of tokens in the answer so far are divided by it, negative ones multiplied.
+        frequency_penalty: Taken from a token's logit for each time it is in the answer so far.
+        presence_penalty: Taken from the logit of each token in the answer so far.
+        logit_bias: (token, what is added to its logit).
         reader: What mixes the user's own words in, or None.
         salt: Keyed hash of whose request it is; an engine shares no cache between calls of different salts.
+        tenant: Whose turn it is; tenants take turns.
     """
 
     parts: PromptParts
@@ -58,6 +63,16 @@ class Call:
     stop: tuple[str, ...] = ()
     salt: str = ""
     reader: WordsReader | None = None
+    repetition_penalty: float = 1.0
+    frequency_penalty: float = 0.0
+    presence_penalty: float = 0.0
+    logit_bias: tuple[tuple[int, float], ...] = ()
+    tenant: str = ""
+
+    @property
+    def penalties(self) -> Penalties:
+        """What changes the logits by what is written."""
+        return Penalties(self.repetition_penalty, self.frequency_penalty, self.presence_penalty, self.logit_bias)
 
     @property
     def prompt_tokens(self) -> int:
@@ -249,6 +264,9 @@ class TransformersEngine:
         processors: list[Any] = []
         if any(reader is not None for reader in readers):
             processors.append(WordsProcessor(readers, start=len(plug.splicer.start)))
+        penalties = [call.penalties for call in calls]
+        start = len(plug.splicer.start)
+        processors.append(lambda ids, scores: _penalised(penalties, ids[:, start:], scores))
         if any(samplers):
             processors.append(_choose(samplers))
         plug.llm.generate(
@@ -269,6 +287,10 @@ class TransformersEngine:
 
     def _decode(self, ids: Sequence[int]) -> str:
         return str(self.tokenizer.decode(list(ids), skip_special_tokens=True))
+
+
+def _penalised(penalties: Sequence[Penalties], ids: Tensor, scores: Tensor) -> Tensor:
+    return torch.stack([p.apply(row, own.tolist()) for p, own, row in zip(penalties, ids, scores, strict=True)])
 
 
 def _choose(samplers: Sequence[Sampler | None]) -> Callable[[Tensor, Tensor], Tensor]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import secrets
 import time
+from contextlib import ExitStack
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -13,13 +14,20 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from persona_plug.errors import DataError, PersonaPlugError
 from persona_plug.serving.auth import is_loopback
+from persona_plug.serving.body import check_body
 from persona_plug.serving.errors import ApiError
 from persona_plug.serving.gateway import Gateway
+from persona_plug.serving.limits import Overloaded
+from persona_plug.serving.running import ending
 
 OPEN = frozenset({"/healthz", "/readyz", "/metrics"})  # they tell of nobody, and probes have no key
 REFUSALS = frozenset(
-    {"body_too_large", "body_too_slow", "rate_limit_exceeded", "overloaded", "timeout", "history_full"}
-)
+    {
+        "body_too_large", "body_too_slow", "body_too_complex", "rate_limit_exceeded", "overloaded", "timeout",
+        "history_full", "shutting_down",
+    }
+)  # fmt: skip
+METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "DELETE", "OPTIONS", "PATCH"})
 GONE = 499  # status in logs and metrics where the client went away
 
 
@@ -39,12 +47,12 @@ class Guard:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
-        self.gateway.memory.prune()  # probes come here too: no text outlives its time
         began, request = time.monotonic(), secrets.token_hex(8)
         told: dict[str, Any] = {}
         scope["state"] = {**scope.get("state", {}), "told": told}
         scope["path"] = scope["raw_path"].decode("ascii", "replace")
         status = 0
+        held = ExitStack()
 
         async def answer(message: Message) -> None:
             nonlocal status
@@ -54,8 +62,9 @@ class Guard:
             await send(message)
 
         try:
-            await self.app(scope, await self._admit(scope, receive), answer)
-        except Exception as exc:
+            with held:
+                await self.app(scope, await self._admit(scope, receive, held), answer)
+        except (Exception, asyncio.CancelledError) as exc:
             error = self._error(exc, request)
             told["error"] = error.code
             if not status:
@@ -63,7 +72,11 @@ class Guard:
         finally:
             self._tell(scope, request, status or GONE, time.monotonic() - began, told)
 
-    def _error(self, exc: Exception, request: str) -> ApiError:
+    def _error(self, exc: BaseException, request: str) -> ApiError:
+        if isinstance(exc, asyncio.CancelledError):  # the server ends, and has waited long enough
+            exc = ending()
+        if isinstance(exc, Overloaded):
+            exc = ApiError(429, "as much is in hand as may be; try again", "overloaded", headers={"Retry-After": "1"})
         if isinstance(exc, DataError):
             exc = ApiError(400, str(exc), "invalid_value")
         if isinstance(exc, PersonaPlugError):  # of the store; it may name addresses that are not the client's affair
@@ -77,8 +90,11 @@ class Guard:
             self.gateway.metrics.refused.labels(exc.code).inc()
         return exc
 
-    async def _admit(self, scope: Scope, receive: Receive) -> Receive:
-        """Check who asks and how often, and return a `receive` that gives the whole body at once."""
+    async def _admit(self, scope: Scope, receive: Receive, held: ExitStack) -> Receive:
+        """Check who asks and how often, and return a `receive` that gives the whole body at once.
+
+        Room for the body is taken until `held` is closed.
+        """
         headers = {name: value.decode("latin-1") for name, value in scope["headers"]}
         if self.gateway.settings.keys is None and not is_loopback(_host(headers.get(b"host", ""))):
             # A page that a browser on this machine shows could have its own name resolve to 127.0.0.1.
@@ -93,7 +109,13 @@ class Guard:
         if wait := self.gateway.rates.wait(key.id):
             message = f"this key may ask {self.gateway.limits.per_minute:g} times a minute; wait {wait} s"
             raise ApiError(429, message, "rate_limit_exceeded", headers={"Retry-After": str(wait)})
-        body = await self._body(headers.get(b"content-length", ""), receive)
+        announced = headers.get(b"content-length", "")
+        size = int(announced) if announced.isdecimal() else self.gateway.limits.body_bytes
+        if announced or b"transfer-encoding" in headers:
+            held.enter_context(self.gateway.bodies.take(key.tenant, min(size, self.gateway.limits.body_bytes)))
+        body = await self._body(announced, receive)
+        if body:
+            await check_body(body)
         given = False
 
         async def replay() -> Message:
@@ -135,7 +157,7 @@ class Guard:
         self.gateway.log.event(
             "request",
             request=request,
-            method=scope["method"],
+            method=scope["method"] if scope["method"] in METHODS else "other",
             route=route,
             status=status,
             ms=round(seconds * 1000, 1),

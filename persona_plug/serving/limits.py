@@ -1,16 +1,18 @@
-"""Limits: how much one key may ask, how many requests are in hand at once, and what is remembered for how long."""
+"""Limits: how much one key may ask, and how much is in hand at once, shared fairly among tenants."""
 
 from __future__ import annotations
 
 import math
 import time
-from collections import OrderedDict
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
 
 from persona_plug.errors import ConfigError
 
+MAY_BE_ZERO = ("per_minute", "remember_seconds", "keep_days")
+LONGEST = 12 * 3600  # seconds for which an answer may be under way and wait to be accepted
 Clock = Callable[[], float]
 
 
@@ -40,78 +42,39 @@ class Overloaded(Exception):
 
 
 class Slots:
-    """Requests in hand, running or waiting: beyond the limit one is refused at once instead of making all slow."""
+    """What may be in hand, running or waiting: beyond the limit one is refused at once instead of making all slow.
 
-    def __init__(self, limit: int) -> None:
-        """Create free slots."""
-        self.limit, self.used = limit, 0
+    Half of it is kept for tenants that ask for little: each has an equal share of that half to itself. So nobody can
+    take everything, and whoever is alone gets all that is not kept for others.
+    """
+
+    def __init__(self, limit: int, tenants: Callable[[], int] = lambda: 1) -> None:
+        """Create free places; `tenants` says how many may ask."""
+        self.limit, self.tenants, self.used = limit, tenants, 0
+        self._held: Counter[str] = Counter()
 
     @contextmanager
-    def take(self) -> Iterator[None]:
-        """Hold a slot.
+    def take(self, tenant: str = "", amount: int = 1) -> Iterator[None]:
+        """Hold some places for a tenant.
 
         Raises:
-            Overloaded: None is free.
+            Overloaded: They are not free.
         """
-        if self.used >= self.limit:
+        count = max(1, self.tenants())
+        share = 0 if count == 1 else self.limit // (2 * count)
+        others = [held for name, held in self._held.items() if name != tenant]
+        kept = sum(max(0, share - held) for held in others) + share * max(0, count - 1 - len(others))
+        if self.used + amount + kept > self.limit:
             raise Overloaded
-        self.used += 1
+        self.used += amount
+        self._held[tenant] += amount
         try:
             yield
         finally:
-            self.used -= 1
-
-
-@dataclass(frozen=True, slots=True)
-class Written:
-    """A completion that may still be accepted."""
-
-    user: str
-    request: str
-    answer: str
-    made: float
-
-
-class Memory:
-    """Completions of the last minutes, in memory only, found by their id and by nobody but their user."""
-
-    def __init__(self, seconds: float, count: int, clock: Clock = time.monotonic) -> None:
-        """Remember at most `count` completions for `seconds` each."""
-        self.seconds, self.count, self.clock = seconds, count, clock
-        self._kept: OrderedDict[str, Written] = OrderedDict()
-        self._forgotten: dict[str, float] = {}  # user -> when; a completion that was under way then is not kept
-
-    def __len__(self) -> int:
-        """Return how many are held."""
-        return len(self._kept)
-
-    def keep(self, ident: str, user: str, request: str, answer: str, begun: float) -> None:
-        """Remember a completion of a user (its store key) that was begun at a time of the clock."""
-        self.prune()
-        if self._forgotten.get(user, -math.inf) < begun:
-            self._kept[ident] = Written(user, request, answer, self.clock())
-            if len(self._kept) > self.count:
-                self._kept.popitem(last=False)
-
-    def find(self, ident: str, user: str) -> Written | None:
-        """Return a completion if it is this user's and still remembered."""
-        self.prune()
-        found = self._kept.get(ident)
-        return found if found is not None and found.user == user else None
-
-    def forget(self, user: str) -> None:
-        """Drop what is remembered of a user, and what is being written for them."""
-        self.prune()
-        self._forgotten[user] = self.clock()
-        self._kept = OrderedDict((k, w) for k, w in self._kept.items() if w.user != user)
-
-    def prune(self) -> None:
-        """Drop what is too old."""
-        oldest = self.clock() - self.seconds
-        while self._kept and next(iter(self._kept.values())).made < oldest:
-            self._kept.popitem(last=False)
-        while self._forgotten and next(iter(self._forgotten.values())) < oldest:
-            del self._forgotten[next(iter(self._forgotten))]
+            self.used -= amount
+            self._held[tenant] -= amount
+            if not self._held[tenant]:
+                del self._held[tenant]
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,31 +86,42 @@ class Limits:
         body_seconds: Time for sending it (408).
         per_minute: Requests a minute and key, 0 for any number (429).
         pending: Completions in hand at once, running and waiting (429).
-        seconds: Time of one completion, from its admission to its last byte (504).
+        tokens: Tokens of these, of prompts and as many as answers may have (429).
+        writes: Requests in hand that add events or export them (429).
+        seconds: Time of one completion or one adding of events, from its admission to its last byte (504).
+        store_seconds: Time in which the store must answer (503).
         prompt_characters: Characters of a completion's messages or prompt (400): what is too long for the LLM costs
             time to tokenise before that is known.
         max_tokens: New tokens of a completion (400).
         events: Stored events of a user (409).
         event_characters: Characters of one event's input and output together (400).
         remember_seconds: How long a completion can be accepted; 0 remembers none.
-        remember: How many completions are remembered.
+        keep_days: Days after which an event is deleted, counted from when it was added; 0 keeps events.
     """
 
     body_bytes: int = 1_000_000
     body_seconds: float = 10
     per_minute: float = 0
     pending: int = 64
+    tokens: int = 131_072
+    writes: int = 32
     seconds: float = 120
+    store_seconds: float = 10
     prompt_characters: int = 50_000
     max_tokens: int = 1024
     events: int = 10_000
     event_characters: int = 20_000
     remember_seconds: float = 600
-    remember: int = 1000
+    keep_days: float = 0
 
     def __post_init__(self) -> None:
         """Refuse limits under which nothing works."""
         for field in fields(self):
-            value, may_be_zero = getattr(self, field.name), field.name in ("per_minute", "remember_seconds", "remember")
+            value, may_be_zero = getattr(self, field.name), field.name in MAY_BE_ZERO
             if not value >= 0 or (value == 0 and not may_be_zero):
                 raise ConfigError(f"{field.name}={value} must be {'at least' if may_be_zero else 'above'} 0")
+        if self.remember_seconds + self.seconds > LONGEST:
+            raise ConfigError(
+                f"remember_seconds={self.remember_seconds:g} plus seconds={self.seconds:g} is above {LONGEST}; "
+                "the store knows for a day who was forgotten"
+            )

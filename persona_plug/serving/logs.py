@@ -14,6 +14,13 @@ from typing import Any
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
+from persona_plug.errors import ConfigError, CorruptFileError, MismatchError, ModelUnavailable
+from persona_plug.store.database import StoreUnavailable
+
+# Their messages tell of databases, files and settings, and of no request.
+TELLING = (ConfigError, CorruptFileError, MismatchError, ModelUnavailable, StoreUnavailable, OSError)
+
+LONGEST = 300  # characters of a field: whoever asks must not fill the log
 SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120)
 
 
@@ -40,15 +47,16 @@ class Log:
 
     def event(self, event: str, **fields: Any) -> None:  # noqa: ANN401
         """Write an event; None fields are left out. Nobody may pass a text, an id or a path of a request."""
-        shown = {k: v for k, v in fields.items() if v is not None}
+        shown = {k: v[:LONGEST] if isinstance(v, str) else v for k, v in fields.items() if v is not None}
         stamp = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime()) + f".{int(time.time() * 1000) % 1000:03d}Z"
         self._write(json.dumps({"time": stamp, "event": event, **shown}) + "\n")
 
     def failure(self, request: str, exc: BaseException) -> None:
-        """Write where an unexpected exception came from; its message may quote a text and is left out."""
+        """Write where an unexpected exception came from; its message may quote a text, and is shown of some alone."""
         frames = traceback.extract_tb(exc.__traceback__)
         where = [f"{f.filename.rpartition('site-packages/')[2].rpartition('/')[2]}:{f.lineno}" for f in frames]
-        self.event("failure", request=request, exception=type(exc).__name__, where=where[-8:])
+        cause = str(exc) if isinstance(exc, TELLING) else None
+        self.event("failure", request=request, exception=type(exc).__name__, cause=cause, where=where[-8:])
 
 
 def _to_stderr(line: str) -> None:
@@ -70,6 +78,7 @@ class Metrics:
         self.first = Histogram(p + "first_token_seconds", "Time to a stream's first text.", buckets=SECONDS, registry=r)
         self.refused = Counter(p + "refused", "Requests refused by a limit.", ["reason"], registry=r)
         self.pending = Gauge(p + "pending", "Completions in hand, running and waiting.", registry=r)
+        self.writing = Gauge(p + "writing", "Requests in hand that add, list or export events.", registry=r)
         self.batch = Histogram(
             p + "batch_rows", "Calls that ran together.", buckets=(1, 2, 4, 8, 16, 32, 64), registry=r
         )

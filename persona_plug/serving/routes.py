@@ -9,25 +9,28 @@ import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Annotated, Any
 from urllib.parse import unquote
 
-from fastapi import Depends, FastAPI, Query, Request
+from fastapi import Depends, FastAPI, Path, Query, Request
 from fastapi.exceptions import RequestValidationError
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from starlette.exceptions import HTTPException
-from starlette.responses import JSONResponse, PlainTextResponse, Response, StreamingResponse
+from starlette.responses import HTMLResponse, JSONResponse, PlainTextResponse, Response
+from starlette.types import Send
 
 from persona_plug import __version__
-from persona_plug.serving import schema
+from persona_plug.serving import schema, users
 from persona_plug.serving.auth import store_key
 from persona_plug.serving.completions import Completion
 from persona_plug.serving.errors import ApiError
 from persona_plug.serving.gateway import Backend, Gateway, Settings
 from persona_plug.serving.guard import Guard, error_response
 from persona_plug.serving.logs import Log
+from persona_plug.serving.openapi import openapi, page
 from persona_plug.serving.running import Running
-from persona_plug.store.format import StoredHistory
+from persona_plug.serving.streaming import send_json, send_pieces
 
 _TYPES = frozenset({"str", "list", "int", "float", "bool"})  # parts of pydantic's locations that are no fields
 
@@ -56,6 +59,7 @@ def create_app(settings: Settings, load: Callable[[], Backend], log: Log | None 
         await gateway.close()
 
     app = FastAPI(title="persona_plug", version=__version__, lifespan=life, docs_url=None, redoc_url=None)
+    app.openapi = partial(openapi, app)  # type: ignore[method-assign]
     app.state.gateway = gateway
     app.add_middleware(Guard, gateway=gateway)
     app.add_exception_handler(RequestValidationError, _answer_invalid)
@@ -89,6 +93,9 @@ async def _asker(request: Request) -> Asker:
 
 
 Asking = Annotated[Asker, Depends(_asker)]
+UserId = Annotated[str, Path(description="The user's id, percent-encoded.")]
+EventId = Annotated[str, Path(description="The event's id, percent-encoded.")]
+EXPORT_SECONDS = 3600
 
 
 def _name(part: str, param: str) -> str:
@@ -100,15 +107,19 @@ def _name(part: str, param: str) -> str:
 
 
 def _add_completions(app: FastAPI, gateway: Gateway) -> None:
+    def completed(body: schema.ChatRequest | schema.CompletionRequest, asker: Asker) -> Response:
+        work = Completion(gateway, body, asker.tenant, asker.told).run
+        return Running(gateway, work, asker.tenant, events=body.stream)
+
     @app.post("/v1/chat/completions")
     async def chat(body: schema.ChatRequest, asker: Asking) -> Response:
         """Answer a conversation in the manner of `user`."""
-        return Running(gateway, Completion(gateway, body, asker.tenant, asker.told).run)
+        return completed(body, asker)
 
     @app.post("/v1/completions")
     async def complete(body: schema.CompletionRequest, asker: Asking) -> Response:
         """Answer a request in the manner of `user`."""
-        return Running(gateway, Completion(gateway, body, asker.tenant, asker.told).run)
+        return completed(body, asker)
 
     def model() -> dict[str, Any]:
         return {"id": gateway.settings.model, "object": "model", "created": started, "owned_by": "persona_plug"}
@@ -128,77 +139,97 @@ def _add_completions(app: FastAPI, gateway: Gateway) -> None:
 
 
 def _add_users(app: FastAPI, gateway: Gateway) -> None:
+    def told(added: int, count: int) -> bytes:
+        return json.dumps({"object": "user.events", "added": added, "known": count - added}).encode()
+
     @app.post("/v1/users/{user}/events")
-    async def add(body: schema.EventsRequest, asker: Asking) -> dict[str, Any]:
-        """Add events to a user's history; an id that is there already adds nothing."""
-        items = body.items() if body.accept is None else [_accepted(gateway, body.accept, asker.key)]
-        added = await gateway.add(asker.key, items)
-        return {"object": "user.events", "added": added, "known": len(items) - added}
+    async def add(user: UserId, body: schema.EventsRequest, asker: Asking) -> Response:
+        """Add events to a user's history; an event that is there already adds nothing."""
+
+        async def work(send: Send) -> None:
+            if body.accept is None:
+                items = body.items()
+                await send_json(send, told(await users.add(gateway, asker.key, items), len(items)))
+            else:
+                await send_json(send, told(await users.accept(gateway, asker.key, body.accept), 1))
+
+        return Running(gateway, work, asker.tenant, gateway.writes)
 
     @app.get("/v1/users/{user}/events")
-    async def events(asker: Asking, limit: Annotated[int, Query(ge=1, le=1000)] = 100) -> dict[str, Any]:
+    async def events(user: UserId, asker: Asking, limit: Annotated[int, Query(ge=1, le=1000)] = 100) -> Response:
         """List a user's newest events, oldest first; texts only where the store keeps them."""
-        held = await gateway.on_store(gateway.backend.store.read, asker.key, limit)
-        return {"object": "list", "data": _events(held), "total": held.total}
+
+        async def work(send: Send) -> None:
+            await send_pieces(send, users.listed(gateway, asker.key, limit), "application/json")
+
+        return Running(gateway, work, asker.tenant, gateway.writes)
+
+    @app.put("/v1/users/{user}/events/{event}")
+    async def correct(user: UserId, event: EventId, body: schema.EventBody, asker: Asking) -> Response:
+        """Put a corrected event in the place of an event."""
+        ident = _name(event, "event")
+
+        async def work(send: Send) -> None:
+            await users.replace(gateway, asker.key, ident, body.model_dump(exclude_none=True))
+            await send_json(send, json.dumps({"id": ident, "object": "user.event", "replaced": True}).encode())
+
+        return Running(gateway, work, asker.tenant, gateway.writes)
 
     @app.delete("/v1/users/{user}/events/{event}")
-    async def delete_event(event: str, asker: Asking) -> dict[str, Any]:
+    async def delete_event(user: UserId, event: EventId, asker: Asking) -> dict[str, Any]:
         """Delete one event."""
         ident = _name(event, "event")
-        if not await gateway.delete(asker.key, ident):
+        if not await users.delete(gateway, asker.key, ident):
             raise ApiError(404, "this user has no such event", "event_not_found")
         return {"id": ident, "object": "user.event.deleted", "deleted": True}
 
     @app.delete("/v1/users/{user}")
-    async def forget(asker: Asking) -> dict[str, Any]:
+    async def forget(user: UserId, asker: Asking) -> dict[str, Any]:
         """Forget a user: events, vectors, and completions that could still be accepted."""
-        events = await gateway.forget(asker.key)
+        events = await users.forget(gateway, asker.key)
         return {"id": asker.user, "object": "user.deleted", "deleted": True, "events": events}
 
     @app.get("/v1/users/{user}/export")
-    async def export(asker: Asking) -> Response:
+    async def export(user: UserId, asker: Asking) -> Response:
         """Give everything that is held about a user, as JSONL."""
-        rows = await gateway.on_store(lambda: list(gateway.backend.store.export(asker.key)))
 
-        async def lines() -> AsyncIterator[bytes]:
-            for row in rows:
-                yield json.dumps({**row, "user_id": asker.user}, ensure_ascii=False).encode() + b"\n"
+        async def work(send: Send) -> None:
+            await send_pieces(send, users.exported(gateway, asker.key, asker.user), "application/x-ndjson")
 
-        return StreamingResponse(lines(), media_type="application/x-ndjson")
-
-
-def _accepted(gateway: Gateway, ident: str, key: str) -> dict[str, Any]:
-    found = gateway.memory.find(ident, key)
-    if found is None:
-        message = f"no such completion of this user; one is remembered for {gateway.memory.seconds:g} s"
-        raise ApiError(404, message, "completion_not_found", "accept")
-    return {"input": found.request, "output": found.answer, "id": ident, "timestamp": time.time()}
-
-
-def _events(held: StoredHistory) -> list[dict[str, Any]]:
-    rows: list[dict[str, Any]] = []
-    for at, ident in enumerate(held.ids):
-        texts = {} if held.texts is None else {"input": held.texts[at].input, "output": held.texts[at].output}
-        rows.append({"object": "user.event", "id": ident, "timestamp": held.timestamps[at], **texts})
-    return rows
+        return Running(gateway, work, asker.tenant, gateway.writes, seconds=EXPORT_SECONDS)
 
 
 def _add_probes(app: FastAPI, gateway: Gateway) -> None:
-    @app.get("/healthz")
+    def probe(path: str) -> Callable[[Any], Any]:
+        """Have a path answered to GET and HEAD."""
+
+        def add(answer: Any) -> Any:  # noqa: ANN401
+            app.head(path, operation_id=f"head_{path[1:]}")(answer)
+            return app.get(path, operation_id=path[1:])(answer)
+
+        return add
+
+    @probe("/healthz")
     async def healthz() -> dict[str, str]:
         """Say that the process lives."""
         return {"status": "ok"}
 
-    @app.get("/readyz")
+    @probe("/readyz")
     async def readyz() -> Response:
-        """Say whether requests can be answered."""
-        ready = gateway.ready
-        return JSONResponse({"status": "ready" if ready else "loading"}, 200 if ready else 503)
+        """Say whether requests can be answered: the models are loaded, and the store answers."""
+        state = await gateway.state()
+        return JSONResponse({"status": state}, 200 if state == "ready" else 503)
 
-    @app.get("/metrics")
+    @probe("/metrics")
     async def metrics() -> Response:
         """Give Prometheus metrics."""
         return PlainTextResponse(generate_latest(gateway.metrics.registry), media_type=CONTENT_TYPE_LATEST)
+
+    @app.get("/", include_in_schema=False)
+    @app.get("/docs", include_in_schema=False)
+    async def docs() -> Response:
+        """Show the routes, and a request to try."""
+        return HTMLResponse(page(app, gateway.settings.model))
 
 
 async def _answer_invalid(_: Request, exc: Any) -> Response:  # noqa: ANN401

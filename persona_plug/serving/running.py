@@ -1,4 +1,4 @@
-"""An answer that takes long: written while the client is there, within its time, in one of the server's places."""
+"""Work that takes long: done while the client is there, within its time, in one of the server's places."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from starlette.types import Message, Receive, Scope, Send
 from persona_plug.serving.engine import EngineError
 from persona_plug.serving.errors import ApiError
 from persona_plug.serving.gateway import Gateway
-from persona_plug.serving.limits import Overloaded
+from persona_plug.serving.limits import Overloaded, Slots
 
 
 class Running(Response):
@@ -22,17 +22,35 @@ class Running(Response):
     The time includes what the client takes to read: one that does not read keeps no place.
     """
 
-    def __init__(self, gateway: Gateway, work: Callable[[Send], Awaitable[None]]) -> None:
-        """Prepare the answer; nothing runs before it is called."""
+    def __init__(
+        self,
+        gateway: Gateway,
+        work: Callable[[Send], Awaitable[None]],
+        tenant: str,
+        slots: Slots | None = None,
+        seconds: float | None = None,
+        events: bool = False,
+    ) -> None:
+        """Prepare the answer; nothing runs before it is called.
+
+        Args:
+            gateway: The gateway.
+            work: Sends the answer.
+            tenant: Whose place it takes.
+            slots: The places; default those of completions.
+            seconds: Its time; default a completion's.
+            events: Whether the answer is a stream of events, whose last one may tell of an error.
+        """
         super().__init__()
-        self.gateway, self.work = gateway, work
+        self.gateway, self.work, self.tenant, self.events = gateway, work, tenant, events
+        self.slots, self.seconds = slots or gateway.slots, seconds or gateway.limits.seconds
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Write the answer.
 
         Raises:
-            ApiError: 429 without a free place, 504 after too long, 503 when the engine fails. Once a stream has begun
-                the error is its last event instead.
+            ApiError: 429 without a free place, 504 after too long, 503 when the engine fails or the server ends. Once a
+                stream of events has begun the error is its last event instead.
         """
         begun = False
 
@@ -42,29 +60,32 @@ class Running(Response):
             await send(message)
 
         try:
-            with self.gateway.slots.take():
+            with self.slots.take(self.tenant):
                 await self._run(receive, noting)
             return
         except Overloaded:
-            message = f"{self.gateway.limits.pending} completions are in hand, as many as may be; try again"
-            error = ApiError(429, message, "overloaded", headers={"Retry-After": "1"})
+            error = ApiError(429, "as much is in hand as may be; try again", "overloaded", headers={"Retry-After": "1"})
         except TimeoutError:
-            message = f"not answered within {self.gateway.limits.seconds:g} s; ask for fewer tokens, or later"
+            message = f"not answered within {self.seconds:g} s; ask for less, or later"
             error = ApiError(504, message, "timeout")
         except EngineError as exc:
             self.gateway.log.event("engine", message=str(exc))
             error = ApiError(503, "the engine could not answer; ask again", "engine", headers={"Retry-After": "1"})
+        except asyncio.CancelledError:  # the server ends, and has waited long enough
+            error = ending()
         if not begun:
             raise error
         scope["state"]["told"]["error"] = error.code
         self.gateway.metrics.refused.labels(error.code).inc()
+        if not self.events:
+            return  # the server closes the connection of an answer that is not whole
         with contextlib.suppress(TimeoutError):  # of a client that does not read
             async with asyncio.timeout(1):
                 body = f"data: {json.dumps(error.body())}\n\n".encode()
                 await send({"type": "http.response.body", "body": body, "more_body": False})
 
     async def _run(self, receive: Receive, send: Send) -> None:
-        async with asyncio.timeout(self.gateway.limits.seconds):
+        async with asyncio.timeout(self.seconds):
             work = asyncio.ensure_future(self.work(send))
             gone = asyncio.ensure_future(_gone(receive))
             try:
@@ -77,6 +98,11 @@ class Running(Response):
                 for task in (work, gone):
                     task.cancel()
                 await asyncio.gather(work, gone, return_exceptions=True)
+
+
+def ending() -> ApiError:
+    """Return the error of what a server that ends can no longer finish."""
+    return ApiError(503, "the server is shutting down; ask again", "shutting_down", headers={"Retry-After": "5"})
 
 
 async def _gone(receive: Receive) -> None:

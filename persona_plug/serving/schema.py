@@ -10,7 +10,10 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StringConstra
 
 MAX_ID = 256  # bytes of a user's or event's id
 MAX_MESSAGES = 256
+MAX_PARTS = 64  # of a message
 MAX_EVENTS = 100  # in one request
+MAX_CHOICES = 16  # answers to one request, of all its prompts together
+MAX_BIASES = 300
 
 Text = Annotated[str, StringConstraints(max_length=200_000)]
 
@@ -43,13 +46,9 @@ HARMLESS = frozenset(
 )
 # Fields that are not implemented, with the values at which they ask for nothing; null asks for nothing anywhere.
 NEUTRAL: Mapping[str, tuple[Any, ...]] = {
-    "n": (1,),
     "best_of": (1,),
     "echo": (False,),
     "suffix": ("",),
-    "frequency_penalty": (0,),
-    "presence_penalty": (0,),
-    "logit_bias": ({},),
     "logprobs": (False,),
     "top_logprobs": (0,),
     "response_format": ({"type": "text"},),
@@ -82,10 +81,15 @@ def without_neutral(data: Any, known: Mapping[str, tuple[Any, ...]], harmless: f
         return data
 
     def asks(name: str, value: Any) -> bool:  # noqa: ANN401
+        if name in harmless:
+            return False
+        if name not in known or value is None:
+            return name not in known
+        if isinstance(value, dict | list) and len(value) > 1:  # no value that asks for nothing is as long
+            return True
         # Compared as JSON: in Python 1 == True.
-        shown = json.dumps(value, sort_keys=True, default=str)
-        neutral = {json.dumps(v, sort_keys=True) for v in (*known.get(name, ()), *map(_as_float, known.get(name, ())))}
-        return name not in harmless and not (name in known and (value is None or shown in neutral))
+        neutral = {json.dumps(v, sort_keys=True) for v in (*known[name], *map(_as_float, known[name]))}
+        return json.dumps(value, sort_keys=True, default=str) not in neutral
 
     return {name: value for name, value in data.items() if asks(name, value)}
 
@@ -111,7 +115,7 @@ class Message(Strict):
     """A message of a conversation."""
 
     role: Literal["system", "developer", "user", "assistant"]
-    content: Text | list[TextPart]
+    content: Text | Annotated[list[TextPart], Field(max_length=MAX_PARTS)]
 
     @model_validator(mode="before")
     @classmethod
@@ -138,7 +142,12 @@ class Request(Strict):
         model: Name of the plug, as /v1/models lists it.
         user: Whose history is used; without it the request is answered as for somebody new.
         personal: False for the plain LLM without soft tokens.
+        n: Answers to each prompt.
         temperature: 0, the default here, takes the most probable token.
+        repetition_penalty: Above 1 makes tokens of the answer so far less probable: their logits are divided by it.
+        frequency_penalty: Taken from a token's logit for each time it is in the answer so far.
+        presence_penalty: Taken from the logit of each token that is in the answer so far.
+        logit_bias: Token id -> what is added to its logit; -100 bans it.
     """
 
     model: str
@@ -146,9 +155,20 @@ class Request(Strict):
     personal: bool = True
     stream: bool = False
     stream_options: StreamOptions | None = None
+    n: Annotated[int, Field(ge=1, le=MAX_CHOICES)] | None = None
     max_tokens: Annotated[int, Field(ge=1)] | None = None
     temperature: Annotated[float, Field(ge=0, le=2)] | None = None
     top_p: Annotated[float, Field(gt=0, le=1)] | None = None
+    repetition_penalty: Annotated[float, Field(ge=0.5, le=2)] | None = None
+    frequency_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
+    presence_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
+    logit_bias: (
+        Annotated[
+            dict[Annotated[str, StringConstraints(pattern="^[0-9]{1,9}$")], Annotated[float, Field(ge=-100, le=100)]],
+            Field(max_length=MAX_BIASES),
+        ]
+        | None
+    ) = None
     seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] | None = None
     stop: (
         Annotated[str, Field(min_length=1, max_length=64)]
@@ -166,6 +186,20 @@ class Request(Strict):
         """Stop texts."""
         return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
 
+    def sampling(self) -> dict[str, Any]:
+        """Return how tokens are chosen, as `engine.Call` names it."""
+        biases = {int(token): bias for token, bias in (self.logit_bias or {}).items()}
+        return {
+            "temperature": self.temperature or 0.0,
+            "top_p": 1.0 if self.top_p is None else self.top_p,
+            "seed": self.seed,
+            "stop": self.stops,
+            "repetition_penalty": self.repetition_penalty or 1.0,
+            "frequency_penalty": self.frequency_penalty or 0.0,
+            "presence_penalty": self.presence_penalty or 0.0,
+            "logit_bias": tuple(sorted(biases.items())),
+        }
+
     @property
     def usage_in_stream(self) -> bool:
         """Whether a stream ends with a chunk of usage."""
@@ -179,6 +213,11 @@ class ChatRequest(Request):
     max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
 
     @property
+    def prompts(self) -> list[str]:
+        """The requests: one, the last message of the user."""
+        return [""]
+
+    @property
     def characters(self) -> int:
         """Length of all messages."""
         return sum(len(message.pair()[1]) for message in self.messages)
@@ -190,9 +229,15 @@ class ChatRequest(Request):
 
 
 class CompletionRequest(Request):
-    """/v1/completions; the prompt is the request, and the plug's template is put around it."""
+    """/v1/completions; each prompt is a request, and the plug's template is put around it."""
 
-    prompt: Text | Annotated[list[Text], Field(min_length=1, max_length=1)]
+    prompt: Text | Annotated[list[Text], Field(min_length=1, max_length=MAX_CHOICES)]
+
+    @model_validator(mode="after")
+    def _few(self) -> Self:
+        if len(self.prompts) * (self.n or 1) > MAX_CHOICES:
+            raise ValueError(f"n times the prompts may be {MAX_CHOICES} at most")
+        return self
 
     @property
     def limit(self) -> int | None:
@@ -201,21 +246,26 @@ class CompletionRequest(Request):
 
     @property
     def characters(self) -> int:
-        """Length of the prompt."""
-        return len(self.text)
+        """Length of all prompts."""
+        return sum(map(len, self.prompts))
 
     @property
-    def text(self) -> str:
-        """The prompt."""
-        return self.prompt if isinstance(self.prompt, str) else self.prompt[0]
+    def prompts(self) -> list[str]:
+        """The prompts, each a request of its own."""
+        return [self.prompt] if isinstance(self.prompt, str) else self.prompt
 
 
-class EventIn(Strict):
-    """Something the user reacted to and what they wrote; `id` makes adding it twice harmless."""
+class EventBody(Strict):
+    """Something the user reacted to and what they wrote."""
 
     input: Text = ""
     output: Text
     timestamp: float | str | None = None
+
+
+class EventIn(EventBody):
+    """An event with its `id`; one without gets one from its content, so that sending it again is harmless."""
+
     id: Identifier | None = None
 
 

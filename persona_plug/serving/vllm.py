@@ -26,6 +26,7 @@ from persona_plug.export import dense
 from persona_plug.heads.packing import pack_memory
 from persona_plug.heads.words import WordsReader
 from persona_plug.serving.engine import Answer, Call, Delta, EngineError
+from persona_plug.serving.writing import NONE, Penalties
 from persona_plug.splice.prompts import PromptParts
 from persona_plug.splice.soft import Soft
 
@@ -51,6 +52,7 @@ class Sampling:
         seed: Of the sampling; None draws one.
         stop: Texts that end the answer and do not belong to it.
         memory: The user's words as `packed_words` gives them, or an empty text.
+        penalties: What changes logits by what is written.
     """
 
     max_tokens: int
@@ -59,6 +61,7 @@ class Sampling:
     seed: int | None = None
     stop: tuple[str, ...] = ()
     memory: str = ""
+    penalties: Penalties = NONE
 
     def fields(self) -> dict[str, Any]:
         """Return what vLLM calls them; `top_k` is switched off, which a server may have switched on by default."""
@@ -69,6 +72,10 @@ class Sampling:
             "top_k": 0,
             "seed": self.seed,
             "stop": list(self.stop),
+            "repetition_penalty": self.penalties.repetition,
+            "frequency_penalty": self.penalties.frequency,
+            "presence_penalty": self.penalties.presence,
+            "logit_bias": dict(self.penalties.biases) or None,
         }
 
 
@@ -358,8 +365,8 @@ class VllmEngine:
 
 
 def _sampling(call: Call) -> Sampling:
-    memory = packed_words(call.reader)
-    return Sampling(call.max_tokens, call.temperature, call.top_p, call.seed, call.stop, memory)
+    words = packed_words(call.reader)
+    return Sampling(call.max_tokens, call.temperature, call.top_p, call.seed, call.stop, words, call.penalties)
 
 
 async def _lines(response: httpx.Response) -> AsyncIterator[str]:

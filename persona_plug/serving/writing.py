@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, Self
@@ -75,6 +76,42 @@ class Writer:
         return text
 
 
+@dataclass(frozen=True, slots=True)
+class Penalties:
+    """What changes a row's logits by what is written so far.
+
+    Attributes:
+        repetition: Divides the logits of tokens in the answer, and multiplies negative ones.
+        frequency: Taken for each time a token is in the answer.
+        presence: Taken where a token is in the answer.
+        biases: (token, what is added).
+    """
+
+    repetition: float = 1.0
+    frequency: float = 0.0
+    presence: float = 0.0
+    biases: tuple[tuple[int, float], ...] = ()
+
+    def apply(self, scores: Tensor, written: Sequence[int]) -> Tensor:
+        """Return scores (V,) of the next token behind tokens that are written."""
+        if self == NONE:
+            return scores
+        scores = scores.clone()
+        counts = Counter(written)
+        if counts:
+            tokens = torch.tensor(list(counts), device=scores.device)
+            times = torch.tensor(list(counts.values()), device=scores.device, dtype=scores.dtype)
+            picked = scores[tokens]
+            picked = torch.where(picked > 0, picked / self.repetition, picked * self.repetition)
+            scores[tokens] = picked - self.frequency * times - self.presence
+        for token, bias in self.biases:
+            scores[token] += bias
+        return scores
+
+
+NONE = Penalties()
+
+
 @dataclass(slots=True)
 class Sampler:
     """Draws tokens of one row with its own temperature, nucleus and random numbers."""
@@ -100,7 +137,9 @@ class Sampler:
 
         It is drawn on the CPU in float64 by the row's own numbers: a seed gives the same text whoever shares the batch.
         """
-        probabilities = (scores.detach().cpu().double() / self.temperature).softmax(-1)
+        # From the largest down: divided by however small a temperature, nothing becomes infinite or no number.
+        scores = scores.detach().cpu().double()
+        probabilities = ((scores - scores.max()) / self.temperature).softmax(-1)
         if self.top_p < 1:
             ordered, index = probabilities.sort(descending=True, stable=True)
             kept = ordered.cumsum(-1) - ordered < self.top_p  # the token that crosses the mass is still in

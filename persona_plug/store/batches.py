@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 from torch import Tensor
 
 from persona_plug.config import PlugConfig
-from persona_plug.data.history import Example
+from persona_plug.data.history import Example, HistoryItem
 from persona_plug.data.labels import label_of
 from persona_plug.embedder.batch import HistoryBatch, Tokenise, collate, first_tokens, with_request_ids
 from persona_plug.errors import ConfigError, DataError, MismatchError
@@ -23,12 +23,22 @@ if TYPE_CHECKING:
     from persona_plug.store.history_store import HistoryStore
 
 
+class WordStore(Protocol):
+    """Where words of items are kept; see `HistoryStore`."""
+
+    def words(self, user: str, identity: str, items: Sequence[HistoryItem]) -> dict[str, bytes]:
+        """Return what is kept of a user's items."""
+
+    def keep_words(self, user: str, identity: str, made: Sequence[tuple[HistoryItem, bytes]], moment: int) -> None:
+        """Keep what was made of a user's items."""
+
+
 @dataclass(frozen=True, slots=True)
 class StoredExample(Example):
     """A request whose history is vectors out of a store."""
 
     stored: StoredHistory = field(kw_only=True)
-    store: HistoryStore = field(kw_only=True, repr=False)
+    store: WordStore = field(kw_only=True, repr=False)
 
 
 def stored_examples(

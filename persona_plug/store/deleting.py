@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import sqlite3
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from persona_plug.models import zoo
 from persona_plug.models.vector_cache import VectorCache
-from persona_plug.store import answers, keepers, words
+from persona_plug.store import answers, words
 from persona_plug.store.database import StoreUnavailable, sql, transaction
 from persona_plug.store.format import HASH, ForgetResult
 from persona_plug.store.marks import PARTS, mark_of
@@ -31,6 +31,10 @@ class ErasableStore(ReadableStore):
         Raises:
             StoreUnavailable: Bytes are left in the database's files; deleting again finishes the work.
         """
+        return self._replace(user, item_id, None)
+
+    def _replace(self, user: str, item_id: str, row: Mapping[str, Any] | None) -> bool:
+        """Delete an item, and put a row of the same id in its place; return whether it was there."""
         tables = self._tables
         with transaction(self._engine) as connection:
             found = tables.find(connection, user)
@@ -44,22 +48,29 @@ class ErasableStore(ReadableStore):
                 key = tables.buried(connection, user, item_id)
             else:
                 key = found.key
-                self._take(connection, found, [item[0]])
                 words.drop(connection, tables, user, [item_id])
-                tables.bury(connection, key, user, item_id)
+                if row is not None:
+                    tables.drop(connection, key, [item[0]])
+                    tables.insert(connection, found, [row])
+                    self._count(connection, key, -1)
+                else:
+                    self._take(connection, found, [item[0]])
+                    tables.bury(connection, key, user, item_id)
             deletion = self._eraser.number(connection)
         if key is not None:
             self._eraser.erase([key], deletion)
-        keepers.forget(user)
         return item is not None
 
     def _take(self, connection: Connection, found: User, ids: Sequence[int]) -> None:
         """Remove items of a user; the last one takes the user along."""
         self._tables.drop(connection, found.key, ids)
-        step = sql("UPDATE persona_users SET items = items - :n, updated = :now WHERE key = :key")
-        connection.execute(step, {"n": len(ids), "key": found.key, "now": time.time()})
+        self._count(connection, found.key, -len(ids))
         if found.items <= len(ids):
             self._tables.leave(connection, found.key)
+
+    def _count(self, connection: Connection, key: int, more: int) -> None:
+        step = sql("UPDATE persona_users SET items = items + :n, updated = :now WHERE key = :key")
+        connection.execute(step, {"n": more, "key": key, "now": time.time()})
 
     def _find_item(self, connection: Connection, found: User, item_id: str) -> Any:  # noqa: ANN401
         question = "SELECT id, hashes FROM persona_items WHERE part = :part AND user_key = :key AND mark = :mark"
@@ -88,7 +99,6 @@ class ErasableStore(ReadableStore):
             items += len(gone)
             cached += self._uncache(set(gone) - hashes)  # added meanwhile
             keys |= had
-            keepers.forget(name)
         if keys:
             self._eraser.erase(keys, deletion)
         return ForgetResult(items, cached)
@@ -133,7 +143,6 @@ class ErasableStore(ReadableStore):
                     words.drop(connection, self._tables, name)  # those of newer items are made anew
                 deletion = self._eraser.number(connection)
             gone += len(ids)
-            keepers.forget(name)
         if gone:
             self._eraser.erase([key for key, _ in users], deletion)
         return gone

@@ -149,6 +149,15 @@ class HistoryStore(ErasableStore):
             self._tables.insert(connection, found, fresh)
         return len(fresh)
 
+    def replace(self, user: str, item: HistoryItem) -> bool:
+        """Put an item in the place of the user's item with its id, and return whether there was one.
+
+        Raises:
+            StoreUnavailable: Bytes are left in the database's files; replacing again finishes the work.
+        """
+        (row,) = self.encode([item])
+        return self._replace(user, str(item.id), row)
+
     def load_file(
         self,
         path: str | os.PathLike[str],
@@ -256,6 +265,11 @@ class HistoryStore(ErasableStore):
         with transaction(self._engine) as connection:
             found = answers.find(connection, self._tables, user, ident, seconds)
         return None if found is None else (HistoryItem(found[0], found[1], found[3], ident), found[2])
+
+    def drop_answers(self, seconds: float) -> None:
+        """Drop answers that are older than some seconds."""
+        with transaction(self._engine, writes=True) as connection:
+            answers.sweep(connection, seconds)
 
 
 def _check_room(found: User | None, fresh: int, limit: int | None) -> None:

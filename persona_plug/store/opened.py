@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import logging
 import secrets
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any, NamedTuple, Self
 
 from persona_plug.errors import ConfigError, DataError, MismatchError
 from persona_plug.store.database import WAIT, alone, migrate, open_engine, shown, sql, transaction
 from persona_plug.store.erasing import Eraser
 from persona_plug.store.format import FORMATS, VectorFormat
+from persona_plug.store.marks import mark_of
 from persona_plug.store.tables import Tables
 
 if TYPE_CHECKING:
@@ -100,6 +102,12 @@ class OpenStore:
         """Return how many deletions the store has seen, for what is begun now and stored later."""
         with transaction(self._engine) as connection:
             return self._tables.moment(connection)
+
+    def deleted_since(self, users: Iterable[str], moment: int) -> list[str]:
+        """Return which of these users were deleted after a moment."""
+        with transaction(self._engine) as connection:
+            marks = self._tables.deleted_since(connection, moment)
+        return [user for user in users if mark_of(self._tables.secret, user) in marks] if marks else []
 
     def log_missing_texts(self) -> None:
         """Warn, once for each store that is open, that a plug which quotes finds no texts here."""

@@ -42,12 +42,19 @@ class ReadableStore(OpenStore):
             newest, total = ([], 0) if found is None else self._newest(connection, found, limit)
             return self._history(connection, user, found, newest, total, moment)
 
-    def pages(self, user: str, limit: int, size: int = PAGE_ROWS) -> Iterator[StoredHistory]:
-        """Yield what `read` returns in pages, each read when it is asked for; there is always one."""
+    def pages(self, user: str, limit: int, size: int | None = None) -> Iterator[StoredHistory]:
+        """Yield what `read` returns in pages, each read when it is asked for; there is always one.
+
+        Args:
+            user: The user's id.
+            limit: Items at most.
+            size: Items of a page.
+        """
         with transaction(self._engine) as connection:
             moment = self._tables.moment(connection)
             found = self._tables.find(connection, user)
             newest, total = ([], 0) if found is None else self._newest(connection, found, limit)
+        size = size or PAGE_ROWS
         for start in range(0, max(1, len(newest)), size):
             with transaction(self._engine) as connection:
                 page = self._history(connection, user, found, newest[start : start + size], total, moment)
@@ -83,18 +90,19 @@ class ReadableStore(OpenStore):
         with transaction(self._engine) as connection:
             return int(connection.execute(sql("SELECT count(*) FROM persona_users")).scalar_one())
 
-    def export(self, user: str) -> Iterator[dict[str, Any]]:
+    def export(self, user: str, size: int | None = None) -> Iterator[dict[str, Any]]:
         """Yield everything held about a user, one JSON-able record an item; nothing for an unknown user.
 
         Such records can be loaded again, also without texts. `input` and `output` are there where texts are kept.
-        Vectors and hashes are base64 of the stored bytes: little-endian fp16, or int8 with a scale.
+        Vectors and hashes are base64 of the stored bytes: little-endian fp16, or int8 with a scale. `size` items are
+        read at a time.
         """
         with transaction(self._engine) as connection:
             found = self._tables.find(connection, user)
-        last = -1
+        last, size = -1, size or PAGE_ROWS
         while found is not None:
             with transaction(self._engine) as connection:
-                page = self._tables.page(connection, found.key, last, PAGE_ROWS, f"{_COLUMNS}, added")
+                page = self._tables.page(connection, found.key, last, size, f"{_COLUMNS}, added")
             for n, name, at, hashes, blob, given, answer, added in page:
                 last = n
                 texts = {"input": to_text(given), "output": to_text(answer)} if self.keep_text else {}
@@ -103,10 +111,11 @@ class ReadableStore(OpenStore):
                     "id": name,
                     **texts,
                     **({} if at is None else {"timestamp": at}),
+                    "last_update_of_user": found.updated,
                     "added": added,
                     "text_hashes": as_base64(hashes),
                     "encoder": self.fingerprint,
                     **vector_fields(blob, self.vectors, self.dim),
                 }
-            if len(page) < PAGE_ROWS:
+            if len(page) < size:
                 return

@@ -38,11 +38,12 @@ class HistoryFull(DataError):
 
 
 class User(NamedTuple):
-    """A row of the users' table: key, number of items, and the number of the next one."""
+    """A row of the users' table: key, number of items, the number of the next one, and the time of the last change."""
 
     key: int
     items: int
     next: int
+    updated: float
 
 
 def many(statement: str) -> TextClause:
@@ -73,7 +74,7 @@ class Tables:
 
     def find(self, connection: Connection, user: str, lock: bool = False) -> User | None:
         """Return a user, or None; with `lock` nobody else writes of this user until the transaction ends."""
-        question = "SELECT key, items, next FROM persona_users WHERE mark = :mark"
+        question = "SELECT key, items, next, updated FROM persona_users WHERE mark = :mark"
         mark = mark_of(self.secret, user)
         if not lock or self.lite:  # SQLite has one writer at a time
             row = connection.execute(sql(question), {"mark": mark}).one_or_none()
@@ -93,8 +94,9 @@ class Tables:
         insert = sql("INSERT INTO persona_names (name) VALUES (:name) RETURNING key")
         key = int(connection.execute(insert, {"name": user}).scalar_one())
         insert = sql("INSERT INTO persona_users (key, mark, items, next, updated) VALUES (:key, :mark, 0, 0, :now)")
-        connection.execute(insert, {"key": key, "mark": mark_of(self.secret, user), "now": time.time()})
-        return User(key, 0, 0)
+        now = time.time()
+        connection.execute(insert, {"key": key, "mark": mark_of(self.secret, user), "now": now})
+        return User(key, 0, 0, now)
 
     def leave(self, connection: Connection, key: int) -> None:
         """Remove a user without items, the name included."""

@@ -182,3 +182,46 @@ def test_an_export_replaces_nothing_unasked(filled, tmp_path):
     assert out.read_text() == "precious"
     run("users", "export", "user-1", "--store", filled, "--out", out, "--force")
     assert "answer 1" in out.read_text()
+
+
+@pytest.mark.parametrize("tenant", [[], ["--tenant", "local"], ["--tenant", "acme"], ["--tenant", "a/b"]])
+@pytest.mark.parametrize("keep_text", ["--keep-text", "--no-keep-text"])
+def test_an_export_is_added_again_for_the_same_tenant(file, url, tmp_path, tenant, keep_text):
+    run("users", "add", file, "--store", url, *TINY, keep_text, *tenant)
+    before = run("users", "list", "--store", url, "--json").stdout
+    for user in ("user-0", "user-1"):
+        run("users", "export", user, "--store", url, "--out", tmp_path / f"{user}.jsonl", *tenant)
+    (tmp_path / "all.jsonl").write_text("".join((tmp_path / f"user-{n}.jsonl").read_text() for n in range(2)))
+    again = f"sqlite:///{tmp_path}/again.db"
+    added = json.loads(
+        run("users", "add", tmp_path / "all.jsonl", "--store", again, *TINY, keep_text, *tenant, "--json").stdout
+    )
+    assert (added["new"], added["known"]) == (6, 0)
+    after = run("users", "list", "--store", again, "--json").stdout
+    assert [(r["user_id"], r["items"]) for r in json.loads(after)] == [
+        (r["user_id"], r["items"]) for r in json.loads(before)
+    ]
+
+
+@pytest.mark.parametrize("name", ["ann", "a/b", "Zo\u00eb %2F", "local/ann"])
+def test_users_that_are_added_by_default_are_those_of_a_gateway_without_keys(url, tmp_path, name):
+    (tmp_path / "e.jsonl").write_text(json.dumps({"user_id": name, "input": "q", "output": "a"}))
+    run("users", "add", tmp_path / "e.jsonl", "--store", url, "--keep-text", *TINY)
+    with HistoryStore(url) as store:
+        assert [row.user_id for row in store.users()] == [store_key("local", name)]
+    assert "1 items" in run("users", "show", name, "--store", url).stdout
+
+
+def test_the_store_may_stand_in_the_environment(file, url, monkeypatch):
+    monkeypatch.setenv("PERSONA_PLUG_STORE", url)
+    run("users", "add", file, *TINY)
+    assert len(json.loads(run("users", "list", "--json").stdout)) == 2
+    assert url not in run("users", "list", "--help").stdout
+
+
+def test_several_are_forgotten_at_once_and_old_items_expire(filled):
+    assert json.loads(run("users", "expire", "--keep-days", 1, "--store", filled, "--json").stdout) == {"items": 0}
+    gone = json.loads(run("users", "forget", "user-0", "user-1", "nobody", "--store", filled, "--yes", "--json").stdout)
+    assert gone["items"] == 6
+    assert run("users", "list", "--store", filled, "--json").stdout == "[]\n"
+    assert run("users", "expire", "--keep-days", 0, "--store", filled).stdout == "deleted 0 items\n"

@@ -176,9 +176,9 @@ def test_refusals_are_openais_own_errors(client):
     with pytest.raises(openai.NotFoundError) as unknown:
         ask(client, "x", model="gpt")
     assert unknown.value.code == "model_not_found"
-    with pytest.raises(openai.BadRequestError, match="n is not implemented here; leave it out") as many:
-        ask(client, "x", n=2)
-    assert many.value.param == "n"
+    with pytest.raises(openai.BadRequestError, match="logprobs is not implemented here; leave it out") as many:
+        ask(client, "x", logprobs=True)
+    assert many.value.param == "logprobs"
     with pytest.raises(openai.BadRequestError) as hot:
         ask(client, "x", temperature=3)
     assert (hot.value.param, hot.value.type) == ("temperature", "invalid_request_error")
@@ -356,7 +356,7 @@ def test_metrics(gateway):
     usage = ask(client, "rate this", "ann").usage
     list(ask(client, "rate this", "ann", stream=True))
     with pytest.raises(openai.BadRequestError):
-        ask(client, "x", n=2)
+        ask(client, "x", logprobs=True)
     shown = httpx.get(server.url + "/metrics").text
     for line in (
         'persona_plug_requests_total{route="/v1/chat/completions",status="200"} 2.0',

@@ -1,11 +1,13 @@
-"""Limits in themselves: buckets, places, and completions that are remembered for a while."""
+"""Limits in themselves: buckets, and places that tenants share."""
+
+from contextlib import ExitStack
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from persona_plug.errors import ConfigError
-from persona_plug.serving.limits import Limits, Memory, Overloaded, Rates, Slots
+from persona_plug.serving.limits import Limits, Overloaded, Rates, Slots
 
 
 class Clock:
@@ -61,56 +63,61 @@ def test_places():
     assert slots.used == 0
 
 
-@pytest.fixture
-def clock():
-    return Clock()
+@pytest.mark.parametrize(("limit", "tenants"), [(64, 2), (8, 3), (10, 7)])
+def test_nobody_takes_all_places_and_everybody_gets_some(limit, tenants):
+    slots = Slots(limit, lambda: tenants)
+    with ExitStack() as held:
+        share = limit // (2 * tenants)
+        for _ in range(limit - share * (tenants - 1)):
+            held.enter_context(slots.take("greedy"))
+        with pytest.raises(Overloaded):
+            held.enter_context(slots.take("greedy"))
+        for other in range(tenants - 1):
+            for _ in range(share):
+                held.enter_context(slots.take(f"other {other}"))
+        with pytest.raises(Overloaded):
+            held.enter_context(slots.take("greedy"))
+    assert slots.used == 0
 
 
-@pytest.fixture
-def memory(clock):
-    return Memory(60, 3, clock)
+def test_who_is_alone_gets_everything():
+    slots = Slots(5)
+    with ExitStack() as held:
+        for _ in range(5):
+            held.enter_context(slots.take("local"))
+    with slots.take("local", 5), pytest.raises(Overloaded), slots.take("local", 1):
+        pass
 
 
-def test_only_its_user_finds_a_completion(memory, clock):
-    memory.keep("c1", "acme/ann", "q", "a", clock())
-    assert memory.find("c1", "acme/ann").answer == "a"
-    assert memory.find("c1", "acme/bob") is None
-    assert memory.find("c1", "bolt/ann") is None
-    assert memory.find("c2", "acme/ann") is None
-
-
-def test_completions_end_with_time_and_number(memory, clock):
-    for i in range(5):
-        memory.keep(f"c{i}", "u", "q", "a", clock())
-    assert len(memory) == 3
-    assert memory.find("c1", "u") is None
-    assert memory.find("c2", "u")
-    clock.now += 61
-    memory.prune()
-    assert len(memory) == 0
-
-
-def test_nothing_of_a_forgotten_user_is_remembered(memory, clock):
-    begun = clock()
-    memory.keep("old", "u", "q", "a", begun)
-    memory.keep("other", "v", "q", "a", begun)
-    clock.now += 1
-    memory.forget("u")
-    memory.keep("under way", "u", "q", "a", begun)
-    assert memory.find("old", "u") is None
-    assert memory.find("under way", "u") is None
-    assert memory.find("other", "v")
-    clock.now += 1
-    memory.keep("new", "u", "q", "a", clock())
-    assert memory.find("new", "u")
-    clock.now += 61
-    memory.prune()
-    assert not memory._forgotten
+@given(st.lists(st.tuples(st.sampled_from("abc"), st.integers(1, 9)), max_size=40))
+def test_no_more_is_held_than_there_is(asked):
+    slots = Slots(20, lambda: 3)
+    held, amounts = [], 0
+    for tenant, amount in asked:
+        place = slots.take(tenant, amount)
+        try:
+            place.__enter__()
+        except Overloaded:
+            if held:
+                done, size = held.pop(0)
+                done.__exit__(None, None, None)
+                amounts -= size
+            continue
+        held.append((place, amount))
+        amounts += amount
+        assert slots.used == amounts <= 20
 
 
 @pytest.mark.parametrize(
     ("name", "value"),
-    [("pending", 0), ("seconds", 0), ("body_bytes", -1), ("per_minute", -1), ("seconds", float("nan"))],
+    [
+        ("pending", 0),
+        ("seconds", 0),
+        ("body_bytes", -1),
+        ("per_minute", -1),
+        ("seconds", float("nan")),
+        ("remember_seconds", 86400),
+    ],
 )
 def test_limits_that_cannot_work(name, value):
     with pytest.raises(ConfigError, match=name):

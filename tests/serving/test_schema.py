@@ -41,7 +41,7 @@ def test_what_is_not_implemented_is_refused_by_name_unless_it_asks_for_nothing(n
 
 @pytest.mark.parametrize(
     ("name", "value"),
-    [("n", 2), ("n", True), ("n", "1"), ("presence_penalty", 0.1), ("logprobs", True), ("tools", [{}]), ("echo", 0)],
+    [("best_of", 2), ("n", True), ("n", "1"), ("logprobs", True), ("tools", [{}]), ("echo", 0), ("tools", [{}, {}])],
 )
 def test_neutral_is_meant_exactly(name, value):
     refused(name, **{name: value})
@@ -112,11 +112,49 @@ def test_both_names_of_the_limit():
 
 
 def test_prompts():
-    assert CompletionRequest.model_validate({"model": "m", "prompt": "x"}).text == "x"
-    assert CompletionRequest.model_validate({"model": "m", "prompt": ["x"]}).text == "x"
-    for prompt in (["x", "y"], [], [1, 2], None):
-        with pytest.raises(ValidationError, match="prompt"):
-            CompletionRequest.model_validate({"model": "m", "prompt": prompt})
+    def complete(prompt, **fields):
+        return CompletionRequest.model_validate({"model": "m", "prompt": prompt, **fields})
+
+    assert complete("x").prompts == complete(["x"]).prompts == ["x"]
+    assert complete(["x", "yz"]).prompts == ["x", "yz"]
+    assert complete(["x", "yz"]).characters == 3
+    assert complete(["x"] * 4, n=4).n == 4
+    for prompt, fields in ((["x"] * 17, {}), ([], {}), ([1, 2], {}), (None, {}), (["x"] * 6, {"n": 3})):
+        with pytest.raises(ValidationError):
+            complete(prompt, **fields)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("n", 0),
+        ("n", 17),
+        ("repetition_penalty", 0.4),
+        ("repetition_penalty", float("inf")),
+        ("frequency_penalty", -2.1),
+        ("presence_penalty", 3),
+        ("logit_bias", {"a": 1}),
+        ("logit_bias", {"1": 101}),
+        ("logit_bias", {str(i): 1 for i in range(301)}),
+        ("logit_bias", []),
+    ],
+)
+def test_how_tokens_are_chosen_is_bounded(name, value):
+    refused(name, **{name: value})
+
+
+def test_how_tokens_are_chosen_reaches_the_engine():
+    body = chat(repetition_penalty=1.2, frequency_penalty=0.5, presence_penalty=-1, logit_bias={"7": -100, "3": 2})
+    assert body.sampling() == {
+        "temperature": 0.0,
+        "top_p": 1.0,
+        "seed": None,
+        "stop": (),
+        "repetition_penalty": 1.2,
+        "frequency_penalty": 0.5,
+        "presence_penalty": -1,
+        "logit_bias": ((3, 2), (7, -100)),
+    }
 
 
 @pytest.mark.parametrize(

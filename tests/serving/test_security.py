@@ -218,7 +218,7 @@ def test_salts_differ_between_users_and_tenants(served):
 
     def salt(tenant, **fields):
         body = CompletionRequest.model_validate({"model": "tiny", "prompt": "x", **fields})
-        return asyncio.run(served.gateway.prepare(body, tenant)).call.salt
+        return asyncio.run(served.gateway.prepare(body, tenant))[0].call.salt
 
     salts = [salt("acme", user="ann"), salt("acme", user="bob"), salt("bolt", user="ann")]
     assert len(set(salts)) == 3
@@ -276,7 +276,7 @@ def test_logs_hold_no_text_and_no_name(gateway, capfd, caplog):
         http.get("/v1/users/user-4711/events")
         complete(http, "quince", user="user-4711")
         complete(http, "quince", user="user-4711", stream=True).read()
-        complete(http, "quince", user="user-4711", n=2)
+        complete(http, "quince", user="user-4711", best_of=2)
         complete(http, "quince", user="user-4711", model="medlar")
         http.post("/v1/users/user-4711/events", json={"output": "medlar", "timestamp": "quince"})
         http.post("/v1/users/user-4711/events", json={"accept": "medlar"})

@@ -105,6 +105,66 @@ def test_settings_that_cannot_work(serve, options, message):
     assert message in errors.splitlines()[-1]
 
 
+@pytest.mark.parametrize("store", ["none yet", "made without texts"])
+@pytest.mark.parametrize("kind", ["quotes", "words"])
+def test_a_plug_that_needs_texts_is_not_served_without_by_accident(
+    folder, tmp_path, monkeypatch, encoder, make_plug, store, kind
+):
+    from persona_plug import HistoryStore, PersonaPlug
+    from persona_plug.cli.serve import _load
+    from persona_plug.errors import ConfigError
+
+    monkeypatch.setattr(PersonaPlug, "from_pretrained", lambda *_, **__: pytest.fail("loaded the LLM before it looked"))
+    url = f"sqlite:///{tmp_path}/users.db"
+    if store == "made without texts":
+        HistoryStore(url, encoder).close()
+    if kind == "words":
+        folder = make_plug(recipe="words").save_pretrained(tmp_path / "words")
+
+    def load(keep_text):
+        return _load(str(folder), url, keep_text, None, None, None, "transformers", 4, "cpu", None)
+
+    with pytest.raises(ConfigError, match=r"keeps no texts, and this plug .*--keep-text, or "):
+        load(None)
+    if kind == "words":
+        with pytest.raises(ConfigError, match="keeps no texts"):
+            load(False)
+    else:
+        with pytest.raises(pytest.fail.Exception, match="loaded the LLM"):  # on purpose
+            load(False)
+    assert store != "none yet" or not (tmp_path / "users.db").exists()
+
+
+def test_a_plug_that_needs_no_texts_is_served_without(make_plug, tmp_path, monkeypatch):
+    from persona_plug import PersonaPlug
+    from persona_plug.cli.serve import _load
+
+    folder = make_plug(quote_tokens=0).save_pretrained(tmp_path / "plug")
+    monkeypatch.setattr(PersonaPlug, "from_pretrained", lambda *_, **__: pytest.fail("loading"))
+    with pytest.raises(pytest.fail.Exception, match="loading"):
+        _load(str(folder), f"sqlite:///{tmp_path}/u.db", None, None, None, None, "transformers", 4, "cpu", None)
+
+
+def test_users_of_the_command_line_are_seen_and_the_start_says_so(serve, tmp_path, people):
+    """`users add` and `serve` with their defaults, and the command that the start prints."""
+    url = f"sqlite:///{tmp_path}/users.db"
+    rows = [{"user_id": "me", "input": i.input, "output": i.output} for i in people.ann]
+    (tmp_path / "e.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    words = ["users", "add", str(tmp_path / "e.jsonl"), "--store", url, "--keep-text", "--encoder", "tiny-encoder"]
+    assert CliRunner().invoke(app, words).exit_code == 0
+    process, address = serve()
+    wait(process, address)
+    lines = [json.loads(process.stderr.readline()) for _ in range(2)]
+    assert [line["event"] for line in lines] == ["start", "ready"]
+    assert lines[0]["address"] == address
+    assert (lines[1]["users"], lines[1]["keeps_texts"], lines[1]["remembers_words"]) == (1, True, False)
+    command = lines[1]["try"]
+    assert command.startswith(f"curl {address}/v1/chat/completions ")
+    body = json.loads(command.split(" -d ")[1].strip("'"))
+    answer = httpx.post(f"{address}/v1/chat/completions", json=body, timeout=60).json()
+    assert answer["persona_plug"]["history_items"] == len(people.ann)
+
+
 def test_keys(tmp_path):
     path = str(tmp_path / "keys.jsonl")
 

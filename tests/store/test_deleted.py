@@ -10,11 +10,12 @@ import numpy as np
 import pytest
 
 from persona_plug import HistoryStore
+from persona_plug.data.history import HistoryItem
 from persona_plug.errors import DataError
 from persona_plug.models.caching import uncached
 from persona_plug.models.encoder import HistoryEncoder
 from persona_plug.models.vector_cache import VectorCache
-from persona_plug.store import keepers, tables
+from persona_plug.store import tables
 from persona_plug.store.history_store import Forgotten, HistoryFull, StoreUnavailable
 from persona_plug.store.rows import text_hash
 
@@ -184,28 +185,6 @@ def test_a_cache_of_the_first_format_is_taken_over(tmp_path):
     assert len(cache) == 1
     assert cache.delete([key[:8]]) == 1
     assert key[:8] not in files(tmp_path)
-
-
-# Who keeps something in memory
-
-
-class Keeper:
-    def __init__(self):
-        self.told = []
-
-    def forget(self, owner=None):
-        self.told.append(owner)
-
-
-def test_whoever_keeps_something_in_memory_is_told(store):
-    keeper = Keeper()
-    keepers.tell(keeper)
-    for user in ("ann", "bob", "eve"):
-        store.append(user, [item(user, 0), item(user, 1)])
-    store.forget("ann")
-    store.delete("bob", "bob#0")
-    store.expire(-1)
-    assert keeper.told == ["ann", "bob", "bob", "eve"]
 
 
 # Nothing comes back
@@ -406,8 +385,8 @@ def test_an_export_is_loaded_back(tmp_path, encoder, keep_text, kinds):
         assert np.allclose(after.outputs, before.outputs, atol=0.01)
         if kinds[0] == kinds[1]:
             assert np.array_equal(after.inputs, before.inputs)
-            assert [r for r in copy.export("ann") if r.pop("added")] == [
-                {k: v for k, v in json.loads(line).items() if k != "added"}
+            assert [r for r in copy.export("ann") if r.pop("added") and r.pop("last_update_of_user")] == [
+                {k: v for k, v in json.loads(line).items() if k not in ("added", "last_update_of_user")}
                 for line in (tmp_path / "ann.jsonl").read_text().splitlines()
             ]
     if not keep_text:
@@ -445,6 +424,22 @@ def test_vectors_alone_are_refused_where_texts_are_kept(tmp_path, encoder):
         pytest.raises(DataError, match="vectors without texts"),
     ):
         copy.load_file(tmp_path / "ann.jsonl")
+
+
+# Corrections
+
+
+def test_an_item_is_replaced_in_one_step_and_leaves_no_byte(tmp_path, store):
+    store.append("ann", [{**item("ann", n), "timestamp": n} for n in range(3)])
+    assert store.replace("ann", HistoryItem("q", "the right one", 1, "ann#1"))
+    assert b"ann wrote 1 " not in files(tmp_path)
+    assert [i.output.split()[0] for i in store.read("ann").items] == ["ann", "the", "ann"]
+    assert (store.read("ann").total, next(store.users()).items) == (3, 3)
+    assert not store.replace("ann", HistoryItem("q", "x", 1, "nothing"))
+    assert not store.replace("bob", HistoryItem("q", "x", 1, "ann#1"))
+    store.append("eve", [item("eve", 0)])
+    assert store.replace("eve", HistoryItem("", "only", None, "eve#0"))
+    assert store.read("eve").total == 1
 
 
 # Pages

@@ -6,6 +6,7 @@ PostgreSQL items lie in parts, so that a part can be rewritten without the other
 
 import secrets
 import time
+from urllib.parse import unquote
 
 import sqlalchemy as sa
 from alembic import op
@@ -87,7 +88,12 @@ def _bring_over(connection: sa.Connection, secret: bytes) -> None:
         "SELECT id, item_id, at, hashes, vectors, input, output FROM persona_items_earlier"
         " WHERE user_key = :key AND id > :last ORDER BY id LIMIT :limit"
     )
-    for earlier, name, items, updated in users.all():
+    rows = users.all()
+    names = {row[1] for row in rows}
+    for earlier, name, items, updated in rows:
+        # Users of a gateway without keys had its tenant in their names.
+        plain = unquote(name.removeprefix("local/")) if name.startswith("local/") else name
+        name = name if "/" in plain or plain in names else plain
         given = {"name": name}
         new = connection.execute(sa.text("INSERT INTO persona_names (name) VALUES (:name) RETURNING key"), given)
         key, n, last = new.scalar_one(), 0, -1
