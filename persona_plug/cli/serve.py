@@ -53,6 +53,9 @@ def serve(
     engine: Annotated[
         str, typer.Option(help="transformers (in this process), or the URL of a vLLM server.")
     ] = "transformers",
+    adapter: Annotated[
+        str, typer.Option(help="vLLM's name of the plug's LoRA adapters; default the only ones it serves.")
+    ] = "",
     max_batch: Annotated[int, typer.Option(help="transformers: requests that run together.")] = 16,
     rate: Annotated[float, typer.Option(help="Requests a minute and key; 0 for any number.")] = 0,
     pending: Annotated[int, typer.Option(help="Completions in hand at once; more get 429.")] = 64,
@@ -92,7 +95,17 @@ def serve(
     def load() -> Backend:
         try:
             return _load(
-                plug, store, keep_text, llm, encoder, quantization, engine, max_batch, device, app.state.gateway
+                plug,
+                store,
+                keep_text,
+                llm,
+                encoder,
+                quantization,
+                engine,
+                max_batch,
+                device,
+                app.state.gateway,
+                adapter,
             )
         except BaseException:
             server.should_exit = True
@@ -130,6 +143,7 @@ def _load(
     max_batch: int,
     device: str | None,
     gateway: Any,  # noqa: ANN401
+    adapter: str = "",
 ) -> Backend:
     from persona_plug.plug import PersonaPlug
     from persona_plug.serving.gateway import Backend
@@ -144,17 +158,18 @@ def _load(
     elif engine.startswith(("http://", "https://")):
         from persona_plug.serving.vllm import VllmEngine, VllmServer
 
-        made = VllmEngine(
-            loaded, VllmServer(engine, api_key=os.environ.get("VLLM_API_KEY"), width=loaded.config.llm_width)
-        )
+        server = VllmServer(engine, api_key=os.environ.get("VLLM_API_KEY"), width=loaded.config.llm_width)
+        made = VllmEngine(loaded, server, adapter)
     else:
         raise ConfigError(f"engine={engine!r:.80} is neither `transformers` nor the URL of a vLLM server")
     users = HistoryStore(url, encoder=loaded.encoder, keep_text=keep_text)
-    if loaded.config.remembers and not users.keep_text:
+    if (loaded.config.remembers or loaded.config.retrieve) and not users.keep_text:
         users.close()
+        what = "reads users' own words" if loaded.config.remembers else "puts users' items into the prompt"
+        other = "words=False" if loaded.config.remembers else "retrieve=0"
         raise ConfigError(
-            f"{users.name} keeps no texts, and this plug reads users' own words: make the store with --keep-text, "
-            "or fit a plug with words=False"
+            f"{users.name} keeps no texts, and this plug {what}: make the store with --keep-text, "
+            f"or fit a plug with {other}"
         )
     return Backend(loaded, users, made)
 

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 
 import torch
 
+from persona_plug.data.history import Example
 from persona_plug.heads.words import WordsReader
 from persona_plug.pairing import pair
 from persona_plug.serving.auth import Keyring, store_key
@@ -180,15 +181,20 @@ class Gateway:
     ) -> Prepared:
         plug = backend.plug
         if isinstance(body, ChatRequest):
-            parts, request = plug.prompter.chat([message.pair() for message in body.messages])
+            messages = [message.pair() for message in body.messages]
         else:
-            parts, request = plug.prompter.parts(body.text), body.text
+            messages = [("user", body.text)]
         user = None if body.user is None else store_key(tenant, body.user)
-        soft, reader = torch.zeros(0, plug.config.llm_width), None
+        soft, reader, shown = torch.zeros(0, plug.config.llm_width), None, []
         info: dict[str, Any] = {"personal": body.personal}
         if body.personal:
-            soft, reader, known = _soft(backend, request, user)
+            request = messages[plug.prompter.asked(messages)][1]
+            stored = (None, user, backend.store) if user is not None else ()
+            examples = pair(plug.config, request, *stored)
+            soft, reader, known = _soft(plug, examples)
+            shown = plug.turns(examples)[0]
             info |= known
+        parts, request = plug.prompter.chat(messages, shown)
         info["input_tokens_cut"] = parts.cut
         call = Call(
             parts=parts,
@@ -199,6 +205,7 @@ class Gateway:
             seed=body.seed,
             stop=body.stops,
             reader=reader,
+            plain=not body.personal,
             # Without a user nobody knows whose the next one is: it shares no cache with anything.
             salt="" if user is None else self.hash("salt", user),
         )
@@ -275,10 +282,8 @@ class Gateway:
 
 
 @torch.no_grad()
-def _soft(backend: Backend, request: str, user: str | None) -> tuple[torch.Tensor, WordsReader | None, dict[str, Any]]:
+def _soft(plug: Any, examples: Sequence[Example]) -> tuple[torch.Tensor, WordsReader | None, dict[str, Any]]:  # noqa: ANN401
     """Return the soft tokens (S, H) of a request, what reads the user's words, and how much history there is."""
-    plug = backend.plug
-    examples = pair(plug.config, request) if user is None else pair(plug.config, request, None, user, backend.store)
     soft = plug.embed(plug.table(examples).batch(examples)).soft[0].float().cpu()
     held = examples[0].stored if isinstance(examples[0], StoredExample) else None
     used = len(held.ids) if held else 0
