@@ -8,11 +8,11 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from eval.methods import ALL, PRIOR, find_method
-from persona_plug.config import SETTABLE, PlugConfig
+from persona_plug.config import PlugConfig
 from persona_plug.errors import ConfigError
 from persona_plug.fit.config import FitConfig
 from training.config import describe
-from training.settings import RunSettings
+from training.settings import PLUG_FIELDS, RunSettings
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,7 +64,7 @@ def page() -> str:
     """Return the page of the documentation that lists all settings of trainings and comparisons."""
     shared = describe(RunSettings)
     alone = [row for row in describe(ComparisonSettings) if row not in shared]
-    plug = [row for row in describe(PlugConfig) if row[0] in SETTABLE]
+    plug = [row for row in describe(PlugConfig) if row[0] in PLUG_FIELDS]
     fit = [row for row in describe(FitConfig) if row[0] != "seed"]
     parts = [
         "# Settings",

@@ -14,7 +14,7 @@ from typing import Any, Self
 
 from persona_plug.errors import ConfigError, CorruptFileError, nearest, unknown_setting
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 CONFIG_NAME = "config.json"
 SMOOTHING = 1.0  # pseudo-counts over all answers in a user's label frequencies
 
@@ -47,6 +47,10 @@ RECIPES: dict[str, dict[str, Any]] = {
     # Task tokens that know no user, and for free text the user's own words beside them.
     "words": {"words": True, "quote_tokens": 0, "user_tokens": 0, "task_tokens": 16},
 }
+
+
+# A plug that adds nothing of its own to a prompt but the user's items as chat turns.
+TURNS_ALONE = {**_ALONE, "user_tokens": 0, "task_tokens": 0, "words": False, "lora": 0}
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,6 +88,8 @@ class PlugConfig:
         answers: The answer space of a labelling task, or None for free text.
         template: The LLM's instruction; `{input}` stands for the request's text.
         words: Whether, for free text, a memory of the user's own words is mixed into what the LLM writes.
+        lora: Rank of LoRA adapters that are trained in the LLM, one set for all users; 0 for none.
+        retrieve: The user's items, nearest to the request, that stand in the prompt as chat turns.
         max_words: Items whose words are read for a request; the latest (last in order) are taken.
         max_history: Items used per user; the latest (last in order) are kept.
         max_input_tokens: Tokens of the templated input; the middle part `{input}` is cut from its end.
@@ -118,6 +124,8 @@ class PlugConfig:
     answers: tuple[str, ...] | None = None
     template: str = "{input}"
     words: bool = False
+    lora: int = 0
+    retrieve: int = 0
     max_words: int = 40
     max_history: int = 512
     max_input_tokens: int = 256
@@ -147,13 +155,13 @@ class PlugConfig:
         ):
             if int(getattr(self, name)) < 1:
                 raise ConfigError(f"{name}={getattr(self, name)!r} must be at least 1")
-        for name in ("user_tokens", "task_tokens", "quote_tokens", "llm_width", "encoder_dim"):
+        for name in ("user_tokens", "task_tokens", "quote_tokens", "lora", "retrieve", "llm_width", "encoder_dim"):
             if int(getattr(self, name)) < 0:
                 raise ConfigError(f"{name}={getattr(self, name)!r} must not be negative")
         if not 0 <= self.fixed_scale < float("inf"):
             raise ConfigError(f"fixed_scale={self.fixed_scale!r} must be 0 or a positive number")
-        if self.user_tokens + self.task_tokens == 0:
-            raise ConfigError("user_tokens and task_tokens are both 0: a plug needs at least one soft token")
+        if not (self.user_tokens or self.task_tokens or self.lora or self.retrieve):
+            raise ConfigError("user_tokens and task_tokens are both 0: a plug needs a soft token, or lora or retrieve")
         if self.train_request and self.answer_head:
             raise ConfigError("train_request=True needs answer_head=False: the head is fitted to frozen vectors")
         if self.template.count("{input}") != 1:
@@ -214,7 +222,8 @@ class PlugConfig:
 
     def to_json(self) -> str:
         """Return the config as sorted JSON text."""
-        return json.dumps(dataclasses.asdict(self), indent=2, sort_keys=True, ensure_ascii=False) + "\n"
+        fields = {**dataclasses.asdict(self), "format_version": FORMAT_VERSION}
+        return json.dumps(fields, indent=2, sort_keys=True, ensure_ascii=False) + "\n"
 
     @classmethod
     def from_json(cls, text: str, source: str = CONFIG_NAME) -> Self:

@@ -67,7 +67,7 @@ class PlugDataset(Dataset[int]):
         self.table = plug.table(examples)
         self.offsets: Tensor | None = None  # (N, C) scores of the answer head in training
         prompter, answers = plug.prompter, plug.config.answers
-        self.parts = [prompter.parts(e.input, e.prompt) for e in self.examples]
+        self.parts = plug.prompts(self.examples)
         self.cut = sum(p.cut > 0 for p in self.parts)
         if answers:
             ids = prompter.candidates(answers)
@@ -110,7 +110,7 @@ def score_outputs(
     Args:
         plug: The plug.
         examples: N requests with their histories, and for free text their outputs, whose end token counts.
-        personal: False for the plain LLM, without soft tokens.
+        personal: False for the plain LLM, without all that the plug adds.
         head: Whether the answer head counts beside the LLM.
         batch_size: Rows at a time.
     """
@@ -123,7 +123,7 @@ def score_outputs(
     rows = []
     for start in range(0, len(examples), batch_size):
         batch = examples[start : start + batch_size]
-        parts = [prompter.parts(e.input, e.prompt) for e in batch]
+        parts = plug.prompts(batch, personal)
         history, readers = (table.batch(batch), plug.readers(batch)) if table else (None, None)
         loglik, _, bias = plug(history, parts, trees[start : start + batch_size], readers)
         rows.append(plug.embedder.combine(loglik, bias if head else None).float().cpu())

@@ -21,6 +21,7 @@ from persona_plug.embedder.pooled import PooledEmbedder
 from persona_plug.errors import ConfigError, DataError, MismatchError
 from persona_plug.files import write_atomically
 from persona_plug.generation import check_wordless
+from persona_plug.models.adapters import ADAPTER
 
 if TYPE_CHECKING:
     from persona_plug.model import PlugModel
@@ -58,9 +59,10 @@ def export_soft_prompts(plug: PlugModel, requests: Sequence[Example], out: Path,
     """Write the soft tokens of requests to a safetensors file and return its path.
 
     A key is `user/request`, both percent-encoded; the request is the example's id, or its number in the list. Each
-    tensor is (m + T + k, H) float32 (`uem`: a length of its own). The metadata says which LLM, encoder and plug they
-    belong to and where they go: `layout` names the pieces of a prompt in order, and `before` and `after` are the ids of
-    the chat template around it. The file holds no text, but soft tokens are personal and user ids are in the keys.
+    tensor is (m + T + k, H) float32 (`uem`: a length of its own). LoRA adapters go into the folder `adapter` beside the
+    file. The metadata says which LLM, encoder, adapters and plug the soft tokens belong to and where they go: `layout`
+    names the pieces of a prompt in order, and `before` and `after` are the ids of the chat template around it. The file
+    holds no text, but soft tokens are personal and user ids are in the keys.
 
     Args:
         plug: The plug.
@@ -70,9 +72,12 @@ def export_soft_prompts(plug: PlugModel, requests: Sequence[Example], out: Path,
 
     Raises:
         DataError: There is nothing to export, or two requests of a user have one id.
-        ConfigError: The plug has a words memory, which soft prompts do not hold.
+        ConfigError: The plug has a words memory or shows items, which soft prompts do not hold; or no soft tokens.
     """
     check_wordless(plug.config, "an engine of soft prompts")
+    _check_turnless(plug)
+    if not plug.config.soft_tokens:
+        raise ConfigError("this plug has no soft tokens to export; its LoRA adapters lie in the folder adapter/ of it")
     from safetensors.torch import save as to_bytes
 
     if not requests:
@@ -87,6 +92,7 @@ def export_soft_prompts(plug: PlugModel, requests: Sequence[Example], out: Path,
                 raise DataError(f"two requests are called {key!r}; give each request of a user an id of its own")
             prompts[key] = dense(soft, plug.config.llm_width)
     write_atomically(out, to_bytes(prompts, _identity(plug) | {"format": "pt", "count": str(len(prompts))}))
+    _write_adapter(plug, out)
     return out
 
 
@@ -108,6 +114,7 @@ def export_onnx(plug: PlugModel, out: Path) -> Path:
     """
     if missing := [name for name in ONNX_PACKAGES if find_spec(name) is None]:
         raise ConfigError(f"ONNX export needs {', '.join(missing)}: pip install 'persona-plug[onnx]'")
+    _check_turnless(plug)
     config, embedder = plug.config, plug.embedder
     if not isinstance(embedder, PooledEmbedder) or config.train_request:
         what = f"aggregator={config.aggregator!r}" if config.user_tokens else "user_tokens=0"
@@ -121,7 +128,22 @@ def export_onnx(plug: PlugModel, out: Path) -> Path:
     content = model.SerializeToString()
     _check(graph, content, vocabulary)
     write_atomically(out, content)
+    _write_adapter(plug, out)
     return out
+
+
+def _check_turnless(plug: PlugModel) -> None:
+    if plug.config.retrieve:
+        raise ConfigError(
+            f"an export cannot put users' items into the prompt, as this plug does (retrieve={plug.config.retrieve}); "
+            "serve it with `persona-plug serve`, or fit one with retrieve=0"
+        )
+
+
+def _write_adapter(plug: PlugModel, out: Path) -> None:
+    """Write the plug's LoRA adapters beside a file: its soft tokens are for the LLM with them."""
+    if plug.adapters is not None:
+        plug.adapters.save(out.parent / ADAPTER, plug.config.llm, plug.config.llm_fingerprint)
 
 
 class _Graph(nn.Module):
@@ -212,6 +234,7 @@ def _identity(plug: PlugModel) -> dict[str, str]:
         "encoder_fingerprint": config.encoder_fingerprint,
         "placement": config.placement,
         "layout": json.dumps(["before", *pieces, "after"]),
+        "adapter": "" if plug.adapters is None else plug.adapters.digest,
         "before": json.dumps(list(prompter.before)),
         "after": json.dumps(list(prompter.after)),
         "config": config.to_json(),

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from torch import Tensor
 
@@ -14,7 +13,7 @@ from persona_plug.errors import ConfigError
 from persona_plug.heads.processor import WordsProcessor
 from persona_plug.heads.words import WordsReader
 from persona_plug.splice.base import Splicer
-from persona_plug.splice.prompts import PromptParts
+from persona_plug.splice.prompts import Prompter, PromptParts
 from persona_plug.splice.soft import Soft
 from persona_plug.store.batches import StoredExample
 
@@ -62,31 +61,34 @@ def with_words(options: Mapping[str, object], readers: Sequence[WordsReader] | N
 
 def write_texts(
     splicer: Splicer,
-    tokenizer: Any,  # noqa: ANN401
-    pad: int,
+    prompter: Prompter,
     parts: Sequence[PromptParts],
     soft: Soft,
     readers: Sequence[WordsReader] | None,
-    options: Mapping[str, object],
+    generation: Mapping[str, object],
 ) -> list[list[str]]:
-    """Return the texts of each of B rows, several where `num_return_sequences` asks for them.
+    """Return the stripped texts of each of B rows, several where `num_return_sequences` asks for them.
 
     Args:
         splicer: The LLM around soft tokens.
-        tokenizer: Of the LLM.
-        pad: Token that fills rows behind their end.
+        prompter: Its prompts, tokenizer and usual length of an answer.
         parts: B prompts.
         soft: Their soft tokens.
         readers: What reads each user's words, or None.
-        options: Of the LLM's `generate`.
+        generation: Options of the LLM's `generate`.
     """
+    tokenizer = prompter.tokenizer
+    options = {"max_new_tokens": prompter.config.max_answer_tokens, **greedy(generation)}
+    options["pad_token_id"] = prompter.eos if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+    if options.get("stop_strings"):
+        options["tokenizer"] = tokenizer
     texts: dict[int, list[str]] = {}
     for rows in splicer.together(parts, soft):
         inputs = splicer.generation_inputs([parts[i] for i in rows], [soft[i] for i in rows])
         own = None if readers is None else [readers[i] for i in rows]
-        out = splicer.llm.generate(**inputs, pad_token_id=pad, **with_words(options, own, len(splicer.start)))
+        out = splicer.llm.generate(**inputs, **with_words(options, own, len(splicer.start)))
         ids = out if isinstance(out, Tensor) else out.sequences  # return_dict_in_generate
-        written = tokenizer.batch_decode(ids, skip_special_tokens=True)
+        written = [text.strip() for text in tokenizer.batch_decode(ids, skip_special_tokens=True)]
         share = len(written) // len(rows)
         texts |= {i: written[at * share : (at + 1) * share] for at, i in enumerate(rows)}
     return [texts[i] for i in range(len(parts))]

@@ -14,18 +14,19 @@ from persona_plug.embedder.architectures import make_embedder
 from persona_plug.embedder.batch import HistoryBatch, VectorTable
 from persona_plug.embedder.contract import Embedded, Embedder
 from persona_plug.errors import ConfigError
-from persona_plug.generation import Generation, details, greedy, write_texts
+from persona_plug.generation import Generation, details, write_texts
 from persona_plug.heads.recollection import Recollection
 from persona_plug.heads.states import StateMap
 from persona_plug.heads.words import SIZE, WordsHead, WordsReader
+from persona_plug.models.adapters import Adapters
 from persona_plug.models.caching import uncached
 from persona_plug.models.encoder import HistoryEncoder, RequestEncoder
 from persona_plug.models.fingerprint import llm_fingerprint
 from persona_plug.models.llm import Limits, embedding_norm, freeze, sample_embeddings
-from persona_plug.pairing import History, Requests, pair
+from persona_plug.pairing import History, Requests, nearest, pair
 from persona_plug.splice.base import Splicer
-from persona_plug.splice.families import end_with, splicer_for
-from persona_plug.splice.prompts import AnswerTree, Prompter, PromptParts, template_day
+from persona_plug.splice.families import end_with, splicer_for, splicer_of_copy
+from persona_plug.splice.prompts import AnswerTree, Prompter, PromptParts, Turns, template_day
 from persona_plug.splice.soft import Soft
 from persona_plug.splice.states import StateCache
 from persona_plug.store.batches import StoredExample, StoredTable
@@ -40,8 +41,12 @@ STATE_BUDGET = 4 << 30  # bytes of frozen states cached across epochs
 class PlugModel(nn.Module):
     """What a plug does with its parts: embed, score, choose, generate.
 
-    Only `embedder` and `words` are registered submodules: the parameters of this module are what is trained and saved,
-    and nothing that moves, saves or trains it can touch the LLM.
+    Only `embedder`, `words` and `adapters` are registered submodules: the parameters of this module are what is trained
+    and saved, and nothing that moves, saves or trains it can touch the LLM.
+
+    Attributes:
+        plain_splicer: The LLM as it is, around soft tokens.
+        splicer: The LLM as this plug runs it: with its LoRA adapters where it has some, else `plain_splicer`.
     """
 
     def __init__(
@@ -55,20 +60,25 @@ class PlugModel(nn.Module):
     ) -> None:
         """Join the parts; `build` and `from_pretrained` are the usual ways here."""
         super().__init__()
-        frozen: dict[str, Any] = {"llm": freeze(llm), "tokenizer": tokenizer, "encoder": encoder}
-        for name, part in frozen.items():
+        for name, part in {"tokenizer": tokenizer, "encoder": encoder}.items():
             object.__setattr__(self, name, part)  # past nn.Module, which would register them as what is trained
-        self.splicer: Splicer = splicer_for(llm, StateCache(state_budget))
+        self.splicer: Splicer = splicer_for(freeze(llm), StateCache(state_budget))
+        self.plain_splicer = self.splicer
         self.seed = seed
         self.reset(config)
 
-    llm: Any
     tokenizer: Any
     encoder: HistoryEncoder
     embedder: Embedder
 
+    @property
+    def llm(self) -> Any:  # noqa: ANN401
+        """The frozen LLM as this plug runs it."""
+        return self.splicer.llm
+
     def reset(self, config: PlugConfig) -> None:
-        """Start over with an untrained embedder for `config`, drawn from the plug's seed."""
+        """Start over with an untrained embedder and adapters for `config`, drawn from the plug's seed."""
+        self.splicer, self.adapters = self.plain_splicer, None
         self.prompter = Prompter(self.tokenizer, config, bool(self.llm.config.is_encoder_decoder), Limits.of(self.llm))
         self.config = config = config.replace(prompt_digest=self.prompter.digest)
         end_with(self.llm, self.prompter.eos)
@@ -83,6 +93,10 @@ class PlugModel(nn.Module):
             self.embedder = embedder.to(self.llm.device, torch.float32).eval()
             self.words = WordsHead(StateMap.of(self.llm, SIZE), config.encoder_dim) if config.remembers else None
         self.splicer.begin_with(self.prompter.head)
+        if config.lora:
+            self.adapters = Adapters(self.llm, config.lora, self.seed)
+            self.splicer = splicer_of_copy(self.llm, self.adapters.llm)
+            self.splicer.frozen = False  # no state that the adapters made outlives them
         self.recollection = (
             Recollection(self.words, self.splicer, self.prompter, self.encoder, self._nobodys_tokens, self.parts)
             if self.words is not None
@@ -90,8 +104,9 @@ class PlugModel(nn.Module):
         )
 
     def parts(self) -> dict[str, nn.Module]:
-        """Return what is learned and saved: the embedder, and the words head where there is one."""
-        return {"": self.embedder} if self.words is None else {"": self.embedder, "words.": self.words}
+        """Return what is learned and saved: the embedder; the words head and the adapters where there are some."""
+        parts: dict[str, nn.Module | None] = {"": self.embedder, "words.": self.words, "adapters.": self.adapters}
+        return {name: part for name, part in parts.items() if part is not None}
 
     def _nobodys_tokens(self, requests: Sequence[str]) -> Soft:
         """Return the soft tokens of requests of a user nobody knows."""
@@ -129,7 +144,6 @@ class PlugModel(nn.Module):
         config: PlugConfig | None = None,
         *,
         seed: int | None = None,
-        llm: Any = None,  # noqa: ANN401
         share_states: bool = True,
     ) -> Self:
         """Return a second, untrained plug on the same frozen models.
@@ -137,21 +151,22 @@ class PlugModel(nn.Module):
         Args:
             config: Its config; default this plug's.
             seed: Seed of its untrained weights; default this plug's.
-            llm: Another copy of the LLM, for a twin that trains something inside it; default this plug's.
             share_states: Whether both use one cache of frozen states, if their prompts are split and begin alike. A
                 cache of the twin's own has this plug's budget.
         """
         twin = type(self)(
             config or self.config,
-            self.llm if llm is None else llm,
+            self.plain_splicer.llm,
             self.tokenizer,
             self.encoder,
             self.seed if seed is None else seed,
-            self.splicer.cache.budget,
+            self.plain_splicer.cache.budget,
         )
         alike = twin.config.placement == self.config.placement and twin.prompter.head == self.prompter.head
-        if share_states and llm is None and alike:
-            twin.splicer = self.splicer
+        if share_states and alike:
+            if twin.splicer is twin.plain_splicer:
+                twin.splicer = self.plain_splicer
+            twin.plain_splicer = self.plain_splicer
         return twin
 
     def keep_nothing(self) -> None:
@@ -160,7 +175,8 @@ class PlugModel(nn.Module):
         A cached vector would tell by its speed who else wrote the same text.
         """
         self.encoder.cache = None
-        self.splicer.keep_nothing()
+        for splicer in (self.splicer, self.plain_splicer):
+            splicer.keep_nothing()
 
     def forward(
         self,
@@ -172,7 +188,7 @@ class PlugModel(nn.Module):
         """Run the LLM on B prompts and score candidate answers.
 
         Args:
-            history: The requests' vectors and histories; None for the plain LLM.
+            history: The requests' vectors and histories; None for the plain LLM, without adapters.
             parts: The prompts.
             trees: The candidates of each.
             readers: What mixes each user's own words in; None for soft tokens alone.
@@ -181,7 +197,8 @@ class PlugModel(nn.Module):
             Log-likelihoods (B, C) of the candidates, (B,) of the gold's end token, and the bias (B, C) or None.
         """
         embedded = self.plain(len(parts)) if history is None else self.embed(history)
-        loglik, end = self.splicer.loglik(parts, embedded.soft, trees, readers)
+        splicer = self.plain_splicer if history is None else self.splicer
+        loglik, end = splicer.loglik(parts, embedded.soft, trees, readers)
         return loglik, end, embedded.bias
 
     def embed(self, history: HistoryBatch) -> Embedded:
@@ -233,7 +250,7 @@ class PlugModel(nn.Module):
             history: One history, or one for each request.
             user: In place of a history, the user in `store` whose history counts, or one user for each request.
             store: Where the users' histories are.
-            personal: False for the plain LLM, without soft tokens.
+            personal: False for the plain LLM, without all that the plug adds.
             head: Whether the answer head counts beside the LLM.
             batch_size: Rows at a time.
 
@@ -252,7 +269,8 @@ class PlugModel(nn.Module):
 
         def scores(batch: list[Example], embedded: Embedded, parts: list[PromptParts]) -> Tensor:
             readers = self.readers(batch) if personal else None
-            loglik = self.splicer.loglik(parts, embedded.soft, [tree] * len(batch), readers)[0]
+            splicer = self.splicer if personal else self.plain_splicer
+            loglik = splicer.loglik(parts, embedded.soft, [tree] * len(batch), readers)[0]
             bias = embedded.bias
             return loglik if bias is None or not columns else self.embedder.combine(loglik, bias[:, columns])
 
@@ -276,59 +294,31 @@ class PlugModel(nn.Module):
 
     @overload
     def generate(  # type: ignore[overload-overlap]  # a text is itself a sequence of texts
-        self,
-        inputs: str,
-        history: History | None = None,
-        *,
-        user: str | None = None,
-        store: HistoryStore | None = None,
-        personal: bool = True,
-        return_details: Literal[False] = False,
-        batch_size: int = 16,
-        **generation: object,
-    ) -> str: ...
+        self, inputs: str, history: History | None = None, *, user: str | None = None,
+        store: HistoryStore | None = None, personal: bool = True, return_details: Literal[False] = False,
+        batch_size: int = 16, **generation: object,
+    ) -> str: ...  # fmt: skip
 
     @overload
     def generate(  # type: ignore[overload-overlap]  # a text is itself a sequence of texts
-        self,
-        inputs: str,
-        history: History | None = None,
-        *,
-        user: str | None = None,
-        store: HistoryStore | None = None,
-        personal: bool = True,
-        return_details: Literal[True],
-        batch_size: int = 16,
-        **generation: object,
-    ) -> Generation: ...
+        self, inputs: str, history: History | None = None, *, user: str | None = None,
+        store: HistoryStore | None = None, personal: bool = True, return_details: Literal[True],
+        batch_size: int = 16, **generation: object,
+    ) -> Generation: ...  # fmt: skip
 
     @overload
     def generate(
-        self,
-        inputs: Sequence[str] | Sequence[Example],
-        history: History | Sequence[History] | None = None,
-        *,
-        user: str | Sequence[str] | None = None,
-        store: HistoryStore | None = None,
-        personal: bool = True,
-        return_details: Literal[False] = False,
-        batch_size: int = 16,
-        **generation: object,
-    ) -> list[str]: ...
+        self, inputs: Sequence[str] | Sequence[Example], history: History | Sequence[History] | None = None, *,
+        user: str | Sequence[str] | None = None, store: HistoryStore | None = None, personal: bool = True,
+        return_details: Literal[False] = False, batch_size: int = 16, **generation: object,
+    ) -> list[str]: ...  # fmt: skip
 
     @overload
     def generate(
-        self,
-        inputs: Sequence[str] | Sequence[Example],
-        history: History | Sequence[History] | None = None,
-        *,
-        user: str | Sequence[str] | None = None,
-        store: HistoryStore | None = None,
-        personal: bool = True,
-        return_details: Literal[True],
-        batch_size: int = 16,
-        **generation: object,
-    ) -> list[Generation]: ...
+        self, inputs: Sequence[str] | Sequence[Example], history: History | Sequence[History] | None = None, *,
+        user: str | Sequence[str] | None = None, store: HistoryStore | None = None, personal: bool = True,
+        return_details: Literal[True], batch_size: int = 16, **generation: object,
+    ) -> list[Generation]: ...  # fmt: skip
 
     @torch.no_grad()
     def generate(
@@ -351,7 +341,7 @@ class PlugModel(nn.Module):
             history: One history, or one for each request; a batch may mix users.
             user: In place of a history, the user in `store` whose history counts, or one user for each request.
             store: Where the users' histories are; an unknown user has none.
-            personal: False for the plain LLM, without soft tokens.
+            personal: False for the plain LLM, without all that the plug adds.
             return_details: Return `Generation` objects in place of texts: text, item weights, what was cut.
             batch_size: Rows at a time.
             generation: Passed to the LLM's `generate`, where it writes: `max_new_tokens`, `num_beams`, `do_sample`,
@@ -361,10 +351,7 @@ class PlugModel(nn.Module):
             DataError: Inputs and histories differ in number, or an item is malformed.
         """
         examples = pair(self.config, inputs, history, user, store)
-        options = {"max_new_tokens": self.config.max_answer_tokens, **greedy(generation)}
-        if options.get("stop_strings"):
-            options["tokenizer"] = self.tokenizer
-        pad = self.tokenizer.pad_token_id if self.tokenizer.pad_token_id is not None else self.prompter.eos
+        splicer = self.splicer if personal else self.plain_splicer
         labels = iter(self.choose(examples)[0]) if personal and self.config.answers else None
         results: list[Generation] = []
         for batch, embedded, parts in self._batches(examples, personal, batch_size):
@@ -372,12 +359,12 @@ class PlugModel(nn.Module):
                 written = [[next(labels)] for _ in batch]
             else:
                 readers = self.readers(batch) if personal else None
-                written = write_texts(self.splicer, self.tokenizer, pad, parts, embedded.soft, readers, options)
+                written = write_texts(splicer, self.prompter, parts, embedded.soft, readers, generation)
             for i, example in enumerate(batch):
                 weights = None if embedded.weights is None else embedded.weights[i]
                 for text in written[i]:
                     soft = len(embedded.soft[i])
-                    results.append(details(self.config, text.strip(), example, parts[i], soft, weights))
+                    results.append(details(self.config, text, example, parts[i], soft, weights))
         single = isinstance(inputs, str) and len(results) == 1
         if return_details:
             return results[0] if single else results
@@ -391,9 +378,18 @@ class PlugModel(nn.Module):
         table = self.table(examples) if personal else None
         for start in range(0, len(examples), size):
             batch = list(examples[start : start + size])
-            parts = [self.prompter.parts(e.input, e.prompt) for e in batch]
             embedded = self.embed(table.batch(batch)) if table else self.plain(len(batch))
-            yield batch, embedded, parts
+            yield batch, embedded, self.prompts(batch, personal)
+
+    def prompts(self, examples: Sequence[Example], personal: bool = True) -> list[PromptParts]:
+        """Return the prompts of examples, the users' turns in them where they are `personal`."""
+        shown = self.turns(examples) if personal else [[]] * len(examples)
+        return [self.prompter.parts(e.input, e.prompt, turns) for e, turns in zip(examples, shown, strict=True)]
+
+    def turns(self, examples: Sequence[Example]) -> list[list[Turns]]:
+        """Return the items of each user that stand in the prompt, the nearest to the request last."""
+        count = self.config.retrieve
+        return nearest(self.encoder, examples, count, self.config.max_history) if count else [[] for _ in examples]
 
     def plain(self, rows: int) -> Embedded:
         """Return no soft tokens at all for B rows: the plain LLM."""

@@ -3,15 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
 
 from persona_plug.config import PlugConfig
 from persona_plug.data.history import Example, HistoryItem, is_pair
 from persona_plug.data.rows import is_table, unfold
 from persona_plug.errors import ConfigError, DataError
-from persona_plug.store.batches import stored_examples
+from persona_plug.models.caching import uncached
+from persona_plug.splice.prompts import Turns
+from persona_plug.store.batches import StoredExample, stored_examples
 
 if TYPE_CHECKING:
+    from persona_plug.models.encoder import HistoryEncoder
     from persona_plug.store.history_store import HistoryStore
 
 Requests = str | Sequence[str] | Sequence[Example]
@@ -76,3 +83,40 @@ def _histories(history: Any, many: bool, count: int) -> list[History]:  # noqa: 
     if isinstance(history[0], Sequence) or is_table(history[0]):
         return list(history)
     return [history] * count
+
+
+def nearest(encoder: HistoryEncoder, examples: Sequence[Example], count: int, limit: int) -> list[list[Turns]]:
+    """Return input and output of each example's items that are nearest to its request, the nearest last.
+
+    Args:
+        encoder: Says what is near; vectors of stored items come from the store.
+        examples: Requests with their histories; those out of a store have texts.
+        count: Items at most.
+        limit: Items of a history that are looked at; the latest are.
+    """
+    stored = any(isinstance(e, StoredExample) for e in examples)
+    own = [() if isinstance(e, StoredExample) else e.history[-limit:] for e in examples]
+    texts = dict.fromkeys([*(e.input for e in examples), *(_key(i) for items in own for i in items)])
+    with uncached() if stored else nullcontext():
+        vectors = dict(zip(texts, encoder.encode(list(texts)), strict=True))
+    rows = []
+    for example, known in zip(examples, own, strict=True):
+        items: Sequence[HistoryItem] = known
+        if isinstance(example, StoredExample):
+            items, keys = example.stored.texts or (), _stored_keys(example)
+        else:
+            keys = torch.stack([vectors[_key(i)] for i in items]) if items else torch.zeros(0, encoder.dim)
+        near = (keys @ vectors[example.input]).topk(min(count, len(keys))).indices.tolist()
+        rows.append([(items[i].input, items[i].output) for i in reversed(near)])
+    return rows
+
+
+def _key(item: HistoryItem) -> str:
+    """Return the text that an item is found by."""
+    return item.input if item.input.strip() else item.output
+
+
+def _stored_keys(example: StoredExample) -> Tensor:
+    """Return the vectors (n, d) that stored items are found by: of the input, or of the output where that is blank."""
+    inputs, outputs = (torch.from_numpy(rows).float() for rows in (example.stored.inputs, example.stored.outputs))
+    return torch.where((inputs == 0).all(-1, keepdim=True), outputs, inputs)

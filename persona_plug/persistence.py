@@ -1,4 +1,4 @@
-"""A plug on disk: `model.safetensors` (what was learned, nothing else), `config.json`, `README.md`."""
+"""A plug on disk: `model.safetensors` (what was learned), `config.json`, `README.md`; LoRA adapters in `adapter/`."""
 
 from __future__ import annotations
 
@@ -16,9 +16,11 @@ from persona_plug.data.rows import local_path
 from persona_plug.embedder.architectures import make_embedder
 from persona_plug.errors import CorruptFileError, MismatchError, PersonaPlugError
 from persona_plug.files import write_atomically
+from persona_plug.models.adapters import ADAPTER, FILES, Adapters, read_adapters
 from persona_plug.models.encoder import HistoryEncoder
 from persona_plug.models.fingerprint import llm_fingerprint, same_llm
 from persona_plug.models.hub import hub_answers
+from persona_plug.models.tensors import read_tensors, state_digest, write_tensors
 
 WEIGHTS_NAME = "model.safetensors"
 CARD_NAME = "README.md"
@@ -47,20 +49,19 @@ def save(
     Args:
         folder: Where to; it is made if it is not there.
         config: The plug's config.
-        parts: What was learned: the embedder under an empty name, a head under the name that its tensors begin with.
+        parts: What was learned: the embedder under an empty name, a head or adapters under the name that their tensors
+            begin with.
         encoder: The frozen encoder, whose settings are saved.
         report: The report of its training, if there is one.
     """
-    from safetensors.torch import save as to_bytes
-
-    folder.mkdir(parents=True, exist_ok=True)
-    state = state_of(parts)
-    metadata = {
-        "format": "pt",
-        "sha256": _state_digest(state),
-        "encoder": json.dumps({"pooling": encoder.pooling, "max_length": encoder.max_length, "prefix": encoder.prefix}),
-    }
-    write_atomically(folder / WEIGHTS_NAME, to_bytes(state, metadata))
+    settings = {"pooling": encoder.pooling, "max_length": encoder.max_length, "prefix": encoder.prefix}
+    metadata = {"encoder": json.dumps(settings)}
+    for part in parts.values():
+        if isinstance(part, Adapters):  # in files of their own, which PEFT reads
+            part.save(folder / ADAPTER, config.llm, config.llm_fingerprint)
+            metadata["adapters"] = part.digest
+    others = {name: part for name, part in parts.items() if not isinstance(part, Adapters)}
+    write_tensors(folder / WEIGHTS_NAME, state_of(others), metadata)
     write_atomically(folder / CONFIG_NAME, config.to_json().encode())
     if report is not None:
         write_atomically(folder / REPORT_NAME, report.to_json().encode())
@@ -87,7 +88,7 @@ def local_folder(folder: str | os.PathLike[str]) -> Path:
     from huggingface_hub import snapshot_download
 
     try:
-        patterns = [WEIGHTS_NAME, CONFIG_NAME, CARD_NAME]
+        patterns = [WEIGHTS_NAME, CONFIG_NAME, CARD_NAME, *(f"{ADAPTER}/{name}" for name in FILES)]
         return Path(snapshot_download(str(folder), allow_patterns=patterns, local_files_only=not hub_answers()))
     except Exception as exc:  # hub, http and socket errors have no common base
         reason = str(exc).splitlines()[0][:120]
@@ -100,32 +101,16 @@ def read_weights(folder: Path) -> dict[str, Tensor]:
     Raises:
         CorruptFileError: The file is missing, truncated, or does not match its own checksum.
     """
-    from safetensors import SafetensorError
-    from safetensors.torch import load
-
     path = folder / WEIGHTS_NAME
     if not path.is_file():
         raise CorruptFileError(f"{path} is missing: {folder} is not a saved plug")
-    raw = path.read_bytes()
-    try:
-        state = load(raw)
-        size = int.from_bytes(raw[:8], "little")
-        metadata = json.loads(raw[8 : 8 + size]).get("__metadata__", {})
-    except (SafetensorError, ValueError, KeyError) as exc:
-        raise CorruptFileError(f"{path} is damaged ({str(exc)[:120]}); copy or save the plug again") from exc
-    if metadata.get("sha256") != _state_digest(state):
-        raise CorruptFileError(f"{path} does not match its checksum: it was altered or damaged; copy the plug again")
-    return state
+    return read_tensors(path)[0]
 
 
 def load_encoder(folder: Path, name: str, device: Any) -> HistoryEncoder:  # noqa: ANN401
     """Make the encoder with the pooling, maximum length and prefix the plug was trained with."""
-    from safetensors import safe_open
-
-    with safe_open(str(folder / WEIGHTS_NAME), "pt") as file:
-        raw = (file.metadata() or {}).get("encoder", "{}")
     try:
-        settings = dict(json.loads(raw))
+        settings = dict(json.loads(_header(folder).get("encoder", "{}")))
     except (ValueError, TypeError) as exc:
         raise CorruptFileError(f"{folder / WEIGHTS_NAME}: encoder settings are damaged; copy the plug again") from exc
     if unknown := sorted(set(settings) - {"pooling", "max_length", "prefix"}):
@@ -135,14 +120,51 @@ def load_encoder(folder: Path, name: str, device: Any) -> HistoryEncoder:  # noq
     return HistoryEncoder(name, device=device, **settings)
 
 
-def apply_weights(parts: Mapping[str, nn.Module], state: Mapping[str, Tensor], folder: Path) -> None:
-    """Load checked weights into the parts of a plug; see `save` for their names.
+def read_lora(config: PlugConfig, folder: Path) -> dict[str, Tensor]:
+    """Read and check the adapters of a plug folder; a plug without LoRA has none.
+
+    Raises:
+        CorruptFileError: A file is missing or damaged.
+        MismatchError: They belong to another LLM, or to another plug.
+    """
+    if not config.lora:
+        return {}
+    state = read_adapters(folder / ADAPTER, config.llm_fingerprint)
+    if _header(folder).get("adapters") != state_digest(state):
+        raise MismatchError(f"{folder / ADAPTER} holds another plug's adapters; copy the whole plug")
+    return state
+
+
+def _header(folder: Path) -> dict[str, str]:
+    """Return what the header of a plug's weights says beside them."""
+    from safetensors import safe_open
+
+    with safe_open(str(folder / WEIGHTS_NAME), "pt") as file:
+        return file.metadata() or {}
+
+
+def apply_weights(
+    parts: Mapping[str, nn.Module],
+    state: Mapping[str, Tensor],
+    folder: Path,
+    lora: Mapping[str, Tensor] | None = None,
+) -> None:
+    """Load checked weights into the parts of a plug.
+
+    Args:
+        parts: See `save`.
+        state: Their tensors, see `state_of`.
+        folder: Where these come from.
+        lora: Adapters by PEFT's names, where they come from files of their own (`read_lora`).
 
     Raises:
         MismatchError: Names or shapes are not those the config asks for.
     """
     try:
         for start, part in parts.items():
+            if isinstance(part, Adapters) and lora is not None:
+                part.load(folder / ADAPTER, lora)
+                continue
             others = tuple(name for name in parts if name != start and name.startswith(start))
             own = {
                 k.removeprefix(start): v for k, v in state.items() if k.startswith(start) and not k.startswith(others)
@@ -179,9 +201,6 @@ def check_weights(config: PlugConfig, state: dict[str, Tensor], folder: Path) ->
                 f"{folder}: {WEIGHTS_NAME} and {CONFIG_NAME} do not belong together ({name}: {have}, not {want}); "
                 "copy the plug again"
             )
-    for name, tensor in state.items():
-        if not bool(torch.isfinite(tensor).all()):
-            raise CorruptFileError(f"{folder / WEIGHTS_NAME}: {name} holds numbers that are not finite; save it again")
 
 
 def check_encoder(config: PlugConfig, encoder: HistoryEncoder) -> None:
@@ -244,6 +263,8 @@ def model_card(config: PlugConfig, parts: Mapping[str, nn.Module], report: Repor
         "",
         f"Recipe `{config.recipe}`, placement `{config.placement}`, aggregator `{config.aggregator}`, "
         f"template `{config.template!r}`, answers {', '.join(config.answers) if config.answers else 'free text'}.",
+        *([f"LoRA of rank {config.lora} on the LLM lies in `{ADAPTER}/`."] if config.lora else []),
+        *([f"A user's {config.retrieve} nearest items stand in the prompt."] if config.retrieve else []),
         "",
         "```python",
         "from persona_plug import PersonaPlug",
@@ -258,14 +279,3 @@ def model_card(config: PlugConfig, parts: Mapping[str, nn.Module], report: Repor
     if report is not None:
         lines += ["", "## Held-out users", "", report.to_markdown()]
     return "\n".join(lines) + "\n"
-
-
-def _state_digest(state: dict[str, Tensor]) -> str:
-    import hashlib
-
-    digest = hashlib.sha256()
-    for name in sorted(state):
-        tensor = state[name].contiguous()
-        digest.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode())
-        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().tobytes() if tensor.numel() else b"")
-    return digest.hexdigest()

@@ -105,6 +105,7 @@ class PersonaPlug(PlugModel):
         config = PlugConfig.load(path)
         weights = persistence.read_weights(path)
         persistence.check_weights(config, weights, path)
+        lora = persistence.read_lora(config, path)
         source = config.encoder if encoder is None else encoder
         reader = source if isinstance(source, HistoryEncoder) else persistence.load_encoder(path, source, device)
         persistence.check_encoder(config, reader)
@@ -112,11 +113,11 @@ class PersonaPlug(PlugModel):
         persistence.check_llm(config, model, quantization)
         plug = cls(config, model, tokenizer, reader, state_budget=state_budget)
         persistence.check_prompt(config, plug.config)
-        persistence.apply_weights(plug.parts(), weights, path)
+        persistence.apply_weights(plug.parts(), weights, path, lora)
         return plug
 
     def save_pretrained(self, folder: str | os.PathLike[str]) -> Path:
-        """Write what was learned (`model.safetensors`, `config.json`, a model card), nothing of the LLM or any user."""
+        """Write what was learned, with config and model card; nothing of the LLM or any user."""
         return persistence.save(local_path(folder), self.config, self.parts(), self.encoder, self.fit_report)
 
     def push_to_hub(self, repo_id: str, *, private: bool = True, token: str | None = None) -> str:

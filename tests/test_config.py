@@ -72,7 +72,7 @@ def test_round_trip_through_a_file(tmp_path_factory, config):
         ({"user_tokens": -1}, "user_tokens=-1 must not be negative"),
         ({"task_tokens": -1}, "task_tokens=-1"),
         ({"llm_width": -1}, "llm_width=-1"),
-        ({"user_tokens": 0, "task_tokens": 0}, "at least one soft token"),
+        ({"user_tokens": 0, "task_tokens": 0}, "needs a soft token, or lora or retrieve"),
         ({"template": "no place"}, "exactly once"),
         ({"template": "{input}{input}"}, "exactly once"),
         ({"answers": ("one",)}, "two or more"),

@@ -203,6 +203,39 @@ def test_export_leaves_the_plug_as_it_was(make_plug, people, tmp_path, caplog):
     assert not caplog.records
 
 
+# --- adapters and turns
+
+
+def test_adapters_are_exported_beside_the_soft_tokens(make_plug, requests, tmp_path):
+    from tests.test_lora import shaken
+
+    plug = shaken(make_plug(differ=True, lora=2, recipe="mean"))
+    _, metadata = read(export_soft_prompts(plug, requests, tmp_path / "soft" / "soft.safetensors"))
+    export_onnx(plug, tmp_path / "graph" / "plug.onnx")
+    for folder in (tmp_path / "soft", tmp_path / "graph"):
+        state, told = read(folder / "adapter" / "adapter_model.safetensors")
+        assert all(torch.equal(state[name], p) for name, p in plug.adapters.named_weights().items())
+        assert told["sha256"] == metadata["adapter"] == plug.adapters.digest
+    plain = read(export_soft_prompts(make_plug(), requests, tmp_path / "plain.safetensors"))[1]
+    assert plain["adapter"] == ""
+    assert not (tmp_path / "adapter").exists()
+
+
+@pytest.mark.parametrize(
+    "write", [export_onnx, lambda plug, out: export_soft_prompts(plug, [Example("a", "x", "")], out)]
+)
+def test_turns_cannot_be_exported(make_plug, tmp_path, write):
+    with pytest.raises(ConfigError, match=r"cannot put users' items into the prompt.*retrieve=3.*retrieve=0"):
+        write(make_plug(retrieve=3), tmp_path / "out")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_plug_without_soft_tokens_has_none_to_export(make_plug, tmp_path):
+    plug = make_plug(user_tokens=0, task_tokens=0, lora=2)
+    with pytest.raises(ConfigError, match=r"no soft tokens to export.*adapter/"):
+        export_soft_prompts(plug, [Example("a", "x", "")], tmp_path / "out")
+
+
 # --- the command
 
 

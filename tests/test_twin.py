@@ -50,14 +50,14 @@ def test_twins_share_states_where_their_prompts_begin_alike(make_plug, changes, 
     assert plug.twin(share_states=False).splicer is not plug.splicer
 
 
-def test_a_twin_on_another_copy_of_the_llm_shares_no_states(make_plug):
-    import copy
-
+def test_a_twin_with_adapters_shares_the_llm_and_no_states(make_plug):
     plug = make_plug()
-    llm = copy.deepcopy(plug.llm)
-    twin = plug.twin(llm=llm)
-    assert twin.llm is twin.splicer.llm is llm
+    twin = plug.twin(plug.config.replace(lora=2))
+    assert twin.plain_splicer is plug.splicer
+    assert twin.llm is twin.splicer.llm is not plug.llm
     assert twin.splicer.cache is not plug.splicer.cache
+    assert twin.twin().llm is not twin.llm
+    assert twin.twin(plug.config).splicer is plug.splicer
 
 
 # Caching

@@ -22,7 +22,7 @@ from persona_plug.fit.loop import LOG
 from persona_plug.fit.run import WEIGHTS, train_parts
 from persona_plug.persistence import apply_weights
 from persona_plug.plug import PersonaPlug
-from training.lora import with_lora
+from training.lora import RANK
 from training.prefix import with_prefix
 from training.settings import RunSettings
 
@@ -39,19 +39,17 @@ class Recipe:
     """How a method is trained.
 
     Attributes:
-        plug: Fields of `PlugConfig` and the recipe's name under `recipe`; None trains no soft tokens.
-        adapter: Whether LoRA adapters in the LLM are trained.
+        plug: Fields of `PlugConfig` and the recipe's name under `recipe`.
         prefix: Whether keys and values in front of every prompt are trained; no soft tokens then.
     """
 
-    plug: Mapping[str, Any] | None = field(default_factory=dict)
-    adapter: bool = False
+    plug: Mapping[str, Any] = field(default_factory=dict)
     prefix: bool = False
 
 
 RECIPES: dict[str, Recipe] = {
     "task_prompt": Recipe({"user_tokens": 0, "task_tokens": "all"}),
-    "prefix_tuning": Recipe(None, prefix=True),
+    "prefix_tuning": Recipe(prefix=True),
     "plug": Recipe(),
     "plug_mean": Recipe({"recipe": "mean"}),
     "plug_paper": Recipe({"recipe": "paper"}),
@@ -60,11 +58,11 @@ RECIPES: dict[str, Recipe] = {
     "persoma": Recipe({"recipe": "persoma"}),
     "persoma_mlp": Recipe({"recipe": "persoma_mlp"}),
     "persoma_transformer": Recipe({"recipe": "persoma_transformer"}),
-    "persoma_lora": Recipe({"recipe": "persoma"}, adapter=True),
-    "lora": Recipe(None, adapter=True),
-    "plug_lora": Recipe(adapter=True),
+    "persoma_lora": Recipe({"recipe": "persoma", "lora": RANK}),
+    "lora": Recipe({"user_tokens": 0, "task_tokens": 0, "answer_head": False, "lora": RANK}),
+    "plug_lora": Recipe({"lora": RANK}),
     "words": Recipe({"recipe": "words"}),
-    "words_lora": Recipe({"recipe": "words"}, adapter=True),
+    "words_lora": Recipe({"recipe": "words", "lora": RANK}),
 }
 
 
@@ -114,7 +112,7 @@ def fit(recipe: str, base: PersonaPlug, data: FitData, settings: RunSettings, se
     else:
         _train(plug, data, config, folder, name)
     facts = _facts(folder)
-    count = sum(p.numel() for p in plug.embedder.parameters() if p.requires_grad)
+    count = sum(p.numel() for p in plug.parameters() if p.requires_grad)
     curve = tuple((int(step), float(seconds), float(loss)) for step, seconds, loss in facts["curve"])
     return Training(plug, facts["seconds"], facts["steps"], count, facts["lr"], curve)
 
@@ -155,17 +153,13 @@ def _facts(folder: Path) -> dict[str, Any]:
 
 
 def make(name: str, base: PersonaPlug, settings: Mapping[str, Any], seed: int) -> PersonaPlug:
-    """Return an untrained plug of a recipe. Without adapters it shares the frozen LLM and its cached states."""
+    """Return an untrained plug of a recipe on the same frozen LLM; without adapters it shares cached states, too."""
     if name not in RECIPES:
         raise ConfigError(f"no recipe {name!r}; known are {', '.join(RECIPES)}")
     recipe, known = RECIPES[name], base.config
-    fields = {**{field: getattr(known, field) for field in SHARED}, **settings, **(recipe.plug or {})}
+    fields = {**{field: getattr(known, field) for field in SHARED}, **settings, **recipe.plug}
     if fields.get("task_tokens") == "all":  # as many soft tokens as the plug has
         fields["task_tokens"] = known.soft_tokens
     config = PlugConfig.create(known.llm, known.encoder, **{"recipe": known.recipe, **fields})
     plug = base.twin(config, seed=seed)
-    if recipe.prefix:
-        return with_prefix(plug)
-    if recipe.adapter:
-        return with_lora(plug, soft=recipe.plug is not None)
-    return plug
+    return with_prefix(plug) if recipe.prefix else plug

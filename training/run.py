@@ -77,7 +77,7 @@ def main(arguments: Sequence[str]) -> None:
             line = f"{name}, seed {seed}: {training.steps} steps, {training.seconds:.0f} s, "
             line += f"{training.parameters:,} numbers, learning rate {training.lr:g}"
             if processes.is_main_process:
-                if not (RECIPES[name].adapter or RECIPES[name].prefix):
+                if not RECIPES[name].prefix:
                     line += f", {training.plug.save_pretrained(Path(settings.out) / f'{name}-{seed}')}"
                 sys.stdout.write(line + "\n")
     processes.wait_for_everyone()

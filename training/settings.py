@@ -12,6 +12,9 @@ from persona_plug.errors import ConfigError, unknown_setting
 from persona_plug.fit.config import FitConfig
 from training.config import Settings
 
+# What `plug` may set: adapters and items in the prompt are methods of their own, whatever the others are.
+PLUG_FIELDS = tuple(name for name in SETTABLE if name not in ("lora", "retrieve"))
+
 
 @dataclass(frozen=True, kw_only=True)
 class RunSettings(Settings):
@@ -77,8 +80,8 @@ class RunSettings(Settings):
     def _check_mappings(self) -> None:
         if "seed" in self.fit:
             raise ConfigError("fit.seed is not read by a run; give seeds=[0, 1]")
-        if unknown := [name for name in self.plug if name not in SETTABLE]:
-            raise ConfigError(f"plug: {unknown_setting(unknown[0], SETTABLE)}")
+        if unknown := [name for name in self.plug if name not in PLUG_FIELDS]:
+            raise ConfigError(f"plug: {unknown_setting(unknown[0], PLUG_FIELDS)}")
         try:
             name = "fit"
             FitConfig.of(dict(self.fit))

@@ -24,7 +24,7 @@ from persona_plug.data.history import Example, HistoryItem
 from persona_plug.plug import PersonaPlug
 from persona_plug.retrieval import Retriever
 from persona_plug.serving.offline import VllmOffline
-from persona_plug.serving.vllm import Sampling, prompt_embeds
+from persona_plug.serving.vllm_request import Sampling, prompt_embeds
 from training.config import load, run_command
 
 WORDS = ["quick", "brown", "fox", "jumps", "over", "a", "lazy", "dog", "while", "rain", "falls", "on", "roofs", "today"]

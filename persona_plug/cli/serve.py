@@ -54,6 +54,9 @@ def serve(
     engine: Annotated[
         str, typer.Option(help="transformers (in this process), or the URL of a vLLM server.")
     ] = "transformers",
+    adapter: Annotated[
+        str, typer.Option(help="vLLM's name of the plug's LoRA adapters; default the only ones it serves.")
+    ] = "",
     max_batch: Annotated[int, typer.Option(help="transformers: requests that run together.")] = 16,
     rate: Annotated[float, typer.Option(help="Requests a minute and key; 0 for any number.")] = 0,
     pending: Annotated[int, typer.Option(help="Completions in hand at once; more get 429.")] = 64,
@@ -97,7 +100,17 @@ def serve(
     def load() -> Backend:
         try:
             return _load(
-                plug, store, keep_text, llm, encoder, quantization, engine, max_batch, device, app.state.gateway
+                plug,
+                store,
+                keep_text,
+                llm,
+                encoder,
+                quantization,
+                engine,
+                max_batch,
+                device,
+                app.state.gateway,
+                adapter,
             )
         except BaseException:
             server.should_exit = True
@@ -137,6 +150,7 @@ def _load(
     max_batch: int,
     device: str | None,
     gateway: Any,  # noqa: ANN401
+    adapter: str = "",
 ) -> Backend:
     from persona_plug.plug import PersonaPlug
     from persona_plug.serving.gateway import Backend
@@ -154,9 +168,8 @@ def _load(
     else:
         from persona_plug.serving.vllm import VllmEngine, VllmServer
 
-        made = VllmEngine(
-            loaded, VllmServer(engine, api_key=os.environ.get("VLLM_API_KEY"), width=loaded.config.llm_width)
-        )
+        server = VllmServer(engine, api_key=os.environ.get("VLLM_API_KEY"), width=loaded.config.llm_width)
+        made = VllmEngine(loaded, server, adapter)
     users = HistoryStore(url, encoder=loaded.encoder, keep_text=keep_text, wait=STORE_SECONDS)
     return Backend(loaded, users, made)
 
@@ -169,17 +182,20 @@ def _check_texts(folder: str, url: str, keep_text: bool | None) -> None:
     from persona_plug.store.history_store import HistoryStore
 
     config = PlugConfig.load(local_folder(folder))
-    if not (config.quotes or config.remembers):
+    if not (config.quotes or config.remembers or config.retrieve):
         return
     try:
         with HistoryStore(url, wait=STORE_SECONDS) as opened:
             name, keeps = opened.name, opened.keep_text
     except DataError:  # there is no store yet: it is made as asked
         name, keeps = "the new store", bool(keep_text)
-    if keeps or (keep_text is False and not config.remembers):  # without, on purpose
+    if keeps or (keep_text is False and not (config.remembers or config.retrieve)):  # without, on purpose
         return
-    what = "reads users' own words" if config.remembers else "quotes users' own words"
-    cure = "fit a plug with words=False" if config.remembers else "answer without them by --no-keep-text"
+    what, cure = "quotes users' own words", "answer without them by --no-keep-text"
+    if config.remembers:
+        what, cure = "reads users' own words", "fit a plug with words=False"
+    elif config.retrieve:
+        what, cure = "puts users' items into the prompt", "fit a plug with retrieve=0"
     raise ConfigError(f"{name} keeps no texts, and this plug {what}: make the store with --keep-text, or {cure}")
 
 

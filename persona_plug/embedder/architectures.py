@@ -10,7 +10,7 @@ from persona_plug.embedder.contract import Embedder
 from persona_plug.embedder.pooled import PooledEmbedder
 from persona_plug.embedder.resampled import ResampledEmbedder
 from persona_plug.embedder.resamplers import RESAMPLERS
-from persona_plug.embedder.task_prompt import TaskPrompt
+from persona_plug.embedder.task_prompt import NoTokens, TaskPrompt
 from persona_plug.embedder.user_embedder import UserEmbedder
 
 ARCHITECTURES: dict[str, type[UserEmbedder]] = {
@@ -25,7 +25,7 @@ def make_embedder(
     start: Tensor | None = None,
     request_encoder: nn.Module | None = None,
 ) -> Embedder:
-    """Return the untrained embedder that a config describes; one without user tokens is a task prompt.
+    """Return the untrained embedder that a config describes; one without user tokens is a task prompt, or nothing.
 
     Args:
         config: Architecture; `llm_width` and `encoder_dim` must be set.
@@ -36,6 +36,8 @@ def make_embedder(
     Raises:
         ConfigError: The config names what its architecture cannot do.
     """
+    if not config.soft_tokens:
+        return NoTokens(config)
     if not config.user_tokens:
         return TaskPrompt(config, embedding_norm, start)
     return ARCHITECTURES[config.aggregator](config, embedding_norm, start, request_encoder)

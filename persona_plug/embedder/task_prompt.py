@@ -11,7 +11,7 @@ from persona_plug.embedder.contract import Embedded, Embedder
 
 
 class NoTokens(Embedder):
-    """No soft tokens and no answer head: what is trained lies inside the LLM."""
+    """No soft tokens and no answer head: what is trained lies inside the LLM, or nothing is."""
 
     def forward(self, batch: HistoryBatch, vocabulary: Tensor | None = None) -> Embedded:
         """Return no soft tokens (B, 0, H)."""

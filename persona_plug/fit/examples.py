@@ -8,9 +8,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from persona_plug.data.history import Example, longest_by_user
-from persona_plug.generation import greedy, write_texts
+from persona_plug.generation import write_texts
 from persona_plug.measure.answers import Answers
 from persona_plug.measure.stats import spread
+from persona_plug.pairing import nearest
 
 if TYPE_CHECKING:
     from persona_plug.model import PlugModel
@@ -65,16 +66,9 @@ def one_request(plug: PlugModel, questions: Sequence[Example], count: int) -> di
 @torch.no_grad()
 def few_shot(plug: PlugModel, rows: Sequence[Example]) -> list[str] | list[None]:
     """Return the plain LLM's answers behind each user's nearest items as chat turns; None without a chat template."""
-    if plug.prompter.encoder_decoder or not getattr(plug.tokenizer, "chat_template", None):
+    if not plug.prompter.chats:
         return [None] * len(rows)
-    parts = []
-    for row in rows:
-        keys = plug.encoder.encode([item.input or item.output for item in row.history])
-        near = (keys @ plug.encoder.encode([row.input])[0]).topk(min(TURNS, len(keys))).indices.tolist()
-        items = [row.history[i] for i in reversed(near)]  # the nearest last
-        turns = [turn for i in items for turn in (("user", i.input), ("assistant", i.output))]
-        parts.append(plug.prompter.chat([*turns, ("user", row.input)])[0])
-    options = {"max_new_tokens": plug.config.max_answer_tokens, **greedy({})}
-    soft = plug.plain(len(rows)).soft
-    pad = plug.tokenizer.pad_token_id if plug.tokenizer.pad_token_id is not None else plug.prompter.eos
-    return [text.strip() for (text,) in write_texts(plug.splicer, plug.tokenizer, pad, parts, soft, None, options)]
+    shown = nearest(plug.encoder, rows, TURNS, plug.config.max_history)
+    parts = [plug.prompter.parts(row.input, shown=turns) for row, turns in zip(rows, shown, strict=True)]
+    written = write_texts(plug.plain_splicer, plug.prompter, parts, plug.plain(len(rows)).soft, None, {})
+    return [text for (text,) in written]

@@ -10,16 +10,21 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from persona_plug.clock import phase
+from persona_plug.config import TURNS_ALONE
 from persona_plug.data.history import Example
 from persona_plug.errors import first_line
 from persona_plug.fit.examples import one_request, side_by_side
+from persona_plug.fit.loop import calibrate
 from persona_plug.fit.plots import plot_lift, plot_loss
+from persona_plug.fit.verdict import PRIOR, TURNS, WORDLESS, judge, token_costs
 from persona_plug.measure.answers import Answers, evaluate, prior_answers, with_other_history
-from persona_plug.measure.contrasts import LIFT, Contrast, contrasts, estimate
+from persona_plug.measure.contrasts import Contrast, contrasts, estimate
 from persona_plug.measure.metrics import METRICS, describe
 from persona_plug.measure.stats import Interval
-from persona_plug.measure.tables import Table, contrast_table, interval_text, metric_table, one_line
+from persona_plug.measure.tables import Table, contrast_table, metric_table, one_line
 from persona_plug.measure.truncation import truncation_notes
 
 if TYPE_CHECKING:
@@ -28,8 +33,6 @@ if TYPE_CHECKING:
     from persona_plug.model import PlugModel
 
 logger = logging.getLogger(__name__)
-
-WORDLESS = "plug: without words"  # the row of the soft tokens alone
 
 NO_USERS = "No users were held out: nothing can be said about the lift."
 CONTRAST_FIELDS = ("a", "b", "metric", "delta", "low", "high")  # of a row in fit_report.json
@@ -51,6 +54,8 @@ class FitReport:
         examples: Held-out answers side by side.
         details: Settings, steps, identities.
         request: Of free text one request as three held-out users' plug answers it, or None.
+        changed: Share of the plug's answers that are others with another user's history, None where none were written.
+        tokens: Method -> tokens that it adds to a request in the mean, for what may be used.
     """
 
     metrics: dict[str, dict[str, Interval]]
@@ -61,6 +66,8 @@ class FitReport:
     examples: list[dict[str, Any]] = field(default_factory=list)
     details: dict[str, Any] = field(default_factory=dict)
     request: dict[str, Any] | None = None
+    changed: float | None = None
+    tokens: dict[str, float] = field(default_factory=dict)
 
     def to_json(self) -> str:
         """Return everything but users' texts as JSON text."""
@@ -101,24 +108,19 @@ class FitReport:
 
     def __str__(self) -> str:
         """Return the report as text with the verdict and the examples."""
-        return "\n".join([self.to_markdown(), "", self.verdict(), *self._examples_text()])
+        return "\n".join([self.to_markdown(), "", *self.sentences(), *self._examples_text()])
+
+    def sentences(self) -> list[str]:
+        """Say whether the plug knows its users, is worth its LLM, and changes texts; and recommend a method."""
+        return judge(self.metrics, self.contrasts, self.changed, self.tokens)
 
     def __repr__(self) -> str:
         """Return one line: how many were asked, and the verdict; `print` shows the table."""
         return f"<FitReport: {self.n} questions of {self.n_users} held-out users. {self.verdict()}>"
 
     def verdict(self) -> str:
-        """Say in one line whether the user's own history helped."""
-        lift = next((row for row in self.contrasts if row.pair == LIFT), None)
-        if lift is None:
-            return "Personal lift: not measured."
-        delta = interval_text(Interval(lift.delta, lift.low, lift.high), "+.3f")
-        what = f"{lift.metric} {delta} over another user's history"
-        if lift.low > 0:
-            return f"Personal lift: yes, {what}."
-        if lift.high < 0:
-            return f"Personal lift: harm, {what}; do not use this plug."
-        return f"Personal lift: not shown, {what}; more users, longer histories or more steps may show it."
+        """Return the sentences in one line."""
+        return " ".join(self.sentences())
 
     def _examples_text(self) -> list[str]:
         lines: list[str] = []
@@ -152,7 +154,7 @@ class FitReport:
         from persona_plug.persistence import REPORT_NAME
 
         write_atomically(folder / REPORT_NAME, self.to_json().encode())
-        write_atomically(folder / "fit_report.md", f"{self.to_markdown()}\n\n{self.verdict()}\n".encode())
+        write_atomically(folder / "fit_report.md", "\n".join([self.to_markdown(), "", *self.sentences(), ""]).encode())
 
     def save_texts(self, folder: Path) -> None:
         """Write the answers side by side, which are texts of users, as `fit_examples.md`."""
@@ -186,8 +188,8 @@ def make_report(
 
     Args:
         plug: The trained plug.
-        task_prompt: Its twin whose soft tokens know no user, trained alike; None for a report without any comparison.
-        data: Its data; `held_out` is what counts.
+        task_prompt: Its twin whose soft tokens know no user, trained alike; None where nothing was trained.
+        data: Its data; `held_out` is what counts, and without it nothing is compared.
         config: Its training settings.
         log: The plug's training log.
         folder: Where report and plots go.
@@ -198,10 +200,10 @@ def make_report(
     details["score_temperature"] = float(plug.embedder.score_temperature)
     notes = list(data.notes)
     with noted(notes, "the count of what was cut"):
-        notes += truncation_notes(plug, data) if task_prompt is not None else []
+        notes += truncation_notes(plug, data) if data.held_out else []
     if task_prompt is plug:
         notes.append("task_prompt is the plug without its words memory: its soft tokens know no user")
-    if task_prompt is None:
+    if not data.held_out:
         result = FitReport({}, [], 0, 0, notes, details=details)
         with noted(notes, "the files of the report"):
             result.save(folder)
@@ -220,6 +222,8 @@ def make_report(
         with noted(notes, "lift.png"):
             lift = values["plug_shuffled"]["nll"] - values["plug"]["nll"]
             plot_lift(lift, data.held_out, folder / "lift.png")
+    own, other = answers["plug"].texts, answers["plug_shuffled"].texts
+    changed = None if not own or not other else float(np.mean([a != b for a, b in zip(own, other, strict=True)]))
     result = FitReport(
         {name: {m: estimate(v, users, m) for m, v in row.items()} for name, row in values.items()},
         contrasts(values, users, test=False),
@@ -227,6 +231,8 @@ def make_report(
         len(set(users)),
         notes,
         details=details,
+        changed=changed,
+        tokens=token_costs(plug, task_prompt, data.held_out),
         **shown,
     )
     with noted(notes, "the files of the report"):
@@ -267,6 +273,8 @@ def run_methods(
         methods["task_prompt"] = ask(task_prompt, questions)
     if plug.recollection is not None:
         methods["task_prompt" if task_prompt is plug else WORDLESS] = wordless
+    if plug.config.retrieve and (plug.config.soft_tokens or plug.config.lora):
+        methods[TURNS] = ask(_turns_alone(plug, data), questions)
     methods["plug_empty"] = ask(plug, [replace(e, history=()) for e in questions])
     methods["plug_shuffled"] = ask(plug, with_other_history(questions, seed))
     methods["plug"] = ask(plug, questions)
@@ -278,8 +286,16 @@ def run_methods(
             result[name] = method()
             advance(done, name)
         for name, answer in prior_answers(plug, data, generated).items():
-            result[f"user_prior: {name}"] = answer
+            result[PRIOR + name] = answer
     return result
+
+
+def _turns_alone(plug: PlugModel, data: FitData) -> PlugModel:
+    """Return what the user's items in the prompt do by themselves, with nothing trained."""
+    twin = plug.twin(plug.config.replace(**TURNS_ALONE))
+    if data.answers and data.valid:
+        calibrate(twin, data.valid)
+    return twin
 
 
 def _evaluate(

@@ -15,13 +15,14 @@ from safetensors.torch import load_file, save
 
 from persona_plug import persistence
 from persona_plug.clock import phase, tell
+from persona_plug.config import TURNS_ALONE, PlugConfig
 from persona_plug.data.rows import local_path
 from persona_plug.data.splits import FitData, prepare
 from persona_plug.errors import ConfigError
 from persona_plug.files import write_atomically
 from persona_plug.fit.config import FitConfig
 from persona_plug.fit.identity import check_identity, identity, write_identity
-from persona_plug.fit.loop import read_log, train
+from persona_plug.fit.loop import calibrate, read_log, train
 from persona_plug.fit.report import FitReport, make_report, noted
 from persona_plug.fit.surroundings import check_launcher, room_on_disk, undisturbed
 from persona_plug.fit.trainer import last_checkpoint
@@ -30,12 +31,13 @@ from persona_plug.measure.stats import spread
 from persona_plug.model import PlugModel
 
 WEIGHTS = "fitted.safetensors"  # what a finished training learned, beside its log
+ADAPT = ("train", "none")  # what makes a plug: a training, or nothing but chat turns
 FEW_USERS = 10  # held-out users, below which a bootstrap over users says little
 
 
 def task_prompt(plug: PlugModel, seed: int) -> PlugModel:
     """Return an untrained twin with as many soft tokens as the plug has, none of which knows the user."""
-    config = plug.config.replace(user_tokens=0, task_tokens=plug.config.soft_tokens, words=False)
+    config = plug.config.replace(user_tokens=0, task_tokens=plug.config.soft_tokens, words=False, retrieve=0)
     return plug.twin(config, seed=seed)
 
 
@@ -48,6 +50,35 @@ def _capped(data: FitData, limit: int) -> FitData:
     return dataclasses.replace(data, held_out=held, notes=[*data.notes, note])
 
 
+def _untrained(config: PlugConfig) -> bool:
+    """Whether a plug has nothing that steps train: the user's items as chat turns are all it adds."""
+    return not (config.soft_tokens or config.lora)
+
+
+def _changes(plug: PlugModel, data: FitData, adapt: str, lora: int | None, retrieve: int | None) -> dict[str, Any]:
+    """Return what the config of the plug becomes.
+
+    Raises:
+        ConfigError: `adapt` is unknown, or asks for no training beside what has to be trained.
+    """
+    asked = {"lora": lora, "retrieve": retrieve}
+    changes: dict[str, Any] = {name: value for name, value in asked.items() if value is not None}
+    changes |= {"template": data.template, "answers": data.answers}
+    if adapt not in ADAPT:
+        raise ConfigError(f"adapt={adapt!r} is not one of {', '.join(ADAPT)}")
+    if adapt == "none":
+        wanted = plug.config.replace(**changes)
+        if wanted.lora or wanted.remembers:
+            what = f"lora={wanted.lora}" if wanted.lora else "the words memory"
+            raise ConfigError(f"adapt='none' trains nothing, and {what} is trained: leave one of them out")
+        if not wanted.retrieve:
+            raise ConfigError("adapt='none' leaves the user's items in the prompt alone: say how many, as retrieve=4")
+        return {**changes, **TURNS_ALONE}
+    if _untrained(plug.config.replace(**changes)):
+        raise ConfigError("this plug has nothing to train: build it with soft tokens or lora, or fit with adapt='none'")
+    return changes
+
+
 def train_parts(
     plug: PlugModel,
     data: FitData,
@@ -56,7 +87,7 @@ def train_parts(
     resume: bool = False,
     what: str = "training the plug",
 ) -> list[dict[str, float]]:
-    """Train the soft tokens, then the words head on users of its own; returns the Trainer's log.
+    """Train soft tokens and adapters, then the words head on users of its own; returns the Trainer's log.
 
     Args:
         plug: See `fit.loop.train`, also for the next two arguments.
@@ -101,8 +132,8 @@ def train_parts(
 
 
 def _trained_task_prompt(plug: PlugModel, data: FitData, config: FitConfig, folder: Path, resume: bool) -> PlugModel:
-    """Return the task prompt to compare with: the plug itself where none of its soft tokens knows the user."""
-    if plug.config.remembers and not plug.config.user_tokens:
+    """Return the task prompt to compare with: the plug itself where only its words know the user."""
+    if plug.config.remembers and not (plug.config.user_tokens or plug.config.retrieve):
         return plug
     twin = task_prompt(plug, config.seed)
     train_parts(twin, data, config, folder, resume, "training the task prompt, a control that knows no user")
@@ -129,6 +160,9 @@ def fit(
     generated: int = 48,
     examples: int = 3,
     keep_texts: bool = False,
+    adapt: str = "train",
+    lora: int | None = None,
+    retrieve: int | None = None,
     **settings: Any,  # noqa: ANN401
 ) -> FitReport:
     """Train, calibrate, and tell on held-out users whether the output became theirs.
@@ -156,6 +190,9 @@ def fit(
         examples: Held-out answers shown side by side.
         keep_texts: Write these answers, which are texts of users, into `output_dir` (`fit_examples.md`). The report
             there holds none.
+        adapt: `train`, or `none`: the plug then is the user's nearest items as chat turns, and nothing is trained.
+        lora: Rank of LoRA adapters that are trained beside the soft tokens; default the plug's own setting.
+        retrieve: The user's nearest items in the prompt, as chat turns; default the plug's own setting.
         settings: Fields of `FitConfig`.
 
     Raises:
@@ -187,14 +224,19 @@ def fit(
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch) if output_dir is None else local_path(output_dir)
         plug.seed = config.seed
-        plug.reset(plug.config.replace(template=made.template, answers=made.answers))
-        log = train_parts(plug, made, config, folder / "plug", resume)
+        plug.reset(plug.config.replace(**_changes(plug, made, adapt, lora, retrieve)))
+        log: list[dict[str, float]] = []
+        if adapt == "train":
+            log = train_parts(plug, made, config, folder / "plug", resume)
+        elif made.answers and made.valid:
+            calibrate(plug, made.valid)
         with room_on_disk(folder):
             _save(plug, folder)  # before anything is reported: whatever fails there, the plug is kept
         twin = None
-        if report and made.held_out:
+        if report and made.held_out and adapt == "train":
             twin = _trained_task_prompt(plug, made, config, folder / "task_prompt", resume)
-        result = make_report(plug, twin, made, config, log, folder, generated=generated, examples=examples)
+        asked = made if report else dataclasses.replace(made, held_out=[])
+        result = make_report(plug, twin, asked, config, log, folder, generated=generated, examples=examples)
         with noted(result.notes, "the report beside the plug"):
             if keep_texts:
                 result.save_texts(folder)

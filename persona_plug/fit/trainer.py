@@ -24,7 +24,7 @@ FEW, FEW_LR = 32, 10.0  # parameters of at most so many numbers learn so much fa
 
 
 class _Trained(nn.Module):
-    """What the Trainer sees: the embedder alone. It would write into `model.config`, which here is PlugConfig.
+    """What the Trainer sees: embedder and adapters. It would write into `model.config`, which here is PlugConfig.
 
     Its forward gives the loss, so that whatever wraps it for several processes sees every trained number in use.
     """
@@ -32,6 +32,7 @@ class _Trained(nn.Module):
     def __init__(self, plug: PlugModel) -> None:
         super().__init__()
         self.embedder = plug.embedder
+        self.adapters = plug.adapters
         object.__setattr__(self, "plug", plug)
 
     plug: PlugModel

@@ -91,6 +91,9 @@ def _samples(
         recollection.keep(pair, row)
         if pair in histories:
             rows[pair] = row
+    if plug.config.retrieve:  # an answer stands behind the user's turns, an item does not
+        shown = dict(zip(((e.input, e.output) for e in examples), plug.turns(examples), strict=True))
+        rows |= recollection.passes(list(histories), shown)
     for pair, history in histories.items():
         readers = [recollection.reader(pair[0], kept) for kept in (history, _part(history, draw))]
         yield from gate_samples(readers, rows[pair].logits, rows[pair].tokens)

@@ -17,7 +17,7 @@ from persona_plug.heads.memory import ItemWords, WordMemory, recall
 from persona_plug.heads.packing import pack_item, unpack_item
 from persona_plug.heads.words import SIZE, TokenEncoder, WordsHead, WordsReader
 from persona_plug.splice.base import Splicer
-from persona_plug.splice.prompts import AnswerTree, Prompter
+from persona_plug.splice.prompts import AnswerTree, Prompter, Turns
 from persona_plug.splice.soft import Soft
 from persona_plug.store.batches import StoredExample, WordStore
 from persona_plug.store.database import StoreUnavailable
@@ -146,10 +146,12 @@ class Recollection:
         blobs |= made
         return [unpack_item(blobs[str(item.id)]) for item in items], len(made)
 
-    def passes(self, pairs: Sequence[Pair]) -> Iterator[tuple[Pair, AnswerRow]]:
+    def passes(
+        self, pairs: Sequence[Pair], shown: Mapping[Pair, Sequence[Turns]] | None = None
+    ) -> Iterator[tuple[Pair, AnswerRow]]:
         """Yield each request and answer with what the LLM says in front of its tokens, in order of length."""
         answers = {pair: self._tokens(pair[1]) for pair in pairs}
-        parts = {pair: self.prompter.parts(pair[0]) for pair in pairs}
+        parts = {pair: self.prompter.parts(pair[0], shown=(shown or {}).get(pair, ())) for pair in pairs}
         order = sorted(pairs, key=lambda pair: len(parts[pair]) + len(answers[pair][0]))
         for start in range(0, len(order), ROWS):
             batch = order[start : start + ROWS]

@@ -24,6 +24,10 @@ def truncation_notes(plug: PlugModel, data: FitData) -> list[str]:
         if config.answers is None:  # a token is kept for the end
             cut = sum(len(prompter.ids(e.output)) >= config.max_answer_tokens for e in part)
             note(cut, len(part), f"{whose} answers", f"{config.max_answer_tokens} tokens")
+    shown = {turn for turns in plug.turns(questions) for turn in turns}
+    limits = (config.max_input_tokens, config.max_answer_tokens - 1)
+    cut = sum(len(prompter.ids(text)) > limit for turn in shown for text, limit in zip(turn, limits, strict=True))
+    note(cut, 2 * len(shown), "texts of items in the prompt", f"{limits[0]} (inputs) or {limits[1]} (outputs) tokens")
     texts = {e.input for e in questions}
     texts |= {text for e in questions for item in e.history for text in (item.input, item.output)}
     cut = plug.encoder.count_cut(sorted(texts))

@@ -234,10 +234,8 @@ def report(result: FitReport, plots: Sequence[Path]) -> str:
     rest = f'<div class="plots">{images}</div><ul>{notes}</ul>'
     if not result.metrics:
         return note(NO_USERS) + _block(rest)
-    return _block(
-        f'<p><strong>{escape(result.verdict())}</strong></p><p class="note">{escape(result.summary())}</p>'
-        f"{result.table().html('Methods')}{rest}"
-    )
+    verdict = "".join(f"<p><strong>{escape(sentence)}</strong></p>" for sentence in result.sentences())
+    return _block(f'{verdict}<p class="note">{escape(result.summary())}</p>{result.table().html("Methods")}{rest}')
 
 
 def _base64(path: Path) -> str:

@@ -19,6 +19,7 @@ from persona_plug.errors import PersonaPlugError
 from persona_plug.heads.processor import WordsProcessor
 from persona_plug.heads.words import WordsReader
 from persona_plug.serving.writing import Penalties, Sampler, Writer
+from persona_plug.splice.base import Splicer
 from persona_plug.splice.prompts import PromptParts
 
 if TYPE_CHECKING:
@@ -50,6 +51,7 @@ class Call:
         presence_penalty: Taken from the logit of each token in the answer so far.
         logit_bias: (token, what is added to its logit).
         reader: What mixes the user's own words in, or None.
+        plain: Whether the LLM runs without the LoRA adapters that the plug may have.
         salt: Keyed hash of whose request it is; an engine shares no cache between calls of different salts.
         tenant: Whose turn it is; tenants take turns.
     """
@@ -63,6 +65,7 @@ class Call:
     stop: tuple[str, ...] = ()
     salt: str = ""
     reader: WordsReader | None = None
+    plain: bool = False
     repetition_penalty: float = 1.0
     frequency_penalty: float = 0.0
     presence_penalty: float = 0.0
@@ -145,7 +148,8 @@ class TransformersEngine:
             seen: Told the number of rows of each batch.
         """
         self.plug, self.max_batch, self.seen = plug, max_batch, seen
-        plug.splicer.keep_nothing()  # users would share states of prompts
+        for splicer in (plug.splicer, plug.plain_splicer):
+            splicer.keep_nothing()  # users would share states of prompts
         self.tokenizer = copy.deepcopy(plug.tokenizer)  # a fast tokenizer must not serve two threads
         ends = plug.llm.generation_config.eos_token_id
         self.ends = frozenset([ends] if isinstance(ends, int) else ends or [])
@@ -204,9 +208,8 @@ class TransformersEngine:
             if self.seen:
                 self.seen(len(jobs))
             try:
-                calls = [job.call for job in jobs]
-                for rows in self.plug.splicer.together([c.parts for c in calls], [c.soft for c in calls]):
-                    self._batch([jobs[i] for i in rows])
+                for plain in (False, True):
+                    self._run_together(plain, [job for job in jobs if job.call.plain == plain])
             except Exception as exc:
                 # Its message may quote a text, so it goes no further; one bad call must not end the worker.
                 logger.error("a batch of %d calls failed: %s", len(jobs), type(exc).__name__)
@@ -235,8 +238,15 @@ class TransformersEngine:
         for job in waiting:
             job.tell(EngineError("the server is shutting down; ask again"))
 
+    def _run_together(self, plain: bool, jobs: Sequence[_Job]) -> None:
+        """Run calls in as few batches as their LLM allows."""
+        splicer = self.plug.plain_splicer if plain else self.plug.splicer
+        calls = [job.call for job in jobs]
+        for rows in splicer.together([c.parts for c in calls], [c.soft for c in calls]) if jobs else ():
+            self._batch(splicer, [jobs[i] for i in rows])
+
     @torch.no_grad()
-    def _batch(self, jobs: Sequence[_Job]) -> None:
+    def _batch(self, splicer: Splicer, jobs: Sequence[_Job]) -> None:
         from transformers import LogitsProcessorList, StoppingCriteriaList
 
         plug, calls = self.plug, [job.call for job in jobs]
@@ -263,14 +273,14 @@ class TransformersEngine:
         readers = [call.reader for call in calls]
         processors: list[Any] = []
         if any(reader is not None for reader in readers):
-            processors.append(WordsProcessor(readers, start=len(plug.splicer.start)))
+            processors.append(WordsProcessor(readers, start=len(splicer.start)))
         penalties = [call.penalties for call in calls]
-        start = len(plug.splicer.start)
+        start = len(splicer.start)
         processors.append(lambda ids, scores: _penalised(penalties, ids[:, start:], scores))
         if any(samplers):
             processors.append(_choose(samplers))
-        plug.llm.generate(
-            **plug.splicer.generation_inputs([call.parts for call in calls], soft),
+        splicer.llm.generate(
+            **splicer.generation_inputs([call.parts for call in calls], soft),
             pad_token_id=plug.prompter.eos if pad is None else pad,
             max_new_tokens=max(call.max_tokens for call in calls),
             num_beams=1,

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from persona_plug.data.history import HistoryItem
+from persona_plug.data.history import Example, HistoryItem
 from persona_plug.errors import PersonaPlugError
 from persona_plug.heads.words import WordsReader
 from persona_plug.pairing import pair
@@ -283,14 +283,18 @@ class Gateway:
     ) -> Prepared:
         plug = backend.plug
         if isinstance(body, ChatRequest):
-            parts, request = plug.prompter.chat([message.pair() for message in body.messages])
+            messages = [message.pair() for message in body.messages]
         else:
-            parts, request = plug.prompter.parts(prompt), prompt
-        soft, reader = torch.zeros(0, plug.config.llm_width), None
+            messages = [("user", prompt)]
+        soft, reader, shown = torch.zeros(0, plug.config.llm_width), None, []
         info: dict[str, Any] = {"personal": body.personal}
         if body.personal:
-            soft, reader, known = _soft(backend, request, held, shelf)
+            request = messages[plug.prompter.asked(messages)][1]
+            examples = _examples(backend, request, held, shelf)
+            soft, reader, known = _soft(plug, examples)
+            shown = plug.turns(examples)[0]
             info |= known
+        parts, request = plug.prompter.chat(messages, shown)
         info["input_tokens_cut"] = parts.cut
         call = Call(
             parts=parts,
@@ -298,6 +302,7 @@ class Gateway:
             max_tokens=body.limit or plug.config.max_answer_tokens,
             reader=reader,
             tenant=tenant,
+            plain=not body.personal,
             # Without a user nobody knows whose the next one is: it shares no cache with anything.
             salt="" if body.user is None else self.hash("salt", store_key(tenant, body.user)),
             **body.sampling(),
@@ -371,17 +376,20 @@ def _choice(prepared: Prepared, at: int) -> Prepared:
     return prepared if not at or call.seed is None else replace(prepared, call=replace(call, seed=call.seed + at))
 
 
+def _examples(backend: Backend, request: str, held: StoredHistory | None, shelf: Shelf) -> Sequence[Example]:
+    """Return a request with its user's history, as a list of one."""
+    config = backend.plug.config
+    if held is None:
+        return pair(config, request)
+    if held.total and held.texts is None and (config.quotes or config.remembers):
+        backend.store.log_missing_texts()
+    return [StoredExample(held.user, request, "", stored=held, store=shelf)]
+
+
 @torch.no_grad()
-def _soft(
-    backend: Backend, request: str, held: StoredHistory | None, shelf: Shelf
-) -> tuple[torch.Tensor, WordsReader | None, dict[str, Any]]:
+def _soft(plug: PersonaPlug, examples: Sequence[Example]) -> tuple[torch.Tensor, WordsReader | None, dict[str, Any]]:
     """Return the soft tokens (S, H) of a request, what reads the user's words, and how much history there is."""
-    plug = backend.plug
-    examples: Sequence[Any] = pair(plug.config, request)
-    if held is not None:
-        examples = [StoredExample(held.user, request, "", stored=held, store=shelf)]
-        if held.total and held.texts is None and (plug.config.quotes or plug.config.remembers):
-            backend.store.log_missing_texts()
+    held = examples[0].stored if isinstance(examples[0], StoredExample) else None
     soft = plug.embed(plug.table(examples).batch(examples)).soft[0].float().cpu()
     used = len(held.ids) if held else 0
     unquoted = used if held and held.texts is None and plug.config.quotes else 0

@@ -14,7 +14,6 @@ import json
 import secrets
 from collections.abc import AsyncGenerator, AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
@@ -23,89 +22,13 @@ from torch import Tensor
 
 from persona_plug.errors import ConfigError, DataError, first_line
 from persona_plug.export import dense
-from persona_plug.heads.packing import pack_memory
-from persona_plug.heads.words import WordsReader
 from persona_plug.serving.engine import Answer, Call, Delta, EngineError
-from persona_plug.serving.writing import NONE, Penalties
-from persona_plug.splice.prompts import PromptParts
-from persona_plug.splice.soft import Soft
+from persona_plug.serving.vllm_request import MEMORY, WORDS_FOLDER, WORDS_LOGITS, Sampling, packed_words, prompt_embeds
 
 if TYPE_CHECKING:
     import httpx
 
     from persona_plug.plug import PersonaPlug
-
-
-MEMORY = "persona_words"  # what a request's memory of words is called among vLLM's extra arguments
-WORDS_FOLDER = "PERSONA_PLUG_WORDS"  # the variable that names the plug whose words head a vLLM process reads
-WORDS_LOGITS = "persona_plug.serving.words_logits:WordsLogits"
-
-
-@dataclass(frozen=True, slots=True)
-class Sampling:
-    """How tokens are chosen.
-
-    Attributes:
-        max_tokens: New tokens at most.
-        temperature: 0 takes the most probable token.
-        top_p: Probability mass that is sampled from.
-        seed: Of the sampling; None draws one.
-        stop: Texts that end the answer and do not belong to it.
-        memory: The user's words as `packed_words` gives them, or an empty text.
-        penalties: What changes logits by what is written.
-    """
-
-    max_tokens: int
-    temperature: float = 0.0
-    top_p: float = 1.0
-    seed: int | None = None
-    stop: tuple[str, ...] = ()
-    memory: str = ""
-    penalties: Penalties = NONE
-
-    def fields(self) -> dict[str, Any]:
-        """Return what vLLM calls them; `top_k` is switched off, which a server may have switched on by default."""
-        return {
-            "max_tokens": self.max_tokens,
-            "temperature": self.temperature,
-            "top_p": self.top_p,
-            "top_k": 0,
-            "seed": self.seed,
-            "stop": list(self.stop),
-            "repetition_penalty": self.penalties.repetition,
-            "frequency_penalty": self.penalties.frequency,
-            "presence_penalty": self.penalties.presence,
-            "logit_bias": dict(self.penalties.biases) or None,
-        }
-
-
-def packed_words(reader: WordsReader | None) -> str:
-    """Return a request's memory as it travels to vLLM: base64, or an empty text where there is none."""
-    return "" if reader is None else base64.b64encode(pack_memory(reader.memory, reader.request, reader.end)).decode()
-
-
-@torch.no_grad()
-def prompt_embeds(plug: PersonaPlug, parts: Sequence[PromptParts], soft: Soft) -> list[Tensor]:
-    """Return whole prompts as embeddings: B tensors (n_b, H), dense float32 on the CPU.
-
-    Args:
-        plug: The plug.
-        parts: B prompts.
-        soft: (B, S, H) or B tensors (S_b, H); S may be 0 for the plain LLM.
-
-    Raises:
-        ConfigError: The LLM is an encoder-decoder.
-        DataError: Soft tokens are not finite, or have another width.
-    """
-    if plug.llm.config.is_encoder_decoder:
-        raise ConfigError("vLLM takes embeddings of decoder-only LLMs alone; answer with plug.generate instead")
-    rows = []
-    for p, s in zip(parts, soft, strict=True):
-        pieces = [plug.splicer.embed(p.left).cpu().float(), s.cpu().float(), plug.splicer.embed(p.right).cpu().float()]
-        if s.dim() != 2 or s.shape[1] != plug.config.llm_width:
-            raise DataError(f"soft tokens must have shape (S, {plug.config.llm_width}), not {tuple(s.shape)}")
-        rows.append(dense(torch.cat(pieces), plug.config.llm_width))
-    return rows
 
 
 class VllmServer:
@@ -207,13 +130,33 @@ class VllmServer:
         return self._stream("chat/completions", self._messages(messages, soft, placement), sampling, salt)
 
     async def models(self) -> dict[str, int]:
-        """Return the models that the server lists, each with its greatest length in tokens.
+        """Return the LLMs that the server lists, each with its greatest length in tokens.
 
         Raises:
             EngineError: The server cannot be reached or refuses.
         """
+        return {m["id"]: m.get("max_model_len") or 0 for m in await self._listed() if not m.get("parent")}
+
+    async def find_adapter(self, name: str = "") -> str:
+        """Return the LoRA adapter that the server lists, by its name where there are several.
+
+        Raises:
+            ConfigError: There is none, or not this one, or several and no name.
+            EngineError: The server cannot be reached or refuses.
+        """
+        found = [m["id"] for m in await self._listed() if m.get("parent")]
+        if name in found or (len(found) == 1 and not name):
+            return name or str(found[0])
+        if not found:
+            raise ConfigError(
+                f"{self.url} serves no LoRA adapter, and this plug has one: start vLLM with --enable-lora "
+                "--lora-modules NAME=PLUG/adapter"
+            )
+        raise ConfigError(f"{self.url} serves the adapters {', '.join(found)}; choose this plug's with adapter=")
+
+    async def _listed(self) -> list[dict[str, Any]]:
         async with self._sent("GET", "models", None) as response:
-            return {m["id"]: m.get("max_model_len") or 0 for m in json.loads(await response.aread())["data"]}
+            return [dict(card) for card in json.loads(await response.aread())["data"]]
 
     async def check_words(self, embeds: Tensor) -> None:
         """Refuse a server that would ignore memories of words: one that reads them refuses this broken one.
@@ -272,7 +215,7 @@ class VllmServer:
             **prompt,
             **sampling.fields(),
             **extra,
-            "model": self.model,
+            "model": sampling.adapter or self.model,
             "cache_salt": salt or secrets.token_hex(16),
         }
 
@@ -331,26 +274,31 @@ class VllmServer:
 class VllmEngine:
     """The gateway's `Engine` on a vLLM server; batching and queueing are the server's."""
 
-    def __init__(self, plug: PersonaPlug, server: VllmServer) -> None:
+    def __init__(self, plug: PersonaPlug, server: VllmServer, adapter: str = "") -> None:
         """Join a plug, whose LLM serves for the embeddings of ids alone, and a server of the same LLM.
+
+        Args:
+            plug: The plug.
+            server: The server.
+            adapter: What the server calls the plug's LoRA adapters; default the only ones that it has.
 
         Raises:
             ConfigError: The LLM is an encoder-decoder.
         """
         prompt_embeds(plug, [], [])
-        self.plug, self.server = plug, server
-        self._words_checked = plug.recollection is None
+        self.plug, self.server, self.adapter = plug, server, adapter
+        self._words_checked, self._adapter_found = plug.recollection is None, plug.adapters is None
 
     async def stream(self, call: Call) -> AsyncGenerator[Delta]:
         """See `Engine.stream`."""
-        embeds = await self._embeds(call)
-        async with contextlib.aclosing(self.server.stream(embeds, _sampling(call), call.salt)) as deltas:
+        embeds, sampling = await self._embeds(call), await self._sampling(call)
+        async with contextlib.aclosing(self.server.stream(embeds, sampling, call.salt)) as deltas:
             async for delta in deltas:
                 yield delta
 
     async def generate(self, call: Call) -> Answer:
         """See `Engine.generate`."""
-        return await self.server.complete(await self._embeds(call), _sampling(call), call.salt)
+        return await self.server.complete(await self._embeds(call), await self._sampling(call), call.salt)
 
     async def close(self) -> None:
         """See `Engine.close`; the server goes on."""
@@ -363,10 +311,19 @@ class VllmEngine:
             self._words_checked = True
         return embeds
 
-
-def _sampling(call: Call) -> Sampling:
-    words = packed_words(call.reader)
-    return Sampling(call.max_tokens, call.temperature, call.top_p, call.seed, call.stop, words, call.penalties)
+    async def _sampling(self, call: Call) -> Sampling:
+        if not (self._adapter_found or call.plain):
+            self.adapter, self._adapter_found = await self.server.find_adapter(self.adapter), True
+        return Sampling(
+            call.max_tokens,
+            call.temperature,
+            call.top_p,
+            call.seed,
+            call.stop,
+            packed_words(call.reader),
+            "" if call.plain or self.plug.adapters is None else self.adapter,
+            call.penalties,
+        )
 
 
 async def _lines(response: httpx.Response) -> AsyncIterator[str]:

@@ -23,7 +23,7 @@ from persona_plug.errors import ConfigError, CorruptFileError
 from persona_plug.heads.packing import unpack_memory
 from persona_plug.heads.words import WordsHead, WordsReader
 from persona_plug.persistence import read_weights
-from persona_plug.serving.vllm import MEMORY, WORDS_FOLDER
+from persona_plug.serving.vllm_request import MEMORY, WORDS_FOLDER
 
 
 class WordsLogits(AdapterLogitsProcessor):

@@ -81,6 +81,12 @@ def splicer_for(llm: Any, cache: StateCache) -> Splicer:  # noqa: ANN401
     return _WAYS[llm].splicer(llm, cache)
 
 
+def splicer_of_copy(llm: Any, copy: Any) -> Splicer:  # noqa: ANN401
+    """Return a splicer without a cache for a copy of an LLM that has one; what was checked is not checked again."""
+    _WAYS[copy] = _WAYS[llm]
+    return _WAYS[copy].splicer(copy, StateCache(0))
+
+
 def plain_generation(llm: Any) -> None:  # noqa: ANN401
     """Leave of the LLM's generation settings its special tokens alone, those included that it is forced to write."""
     from transformers import GenerationConfig

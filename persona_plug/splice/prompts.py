@@ -18,6 +18,8 @@ from persona_plug.models.llm import Limits
 _TODAY = re.compile(r"""strftime_now\(\s*(['"])(.*?)\1\s*\)""")
 _MARK = "\u241fplug\u241f"
 
+Turns = tuple[str, str]  # an earlier request, and the answer to it
+
 
 @dataclass(frozen=True, slots=True)
 class PromptParts:
@@ -64,8 +66,13 @@ class Prompter:
             raise ConfigError("the LLM's tokenizer has no end-of-sequence token; set tokenizer.eos_token first")
         if limits:
             _check_vocabulary(tokenizer, limits.rows)
+        if config.retrieve and not self.chats:
+            raise ConfigError(
+                f"retrieve={config.retrieve} puts items into the prompt as chat turns, and this LLM has no chat "
+                "template: use retrieve=0"
+            )
         before, after, end = "", "" if encoder_decoder else "\n", eos
-        if getattr(tokenizer, "chat_template", None) and not encoder_decoder:
+        if self.chats:
             text = self._render([{"role": "user", "content": _MARK}])
             if text.count(_MARK) != 1:
                 raise ConfigError(
@@ -84,6 +91,11 @@ class Prompter:
         self.after = [eos] if encoder_decoder else self.ids(after, plain=False)
         # What all prompts begin with; the last token may merge with the request's first and is left out.
         self.head = tuple([*self.before, *self.ids(config.template.split("{input}")[0])][:-1])
+
+    @property
+    def chats(self) -> bool:
+        """Whether the LLM reads conversations."""
+        return not self.encoder_decoder and bool(getattr(self.tokenizer, "chat_template", None))
 
     @property
     def digest(self) -> str:
@@ -146,8 +158,12 @@ class Prompter:
                 raise ConfigError(f"the LLM's tokenizer writes the answers {known[row]!r:.60} and {text!r:.60} alike")
         return rows
 
-    def parts(self, request: str, prompt: str | None = None) -> PromptParts:
-        """Render one request; a `prompt` is taken as it is in place of the filled template."""
+    def parts(self, request: str, prompt: str | None = None, shown: Sequence[Turns] = ()) -> PromptParts:
+        """Render one request; a `prompt` is taken as it is in place of the filled template, and of what is `shown`."""
+        if shown and prompt is None:
+            parts = self.chat([("user", request)], shown)[0]
+            self._check_length(len(parts.left) + len(parts.right))
+            return parts
         body, cut = self._body(request, self.config.template) if prompt is None else self._body(prompt, "{input}")
         before, after = tuple(self.before), tuple(self.after)
         self._check_length(len(before) + len(body) + len(after))
@@ -168,9 +184,21 @@ class Prompter:
             raise DataError(
                 f"a prompt takes {whole} positions with its soft tokens, the LLM has {self.limits.positions}; "
                 f"lower max_input_tokens={self.config.max_input_tokens}"
+                + (f", or retrieve={self.config.retrieve}" if self.config.retrieve else "")
             )
 
-    def chat(self, messages: Sequence[tuple[str, str]]) -> tuple[PromptParts, str]:
+    def asked(self, messages: Sequence[tuple[str, str]]) -> int:
+        """Return which message is the request: the last one of the user.
+
+        Raises:
+            DataError: There is none of the user.
+        """
+        found = max((i for i, (role, _) in enumerate(messages) if role == "user"), default=None)
+        if found is None:
+            raise DataError("messages hold none of role 'user': add the request as one")
+        return found
+
+    def chat(self, messages: Sequence[tuple[str, str]], shown: Sequence[Turns] = ()) -> tuple[PromptParts, str]:
         """Render a conversation, and return with it the request that steers the plug: the last message of the user.
 
         The config's template is put around that message alone, and the soft tokens sit in its turn. All others are
@@ -178,21 +206,28 @@ class Prompter:
 
         Args:
             messages: (role, text) pairs; roles are `system`, `user`, `assistant`.
+            shown: Earlier requests with their answers, which stand as turns in front of the conversation, behind what
+                the system says. They are cut as requests and answers are.
 
         Raises:
             DataError: There is no message of the user, or the LLM's chat template refuses the conversation.
         """
-        asked = max((i for i, (role, _) in enumerate(messages) if role == "user"), default=None)
-        if asked is None:
-            raise DataError("messages hold none of role 'user': add the request as one")
-        request = messages[asked][1]
-        if len(messages) == 1:
+        request = messages[self.asked(messages)][1]
+        if len(messages) == 1 and not shown:
             return self.parts(request), request
-        if self.encoder_decoder or not getattr(self.tokenizer, "chat_template", None):
+        first = next((i for i, (role, _) in enumerate(messages) if role != "system"), 0)
+        turns = [(role, text) for pair in shown for role, text in zip(("user", "assistant"), pair, strict=True)]
+        messages = [*messages[:first], *turns, *messages[first:]]
+        asked = self.asked(messages)
+        if not self.chats:
             raise DataError("this LLM has no chat template: send a single message of role 'user'")
         frame = self._frame([role for role, _ in messages])
         body, cut = self._body(request, self.config.template)
-        texts = [body if i == asked else self.ids(text) for i, (_, text) in enumerate(messages)]
+        room = {"user": self.config.max_input_tokens, "assistant": self.config.max_answer_tokens - 1}
+        texts = [
+            body if i == asked else self.ids(text)[: room[role] if 0 <= i - first < len(turns) else None]
+            for i, (role, text) in enumerate(messages)
+        ]
         pieces = [frame[0], *(ids for text, piece in zip(texts, frame[1:], strict=True) for ids in (text, piece))]
         at = 2 * asked + (2 if self.config.placement == "suffix" else 1)
         left, right = (tuple(itertools.chain(*part)) for part in (pieces[:at], pieces[at:]))

@@ -47,7 +47,7 @@ def stored_examples(
     """Pair requests with their users' stored histories; one user for several requests is every request's.
 
     Raises:
-        ConfigError: Only one of user and store is given.
+        ConfigError: Only one of user and store is given, or the plug shows items and the store keeps no texts.
         MismatchError: The store's vectors come from another encoder than the plug's.
         DataError: Requests and users differ in number.
     """
@@ -57,6 +57,11 @@ def stored_examples(
         raise MismatchError(
             f"{store.name} holds vectors of encoder {store.fingerprint}, the plug was trained with "
             f"{config.encoder_fingerprint}: use a store made with the plug's encoder"
+        )
+    if config.retrieve and not store.keep_text:
+        raise ConfigError(
+            f"{store.name} keeps no texts, and this plug puts items into the prompt (retrieve={config.retrieve}): "
+            "use a store made with keep_text=True (--keep-text), or a plug with retrieve=0"
         )
     users = [user] * len(requests) if isinstance(user, str) else list(user)
     if len(users) != len(requests):

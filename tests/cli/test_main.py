@@ -265,8 +265,28 @@ def test_fit_prints_table_and_verdict_without_json(events, tmp_path):
     options = ["--steps", 1, "--eval-every", 1, "--batch-size", 4, "--held-out", 0.2]
     out = run("fit", events, "--out", tmp_path / "p", *TINY, *options).stdout
     assert "| plug_shuffled |" in out
-    assert "Personal lift: " in out
+    assert "Knows the user: " in out
     assert out.rstrip().endswith(f"Plug, report and plots are in {tmp_path / 'p'}")
+
+
+def test_fit_trains_adapters_and_shows_items(events, tmp_path):
+    options = ["--steps", 1, "--eval-every", 1, "--batch-size", 4, "--lora", 2, "--retrieve", 1]
+    run("fit", events, "--out", tmp_path / "p", *TINY, *options, "--no-report")
+    config = json.loads((tmp_path / "p" / "config.json").read_text())
+    assert (config["lora"], config["retrieve"]) == (2, 1)
+    assert (tmp_path / "p" / "adapter" / "adapter_model.safetensors").is_file()
+    rows = strict_json(run("score", tmp_path / "p", "hello", "--json").stdout)
+    assert sum(rows.values()) == pytest.approx(1)
+
+
+def test_fit_without_training_shows_items_alone(events, tmp_path):
+    out = run("fit", events, "--out", tmp_path / "p", *TINY, "--adapt", "none", "--retrieve", 2).stdout
+    assert "Recommended: " in out
+    assert "| task_prompt |" not in out
+    options = ["--history", events, "--user", "user-0001", "--max-new-tokens", 3, "--json"]
+    rows = [strict_json(run("generate", tmp_path / "p", "hello", *options, *more).stdout) for more in ([], ["--plain"])]
+    assert rows[0]["prompt_tokens"] > rows[1]["prompt_tokens"]
+    fails("fit", events, "--out", tmp_path / "q", *TINY, "--adapt", "none", say="retrieve=4")
 
 
 def test_score_gives_probabilities(plug, events):

@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 from persona_plug.data import synthetic
 from persona_plug.data.history import Example, HistoryItem
 from persona_plug.data.splits import FitData, prepare
-from persona_plug.dataset import score_outputs
+from persona_plug.dataset import PlugDataset, score_outputs
 from persona_plug.errors import ConfigError, DataError
 from persona_plug.fit import run as fit_module
 from persona_plug.fit.config import FitConfig
@@ -554,3 +554,114 @@ def test_a_tracker_that_is_not_installed_is_named(make_plug, people):
     data = [Example(f"u{i}", f"rate {i}", "5", tuple(people.bob), str(i)) for i in range(6)]
     with pytest.raises(ConfigError, match=r"report_to='comet_ml': .*installed"):
         make_plug().fit(data, report=False, steps=1, batch_size=2, eval_every=1, report_to="comet_ml")
+
+
+# --- adapters, turns, and no training at all
+
+
+def grown(plug):
+    """Whether LoRA's second matrices, which start as zeros, have moved."""
+    return all(
+        bool(p.abs().sum() > 0) for name, p in zip(plug.adapters.names, plug.adapters, strict=True) if "_B" in name
+    )
+
+
+def test_adapters_are_trained_beside_the_soft_tokens(make_plug, data, tmp_path):
+    plug = make_plug()
+    before = full_digest(plug.plain_splicer.llm)
+    report = plug.fit(data, output_dir=tmp_path, lora=2, **QUICK)
+    assert plug.config.lora == 2
+    assert grown(plug)
+    assert not same(weights(plug), weights(make_plug(answers=data.answers, seed=0)))
+    assert full_digest(plug.plain_splicer.llm) == before
+    assert {"none", "task_prompt", "plug", "plug_shuffled"} <= set(report.metrics)
+    plug.fit(data, lora=0, report=False, **QUICK)
+    assert plug.adapters is None
+
+
+@pytest.mark.parametrize("kind", ["int8", "nf4"])
+def test_adapters_are_trained_on_a_quantised_llm(data, kind):
+    pytest.importorskip("bitsandbytes")
+    from persona_plug import PersonaPlug
+
+    small = {"key_dim": 16, "projector_hidden": 32, "max_input_tokens": 64, "max_answer_tokens": 16}
+    plug = PersonaPlug.build("tiny-llama", "tiny-encoder", quantization=kind, dtype="bfloat16", device="cpu", **small)
+    before = full_digest(plug.llm)
+    plug.fit(data, lora=2, report=False, **QUICK)
+    assert grown(plug)
+    assert full_digest(plug.plain_splicer.llm) == before
+
+
+def test_a_training_with_adapters_goes_on_bit_by_bit(make_plug, data, tmp_path):
+    def state(plug):
+        return {**weights(plug), **plug.adapters.state_dict()}
+
+    whole, parts = make_plug(lora=2), make_plug(lora=2)
+    run(whole, data, tmp_path / "whole", **QUIET)
+    run(parts, data, tmp_path / "parts", **QUIET)
+    shutil.rmtree(tmp_path / "parts" / "checkpoint-4")
+    run(parts, data, tmp_path / "parts", resume=True, **QUIET)
+    assert same(state(whole), state(parts))
+
+
+@pytest.mark.parametrize("lora", [0, 2])
+def test_turns_stand_in_the_prompts_of_a_training(make_plug, data, monkeypatch, lora):
+    seen = []
+    usual = PlugDataset.__init__
+
+    def look(self, plug, examples):
+        usual(self, plug, examples)
+        seen.append((plug.config.retrieve, max(len(p.left) for p in self.parts)))
+
+    monkeypatch.setattr(PlugDataset, "__init__", look)
+    plug = make_plug()
+    report = plug.fit(data, retrieve=2, lora=lora, **QUICK)
+    assert plug.config.retrieve == 2
+    assert seen[0][0] == 2
+    assert seen[0][1] > max(length for retrieve, length in seen if not retrieve)
+    assert {"turns", "task_prompt"} <= set(report.metrics)
+    assert report.tokens["plug"] > report.tokens["turns"] > report.tokens["none"] == 0
+
+
+@pytest.mark.parametrize("kind", ["label", "text"])
+def test_without_any_training_a_plug_is_its_turns(make_plug, tmp_path, monkeypatch, kind):
+    from persona_plug import PersonaPlug
+
+    made = labels() if kind == "label" else prepare(
+        synthetic.build("style", users=8, items_per_user=4).records, samples="leave_one_out", held_out=0.25, valid=0.2
+    )  # fmt: skip
+    monkeypatch.setattr(fit_module, "train", lambda *_, **__: pytest.fail("trained"))
+    plug = make_plug()
+    report = plug.fit(made, adapt="none", retrieve=2, generated=2, output_dir=tmp_path / "run")
+    assert (plug.config.soft_tokens, plug.config.lora, plug.config.retrieve) == (0, 0, 2)
+    assert not list(plug.parameters())
+    assert {"none", "plug", "plug_shuffled"} <= set(report.metrics)
+    assert "task_prompt" not in report.metrics
+    assert report.metrics["plug"]["nll"].value != report.metrics["plug_shuffled"]["nll"].value
+    assert report.tokens["plug"] > 0
+    again = PersonaPlug.from_pretrained(plug.save_pretrained(tmp_path / "plug"), device="cpu")
+    some = made.held_out[:3]
+    said = list(made.answers or ("a", "b"))
+    torch.testing.assert_close(again.score(some, said), plug.score(some, said), atol=1e-4, rtol=1e-4)
+    assert again.generate(some, max_new_tokens=4) == plug.generate(some, max_new_tokens=4)
+    assert (float(plug.embedder.score_temperature) != 1) == (kind == "label")
+
+
+@pytest.mark.parametrize(
+    ("settings", "asked", "say"),
+    [
+        ({}, {"adapt": "none"}, r"retrieve=4"),
+        ({}, {"adapt": "none", "retrieve": 2, "lora": 4}, r"lora=4 is trained"),
+        ({"lora": 2}, {"adapt": "none", "retrieve": 2}, r"lora=2 is trained"),
+        ({"recipe": "words"}, {"adapt": "none", "retrieve": 2}, r"the words memory is trained"),
+        ({}, {"adapt": "everything"}, r"adapt='everything' is not one of train, none"),
+        ({}, {"lora": -1}, r"lora=-1 must not be negative"),
+        ({}, {"retrieve": 1.5}, r"retrieve=1.5 must be of type int"),
+        ({"user_tokens": 0, "task_tokens": 0, "retrieve": 2}, {}, r"nothing to train.*adapt='none'"),
+    ],
+)
+def test_what_cannot_be_adapted_so_is_said_before_any_training(make_plug, data, monkeypatch, settings, asked, say):
+    texts = dataclasses.replace(data, answers=None)
+    monkeypatch.setattr(fit_module, "train", lambda *_, **__: pytest.fail("trained"))
+    with pytest.raises(ConfigError, match=say):
+        make_plug(**settings).fit(texts, **asked, **QUICK)

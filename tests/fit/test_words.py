@@ -10,8 +10,11 @@ from persona_plug import PersonaPlug
 from persona_plug.data.history import Example, HistoryItem
 from persona_plug.data.splits import FitData
 from persona_plug.errors import DataError
+from persona_plug.fit import run as fit_module
+from persona_plug.fit.config import FitConfig
 from persona_plug.fit.report import FitReport
 from persona_plug.fit.words import fit_words, split_users
+from persona_plug.heads.recollection import Recollection
 from persona_plug.measure.answers import evaluate
 from persona_plug.splice.prompts import AnswerTree
 
@@ -178,3 +181,37 @@ def test_the_length_habit_is_that_of_the_answers(plug, data):
     reader = plug.recollection.reader("x", data.held_out[0].history)
     lengths = [len(plug.prompter.ids(i.output)) + 1 for i in data.held_out[0].history]
     assert reader.memory.length == pytest.approx(sum(math.log1p(n) for n in lengths) / len(lengths))
+
+
+@pytest.mark.parametrize(
+    "more", [{"lora": 2}, {"retrieve": 2}, {"lora": 2, "retrieve": 1}, {"task_tokens": 0, "lora": 2}]
+)
+def test_the_memory_is_fitted_with_adapters_on_and_behind_turns(make_plug, data, tmp_path, monkeypatch, more):
+    """The gate learns from what the LLM says in the very prompts that answers stand in."""
+    plug = make_plug(**{"recipe": "words", "task_tokens": 2, "max_answer_tokens": 40, **more})
+    seen = []
+    usual = Recollection.passes
+
+    def look(self, pairs, shown=None):
+        seen.append((self.splicer.llm, {len(turns) for turns in (shown or {}).values()}))
+        return usual(self, pairs, shown)
+
+    monkeypatch.setattr(Recollection, "passes", look)
+    settings = {"steps": 2, "batch_size": 4, "eval_every": 2, "eval_samples": 4, "generated": 0, "examples": 0}
+    rows = plug.fit(data, output_dir=tmp_path, **settings).metrics
+    assert all(llm is plug.llm for llm, _ in seen)
+    assert {count for _, counts in seen for count in counts} == ({more["retrieve"]} if "retrieve" in more else set())
+    assert rows["plug"]["nll"].value < rows["plug_shuffled"]["nll"].value - 0.05
+    again = PersonaPlug.from_pretrained(plug.save_pretrained(tmp_path / "plug"), device="cpu")
+    some = data.held_out[:2]
+    torch.testing.assert_close(again.score(some, ["yes"]), plug.score(some, ["yes"]), atol=1e-4, rtol=1e-4)
+
+
+def test_adapters_and_gate_learn_from_different_users(make_plug, data, monkeypatch):
+    plug, trained, fitted = make_plug(recipe="words", task_tokens=2, max_answer_tokens=40), [], []
+    monkeypatch.setattr(fit_module, "train", lambda plug, data, *_: trained.extend(data.train) or [])
+    monkeypatch.setattr(fit_module, "fit_words", lambda plug, train, *_: fitted.extend(train))
+    fit_module.train_parts(plug, data, FitConfig(), None)
+    users = [{e.user_id for e in part} for part in (trained, fitted)]
+    assert all(users)
+    assert not users[0] & users[1]

@@ -27,3 +27,12 @@ def test_nothing_is_told_where_nothing_is_cut(make_plug):
     plug = make_plug(answers=("a very long answer", "b"), max_answer_tokens=2)
     held = [Example("v", "ask", "a very long answer", (HistoryItem("x", "b"),))]
     assert truncation_notes(plug, FitData(held, held, held, "{input}", plug.config.answers)) == []
+
+
+def test_items_that_are_cut_in_the_prompt_are_told(make_plug):
+    plug = make_plug(max_input_tokens=20, max_answer_tokens=5, retrieve=3)
+    items = (HistoryItem("a", "b"), HistoryItem("c" * 21, "d" * 4), HistoryItem("e" * 20, "f" * 5))
+    data = FitData([], [], [Example("v", "ask", "x", items)], "{input}", None)
+    assert truncation_notes(plug, data) == [
+        "2 of 6 texts of items in the prompt were cut to 20 (inputs) or 4 (outputs) tokens"
+    ]

@@ -226,7 +226,7 @@ def test_map_marks_the_user_and_whom_the_search_finds(page):
 def test_report_with_its_plots(page):
     tab(page, "Report")
     report = page.locator("#report")
-    assert "Personal lift: yes" in report.inner_text()
+    assert "Knows the user: yes" in report.inner_text()
     images = report.locator("img")
     assert images.count() == 2
     assert all(image.evaluate("i => i.naturalWidth") > 100 for image in images.all())

@@ -206,7 +206,7 @@ def test_report_shows_verdict_table_and_plots(tmp_path):
         "plug": {"nll": Interval(1.0, 0.9, 1.1), "rouge-1": Interval(0.5, 0.4, 0.6)},
     }
     page = Page(view.report(FitReport(metrics, [lift], 5, 2, ["a note"]), [plot]))
-    for part in ("Personal lift: yes", "5 questions of 2 held-out users", "nll ↓ rouge-1 ↑", "2.000 [1.900, 2.100] –"):
+    for part in ("Knows the user: yes", "5 questions of 2 held-out users", "nll ↓ rouge-1 ↑", "2.000 [1.900, 2.100] –"):
         assert part in page.text
     assert ("alt", "lift of the training") in page.attributes
     assert ("src", "data:image/png;base64,cG5n") in page.attributes

@@ -33,7 +33,8 @@ from persona_plug.fit.words import fit_words
 from persona_plug.serving import offline
 from persona_plug.serving.engine import Call, EngineError, TransformersEngine
 from persona_plug.serving.offline import VllmOffline
-from persona_plug.serving.vllm import WORDS_FOLDER, WORDS_LOGITS, Sampling, VllmEngine, VllmServer, prompt_embeds
+from persona_plug.serving.vllm import VllmEngine, VllmServer
+from persona_plug.serving.vllm_request import WORDS_FOLDER, WORDS_LOGITS, Sampling, prompt_embeds
 from persona_plug.splice.prompts import PromptParts
 
 GREEDY = Sampling(16)

@@ -15,7 +15,8 @@ from persona_plug.export import export_soft_prompts
 from persona_plug.serving.engine import Answer, Call, EngineError, TransformersEngine
 from persona_plug.serving.gateway import Backend
 from persona_plug.serving.offline import VllmOffline
-from persona_plug.serving.vllm import MEMORY, WORDS_FOLDER, WORDS_LOGITS, VllmEngine, VllmServer, packed_words
+from persona_plug.serving.vllm import VllmEngine, VllmServer
+from persona_plug.serving.vllm_request import MEMORY, WORDS_FOLDER, WORDS_LOGITS, packed_words
 from persona_plug.store.history_store import HistoryStore
 from tests.fit.test_words import few_steps, fitted, people  # noqa: F401 (a fixture)
 

@@ -18,7 +18,7 @@ from persona_plug.splice.prompts import AnswerTree, PromptParts
 from tests.fit.test_words import people
 from training import recipes
 from training.config import load
-from training.lora import RANK, for_each_user, with_lora
+from training.lora import RANK, for_each_user
 from training.prefix import with_prefix
 from training.recipes import RECIPES, choose_lr, fit, make
 from training.settings import RunSettings
@@ -60,10 +60,10 @@ def test_every_recipe_trains_what_it_says_and_leaves_the_llm_alone(base, data, t
     assert full_digest(base.llm) == before
     assert not any(p.requires_grad for p in base.llm.parameters())
     assert fitted.steps == 2
-    trained = {n.split(".")[0] for n, p in fitted.plug.embedder.named_parameters() if p.requires_grad}
-    assert ("adapters" in trained) == RECIPES[name].adapter
-    assert ("tokens" in trained) == (RECIPES[name].plug is not None)
-    assert fitted.parameters == sum(p.numel() for p in fitted.plug.embedder.parameters() if p.requires_grad)
+    names = {n for n, p in fitted.plug.named_parameters() if p.requires_grad}
+    assert any(n.startswith("adapters.") for n in names) == ("lora" in name)
+    assert ("embedder.tokens" in names) == (name not in ("lora", "prefix_tuning"))
+    assert fitted.parameters == sum(p.numel() for p in fitted.plug.parameters() if p.requires_grad)
     scores = fitted.plug.score(data.held_out)
     assert torch.isfinite(scores).all()
 
@@ -73,7 +73,7 @@ def test_every_recipe_trains_what_it_says_and_leaves_the_llm_alone(base, data, t
 def test_no_recipe_has_a_parameter_without_dimensions(make_plug, name, answers):
     """DeepSpeed sends parameters as bytes and FSDP splits them along their first dimension: both refuse 0-d ones."""
     plug = make(name, make_plug(answers=answers), {}, 0)
-    assert all(p.dim() for p in plug.embedder.parameters())
+    assert all(p.dim() for p in [*plug.embedder.parameters(), *(plug.adapters or ())])
 
 
 @pytest.mark.parametrize("name", ["plug", "plug_lora", "words", "words_lora"])
@@ -86,22 +86,24 @@ def test_a_finished_training_is_read_back_and_not_repeated(base, data, tmp_path,
     assert (again.seconds, again.steps, again.parameters) == (first.seconds, first.steps, first.parameters)
 
 
-def test_two_adapted_llms_share_nothing(base):
-    """Wrapping one base twice would share adapters; each recipe has its own copy of the LLM."""
-    one, two = with_lora(base, soft=False), with_lora(base, soft=False)
-    pointers = [{p.data_ptr() for p in plug.llm.parameters()} for plug in (one, two, base)]
+def adapted(base, soft=True):
+    return make("plug_lora" if soft else "lora", base, {}, 0)
+
+
+def test_two_recipes_share_no_adapter(base):
+    one, two = adapted(base), adapted(base)
+    pointers = [{p.data_ptr() for p in plug.parameters() if p.numel()} for plug in (one, two, base)]
     assert not pointers[0] & pointers[1]
-    assert not (pointers[0] | pointers[1]) & pointers[2]
     assert not any("lora_" in n for n, _ in base.llm.named_parameters())
 
 
 def test_untrained_adapters_change_nothing_and_trained_ones_do(base, data):
-    plug = with_lora(base, soft=False)
+    plug = adapted(base, soft=False)
     torch.testing.assert_close(
         plug.score(data.held_out), base.score(data.held_out, personal=False), atol=1e-4, rtol=1e-4
     )
     with torch.no_grad():
-        for p in plug.embedder.adapters:
+        for p in plug.adapters:
             p.add_(0.05)
     assert not torch.allclose(plug.score(data.held_out), base.score(data.held_out, personal=False), atol=1e-3)
 
@@ -124,16 +126,16 @@ def test_recipes_train_on_the_llm_as_the_settings_load_it(tmp_path, kind, dtype)
         assert bool(getattr(plug.llm, "is_quantized", False)) == bool(kind)
         assert torch.isfinite(plug.score(questions.data.held_out)).all()
     # LoRA's second matrices start as zeros: they moved, so gradients came through.
-    assert all(p.abs().sum() > 0 for p in plug.embedder.adapters if p.shape[1] == RANK)
+    assert all(p.abs().sum() > 0 for p in plug.adapters if p.shape[1] == RANK)
     assert full_digest(base.llm) == before
 
 
 def test_gradients_reach_adapters_in_front_of_the_soft_tokens(base, data):
     """Nothing of an LLM with adapters is reused: a state kept from before a step would be stale."""
-    plug = with_lora(base, soft=True)
+    plug = adapted(base)
     before = plug.score(data.held_out[:2])
     with torch.no_grad():
-        for p in plug.embedder.adapters:
+        for p in plug.adapters:
             p.add_(0.05)
     assert not torch.allclose(plug.score(data.held_out[:2]), before, atol=1e-3)
     assert plug.splicer.cache.used == 0
@@ -141,15 +143,15 @@ def test_gradients_reach_adapters_in_front_of_the_soft_tokens(base, data):
 
 def test_each_user_starts_from_the_shared_adapters(base, data, tmp_path):
     plug = fit("lora", base, data, settings(tmp_path), 0).plug
-    start = {k: v.clone() for k, v in plug.embedder.state_dict().items()}
+    start = {k: v.clone() for k, v in plug.adapters.state_dict().items()}
     config = dataclasses.replace(CONFIG, lr=1e-2)
     seen, scores = [], {}
     for indices, own in for_each_user(plug, data.held_out, config, 3):
         seen += indices
-        assert any(not torch.equal(v, start[k]) for k, v in own.embedder.state_dict().items())
+        assert any(not torch.equal(v, start[k]) for k, v in own.adapters.state_dict().items())
         scores[data.held_out[indices[0]].user_id] = own.score(data.held_out[:1])
     assert seen == list(range(len(data.held_out)))
-    for key, value in plug.embedder.state_dict().items():
+    for key, value in plug.adapters.state_dict().items():
         torch.testing.assert_close(value, start[key], atol=0, rtol=0)
     # The same user alone gives the same: no user's training reaches the next.
     last = data.held_out[-1].user_id
@@ -159,13 +161,18 @@ def test_each_user_starts_from_the_shared_adapters(base, data, tmp_path):
 
 
 def test_a_users_adapter_is_undone_when_the_questions_are_not_finished(base, data):
-    plug = with_lora(base, soft=False)
-    start = {k: v.clone() for k, v in plug.embedder.state_dict().items()}
+    plug = adapted(base, soft=False)
+    start = {k: v.clone() for k, v in plug.adapters.state_dict().items()}
     users = for_each_user(plug, data.held_out, CONFIG, 1)
     next(users)
-    assert any(not torch.equal(v, start[k]) for k, v in plug.embedder.state_dict().items())
+    assert any(not torch.equal(v, start[k]) for k, v in plug.adapters.state_dict().items())
     users.close()
-    assert all(torch.equal(v, start[k]) for k, v in plug.embedder.state_dict().items())
+    assert all(torch.equal(v, start[k]) for k, v in plug.adapters.state_dict().items())
+
+
+def test_an_adapter_for_each_user_needs_one_for_all(base, data):
+    with pytest.raises(ConfigError, match="lora=8"):
+        next(for_each_user(base, data.held_out, CONFIG, 1))
 
 
 @pytest.mark.parametrize("llm", ["tiny-llama", "tiny-gpt2"])
