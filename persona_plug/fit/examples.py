@@ -77,4 +77,4 @@ def few_shot(plug: PlugModel, rows: Sequence[Example]) -> list[str] | list[None]
     options = {"max_new_tokens": plug.config.max_answer_tokens, **greedy({})}
     soft = plug.plain(len(rows)).soft
     pad = plug.tokenizer.pad_token_id if plug.tokenizer.pad_token_id is not None else plug.prompter.eos
-    return [text.strip() for (text,) in write_texts(plug.splicer, plug.tokenizer, pad, parts, soft, None, options)]
+    return [text for (text,) in write_texts(plug.splicer, plug.tokenizer, pad, parts, soft, None, options)]
