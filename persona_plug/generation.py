@@ -11,6 +11,7 @@ from persona_plug.config import PlugConfig
 from persona_plug.data.history import Example, HistoryItem
 from persona_plug.errors import ConfigError
 from persona_plug.heads.processor import WordsProcessor
+from persona_plug.heads.recollection import Recollection, Span
 from persona_plug.heads.words import WordsReader
 from persona_plug.splice.base import Splicer
 from persona_plug.splice.prompts import Prompter, PromptParts
@@ -29,6 +30,8 @@ class Generation:
         items_dropped: History items beyond `max_history`.
         prompt_tokens: Positions of the LLM's input, soft tokens included.
         items_unquoted: Items out of a store without texts, which a plug that quotes could not quote.
+        marks: (start, end) characters of the text that the user's words memory brought: it gave more than half of
+            these tokens' probability, slots that are filled from the request included.
     """
 
     text: str
@@ -37,6 +40,7 @@ class Generation:
     items_dropped: int
     prompt_tokens: int
     items_unquoted: int = 0
+    marks: Sequence[Span] = ()
 
 
 def greedy(options: Mapping[str, object]) -> dict[str, object]:
@@ -94,6 +98,31 @@ def write_texts(
     return [texts[i] for i in range(len(parts))]
 
 
+def mark_texts(
+    recollection: Recollection | None,
+    readers: Sequence[WordsReader] | None,
+    parts: Sequence[PromptParts],
+    soft: Soft,
+    written: Sequence[Sequence[str]],
+) -> list[list[tuple[str, list[Span]]]]:
+    """Return each row's texts with their marks, which are none without readers and a recollection.
+
+    Args:
+        recollection: What knows the users' words, or None.
+        readers: One per row, or None.
+        parts: The rows' prompts.
+        soft: Their soft tokens.
+        written: Their texts.
+    """
+    if recollection is None or readers is None:
+        return [[(text, []) for text in texts] for texts in written]
+    rows = [i for i, texts in enumerate(written) for _ in texts]
+    flat = [text for texts in written for text in texts]
+    marks = recollection.marks([readers[i] for i in rows], [parts[i] for i in rows], [soft[i] for i in rows], flat)
+    pairs = iter(zip(flat, marks, strict=True))
+    return [[next(pairs) for _ in texts] for texts in written]
+
+
 def check_wordless(config: PlugConfig, what: str) -> None:
     """Refuse what would leave a plug's words memory out.
 
@@ -105,13 +134,20 @@ def check_wordless(config: PlugConfig, what: str) -> None:
 
 
 def details(
-    config: PlugConfig, text: str, example: Example, parts: PromptParts, soft: int, weights: Tensor | None
+    config: PlugConfig,
+    text: str,
+    marks: Sequence[Span],
+    example: Example,
+    parts: PromptParts,
+    soft: int,
+    weights: Tensor | None,
 ) -> Generation:
     """Return a generated text with what it was made from.
 
     Args:
         config: The plug's.
         text: The answer.
+        marks: Its marks.
         example: The request with its history.
         parts: Its prompt.
         soft: Its soft tokens.
@@ -125,4 +161,4 @@ def details(
     pairs = [] if weights is None else list(zip(used, weights[: len(used)].tolist(), strict=True))
     pairs.sort(key=lambda pair: -pair[1])
     tokens = len(parts) + soft
-    return Generation(text, pairs, parts.cut, total - len(used), tokens, unquoted)
+    return Generation(text, pairs, parts.cut, total - len(used), tokens, unquoted, marks)

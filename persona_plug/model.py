@@ -14,7 +14,7 @@ from persona_plug.embedder.architectures import make_embedder
 from persona_plug.embedder.batch import HistoryBatch, VectorTable
 from persona_plug.embedder.contract import Embedded, Embedder
 from persona_plug.errors import ConfigError
-from persona_plug.generation import Generation, details, write_texts
+from persona_plug.generation import Generation, details, mark_texts, write_texts
 from persona_plug.heads.recollection import Recollection
 from persona_plug.heads.states import StateMap
 from persona_plug.heads.words import SIZE, WordsHead, WordsReader
@@ -342,7 +342,7 @@ class PlugModel(nn.Module):
             user: In place of a history, the user in `store` whose history counts, or one user for each request.
             store: Where the users' histories are; an unknown user has none.
             personal: False for the plain LLM, without all that the plug adds.
-            return_details: Return `Generation` objects in place of texts: text, item weights, what was cut.
+            return_details: Return `Generation` objects in place of texts: text, item weights, marks, what was cut.
             batch_size: Rows at a time.
             generation: Passed to the LLM's `generate`, where it writes: `max_new_tokens`, `num_beams`, `do_sample`,
                 `temperature`, `streamer` (one request only). Greedy by default.
@@ -355,16 +355,16 @@ class PlugModel(nn.Module):
         labels = iter(self.choose(examples)[0]) if personal and self.config.answers else None
         results: list[Generation] = []
         for batch, embedded, parts in self._batches(examples, personal, batch_size):
+            soft, readers = embedded.soft, self.readers(batch) if personal and labels is None else None
             if labels is not None:
                 written = [[next(labels)] for _ in batch]
             else:
-                readers = self.readers(batch) if personal else None
-                written = write_texts(splicer, self.prompter, parts, embedded.soft, readers, generation)
+                written = write_texts(splicer, self.prompter, parts, soft, readers, generation)
+            marked = mark_texts(self.recollection if return_details else None, readers, parts, soft, written)
             for i, example in enumerate(batch):
                 weights = None if embedded.weights is None else embedded.weights[i]
-                for text in written[i]:
-                    soft = len(embedded.soft[i])
-                    results.append(details(self.config, text, example, parts[i], soft, weights))
+                made = (details(self.config, *m, example, parts[i], len(soft[i]), weights) for m in marked[i])
+                results += made
         single = isinstance(inputs, str) and len(results) == 1
         if return_details:
             return results[0] if single else results

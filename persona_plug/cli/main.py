@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -97,7 +98,9 @@ def generate(
     sample: Annotated[bool, typer.Option(help="Sample instead of taking the most probable token.")] = False,
     plain: Annotated[bool, typer.Option(help="The LLM without the plug.")] = False,
     stream: Annotated[bool, typer.Option(help="Print while generating.")] = False,
-    details: Annotated[bool, typer.Option(help="Also print which items weighed how much, and what was cut.")] = False,
+    details: Annotated[
+        bool, typer.Option(help="Put [brackets] around what the words memory brought, and print the items' weights.")
+    ] = False,
     device: Device = None,
     as_json: Json = False,
 ) -> None:
@@ -121,7 +124,7 @@ def generate(
     text = sys.stdin.read() if input == "-" else input
     result = loaded.generate(text, **whose, personal=not plain, return_details=True, **options)
     weights = [{"weight": round(w, 4), "input": i.input, "output": i.output} for i, w in result.weights]
-    row = {"text": result.text, "weights": weights, "input_tokens_cut": result.input_tokens_cut,
+    row = {"text": result.text, "marks": result.marks, "weights": weights, "input_tokens_cut": result.input_tokens_cut,
            "items_dropped": result.items_dropped, "prompt_tokens": result.prompt_tokens}  # fmt: skip
     if store is not None:  # without texts the ids alone tell items apart
         weights = [{**w, "id": i.id} for w, (i, _) in zip(weights, result.weights, strict=True)]
@@ -130,7 +133,7 @@ def generate(
         say(json.dumps(row))
         return
     if not stream:
-        say(result.text)
+        say(_bracketed(result.text, result.marks) if details else result.text)
     if result.input_tokens_cut or result.items_dropped:
         sys.stderr.write(f"cut: {result.input_tokens_cut} input tokens, {result.items_dropped} history items\n")
     if details:
@@ -139,6 +142,13 @@ def generate(
                 f"{w['weight']:.3f}  "
                 + (f"{w['input']:.60} -> {w['output']:.60}" if w["output"] else f"item {w['id']}")
             )
+
+
+def _bracketed(text: str, marks: Sequence[tuple[int, int]]) -> str:
+    """Return a text with brackets around its marks."""
+    for start, end in reversed(marks):
+        text = f"{text[:start]}[{text[start:end]}]{text[end:]}"
+    return text
 
 
 @app.command()

@@ -194,6 +194,11 @@ class WordGate(nn.Module):
         mixed = torch.logaddexp(weights[:, :1].log() + sight.logp, (rest + 1e-30).log())
         return mixed, weights[:, 0].log(), weights
 
+    def memory_share(self, sight: Sight) -> Tensor:
+        """Return which share of the probability of each of the sight's tokens the memory gives, (L, U)."""
+        mixed, _, weights = self(sight)
+        return weights[:, 1:2] * self._memory(sight).probability / mixed.exp().clamp(min=1e-30)
+
     def _memory(self, sight: Sight) -> _Recollection:
         memory, device = sight.memory, sight.logp.device
         if not memory.count or not len(sight.places):

@@ -17,7 +17,7 @@ from persona_plug.heads.memory import ItemWords, WordMemory, recall
 from persona_plug.heads.packing import pack_item, unpack_item
 from persona_plug.heads.words import SIZE, TokenEncoder, WordsHead, WordsReader
 from persona_plug.splice.base import Splicer
-from persona_plug.splice.prompts import AnswerTree, Prompter, Turns
+from persona_plug.splice.prompts import AnswerTree, Prompter, PromptParts, Turns
 from persona_plug.splice.soft import Soft
 from persona_plug.store.batches import StoredExample, WordStore
 from persona_plug.store.database import StoreUnavailable
@@ -28,7 +28,10 @@ logger = logging.getLogger(__name__)
 ROWS = 8  # items per pass of the LLM
 CACHED = 20_000  # items whose words stay in memory
 
+MARKED = 0.5  # share of a token's probability above which it counts as the memory's
+
 Pair = tuple[str, str]
+Span = tuple[int, int]
 SoftTokens = Callable[[Sequence[str]], Soft]
 
 
@@ -150,7 +153,8 @@ class Recollection:
         self, pairs: Sequence[Pair], shown: Mapping[Pair, Sequence[Turns]] | None = None
     ) -> Iterator[tuple[Pair, AnswerRow]]:
         """Yield each request and answer with what the LLM says in front of its tokens, in order of length."""
-        answers = {pair: self._tokens(pair[1]) for pair in pairs}
+        limit = self.prompter.config.max_answer_tokens - 1
+        answers = {pair: self._tokens(pair[1], limit) for pair in pairs}
         parts = {pair: self.prompter.parts(pair[0], shown=(shown or {}).get(pair, ())) for pair in pairs}
         order = sorted(pairs, key=lambda pair: len(parts[pair]) + len(answers[pair][0]))
         for start in range(0, len(order), ROWS):
@@ -161,6 +165,30 @@ class Recollection:
             for pair, row in zip(batch, logits, strict=True):
                 tokens, offsets = answers[pair]
                 yield pair, AnswerRow([*tokens, self.prompter.eos], offsets, row)
+
+    @torch.no_grad()
+    def marks(
+        self, readers: Sequence[WordsReader], parts: Sequence[PromptParts], soft: Soft, texts: Sequence[str]
+    ) -> list[list[Span]]:
+        """Return the characters of written texts whose tokens the user's memory brought for more than half.
+
+        Args:
+            readers: What read the user's words for each text.
+            parts: Its prompt.
+            soft: Its soft tokens.
+            texts: What was written. Each is read once more.
+        """
+        rows = [self._tokens(text) for text in texts]
+        trees = [AnswerTree.build([tuple(tokens)], self.prompter.eos, gold=0) for tokens, _ in rows]
+        marked = []
+        for start in range(0, len(texts), ROWS):
+            some = slice(start, start + ROWS)
+            logits = self.splicer.answer_logits(parts[some], soft[some], trees[some])
+            batch = zip(texts[some], readers[some], rows[some], logits, strict=True)
+            for text, reader, (tokens, offsets), row in batch:
+                shares = reader.memory_share(row, [*tokens, self.prompter.eos])[:-1].tolist()
+                marked.append(join_spans(text, [o for o, s in zip(offsets, shares, strict=True) if s > MARKED]))
+        return marked
 
     def readers(self, examples: Sequence[Example]) -> list[WordsReader] | None:
         """Return what reads each example's words, or None before the head is fitted and while paused.
@@ -189,10 +217,20 @@ class Recollection:
         limit = self.prompter.config.max_input_tokens
         return self.head.reader(memory, self.prompter.ids(request)[:limit], self.prompter.eos)
 
-    def _tokens(self, answer: str) -> tuple[list[int], list[tuple[int, int]]]:
-        """Return an answer's tokens without the end token, cut as in training, and the characters of each."""
+    def _tokens(self, answer: str, limit: int | None = None) -> tuple[list[int], list[Span]]:
+        """Return an answer's first tokens without the end token, and the characters of each."""
         row = self.prompter.tokenizer(
             answer, add_special_tokens=False, split_special_tokens=True, return_offsets_mapping=True, verbose=False
         )
-        limit = self.prompter.config.max_answer_tokens - 1
         return list(row["input_ids"])[:limit], [tuple(pair) for pair in row["offset_mapping"]][:limit]
+
+
+def join_spans(text: str, spans: Sequence[Span]) -> list[Span]:
+    """Return spans in order, joined where only white space lies between, without white space at their ends."""
+    joined: list[Span] = []
+    for start, end in spans:
+        if joined and not text[joined[-1][1] : start].strip():
+            start, end = joined[-1][0], max(end, joined.pop()[1])
+        joined.append((start, end))
+    stripped = [(end - len(text[start:end].lstrip()), start + len(text[start:end].rstrip())) for start, end in joined]
+    return [(start, end) for start, end in stripped if start < end]

@@ -168,6 +168,13 @@ class WordsReader:
         mixed, _ = self.mix(logits, tokens)
         return mixed.gather(1, torch.tensor(list(tokens), device=mixed.device).unsqueeze(1)).squeeze(1)
 
+    def memory_share(self, logits: Tensor, tokens: Sequence[int]) -> Tensor:
+        """Return which share (n,) of each token's probability the user's memory gives, slots in it included."""
+        sight = self.look(logits, tokens)
+        written = torch.tensor(list(tokens), device=logits.device).unsqueeze(1)
+        at = written == sight.tokens.unsqueeze(0)  # a token that memory cannot bring is none of the sight's
+        return (self.head.gate.memory_share(sight) * at).sum(-1)
+
 
 def _hash(word: str) -> int:
     return int.from_bytes(hashlib.sha256(word.encode("utf-8", "surrogatepass")).digest()[:7], "big") + 1

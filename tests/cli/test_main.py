@@ -306,7 +306,7 @@ def test_generate_gives_text_weights_and_what_was_cut(plug, events):
     folder, _ = plug
     options = ["--history", events, "--user", "user-0001", "--max-new-tokens", 3]
     row = strict_json(run("generate", folder, "hello", *options, "--json").stdout)
-    assert set(row) == {"text", "weights", "input_tokens_cut", "items_dropped", "prompt_tokens"}
+    assert set(row) == {"text", "marks", "weights", "input_tokens_cut", "items_dropped", "prompt_tokens"}
     assert len(row["weights"]) == 5
     assert 0 < sum(w["weight"] for w in row["weights"]) <= 1.001
     assert row["input_tokens_cut"] == 0

@@ -30,6 +30,21 @@ def test_stored_texts_are_read_once(folder, tmp_path):
     assert (again["read"], again["known"]) == (0, count)
 
 
+def test_details_bracket_what_the_memory_brought(folder, data, tmp_path):  # noqa: F811
+    _, path = folder
+    sample = data.held_out[0]
+    events = tmp_path / "events.jsonl"
+    events.write_text("".join(json.dumps({"input": i.input, "output": i.output}) + "\n" for i in sample.history))
+    words = ["generate", path, sample.input, "--history", events, "--device", "cpu", "--max-new-tokens", 8]
+    row = json.loads(run(*words, "--json").stdout)
+    assert row["marks"]
+    shown = run(*words, "--details").stdout.splitlines()[0]
+    assert shown != row["text"]
+    assert shown.replace("[", "").replace("]", "") == row["text"]
+    start, end = row["marks"][0]
+    assert f"[{row['text'][start:end]}]" in shown
+
+
 def test_a_store_without_texts_and_a_plug_without_words_are_refused(folder, make_plug, tmp_path):
     plug, path = folder
     url = f"sqlite:///{tmp_path}/users.db"

@@ -14,7 +14,7 @@ from persona_plug.fit import run as fit_module
 from persona_plug.fit.config import FitConfig
 from persona_plug.fit.report import FitReport
 from persona_plug.fit.words import fit_words, split_users
-from persona_plug.heads.recollection import Recollection
+from persona_plug.heads.recollection import Recollection, join_spans
 from persona_plug.measure.answers import evaluate
 from persona_plug.splice.prompts import AnswerTree
 
@@ -215,3 +215,54 @@ def test_adapters_and_gate_learn_from_different_users(make_plug, data, monkeypat
     users = [{e.user_id for e in part} for part in (trained, fitted)]
     assert all(users)
     assert not users[0] & users[1]
+
+
+def test_marks_are_what_the_memory_brought(plug, data):
+    """The mixture's tokens are the memory's where nothing else gives half of their probability."""
+    sample = data.held_out[0]
+    made = plug.generate(sample.input, sample.history, return_details=True, max_new_tokens=8)
+    greeting = next(g for g in GREETINGS if made.text.startswith(g))
+    assert greeting in sample.output
+    assert made.marks
+    assert all(0 <= start < end <= len(made.text) for start, end in made.marks)
+    assert made.marks[0][0] == 0  # the greeting
+    assert made.marks[0][1] >= len(greeting)
+    alone = plug.generate(sample.input, return_details=True, max_new_tokens=8)
+    assert alone.marks == []
+    assert (
+        plug.generate(sample.input, sample.history, personal=False, return_details=True, max_new_tokens=2).marks == []
+    )
+    batch = plug.generate(
+        ["xyz", sample.input], [[], sample.history], return_details=True, max_new_tokens=8, num_return_sequences=2,
+        num_beams=2,
+    )  # fmt: skip
+    assert [bool(g.marks) for g in batch] == [False, False, True, True]
+
+
+def test_shares_are_of_the_written_tokens(plug, data):
+    sample = data.held_out[0]
+    (reader,) = plug.readers([sample])
+    logits = torch.randn(4, plug.llm.get_output_embeddings().weight.shape[0])
+    tokens = [*reader.memory.tokens[:2].tolist(), plug.prompter.eos, plug.prompter.ids("zebra")[0]]
+    mixed, weights = reader.mix(logits, tokens)
+    shares = reader.memory_share(logits, tokens)
+    assert ((shares >= 0) & (shares <= 1 + 1e-5)).all()
+    assert shares[0] > 0
+    own = logits.log_softmax(-1).exp()
+    for at, token in enumerate(tokens):  # what neither LLM nor memory gives is the request's or the end's
+        rest = mixed[at, token].exp() - weights[at, 0] * own[at, token]
+        assert shares[at] * mixed[at, token].exp() <= rest + 1e-6
+
+
+@pytest.mark.parametrize(
+    ("text", "spans", "joined"),
+    [
+        ("Hi Ben, yes", [(0, 2), (2, 6)], [(0, 6)]),
+        ("Hi Ben, yes", [(0, 2), (3, 6), (7, 11)], [(0, 6), (8, 11)]),
+        ("so 🌳 on", [(2, 4), (3, 4), (3, 4)], [(3, 4)]),
+        ("a b", [(1, 2)], []),
+        ("", [], []),
+    ],
+)
+def test_spans_are_joined_over_white_space(text, spans, joined):
+    assert join_spans(text, spans) == joined
