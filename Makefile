@@ -65,9 +65,9 @@ demo: env ## fit a plug on generated replies, and see three users answer one req
 	$(BIN)/persona-plug models pull smollm2-135m
 	$(BIN)/persona-plug models pull minilm-l6
 	$(BIN)/persona-plug data synthetic --kind replies --users 48 --items 12 --out $(DEMO)/replies.jsonl
-	$(BIN)/persona-plug fit $(DEMO)/replies.jsonl --resume --recipe words --llm smollm2-135m --encoder minilm-l6 \
-		--out $(DEMO)/plug --steps 40 --batch-size 8 --eval-every 20 --lr 1e-2 --max-input-tokens 160 \
-		--max-answer-tokens 112 --targets-per-user 6 --report-samples 24 --generated 9 --examples 3
+	$(BIN)/persona-plug fit $(DEMO)/replies.jsonl --resume --recipe words --lora 8 --llm smollm2-135m --encoder minilm-l6 \
+		--out $(DEMO)/plug --dtype auto --steps 40 --batch-size 8 --eval-every 20 --lr 3e-3 --max-input-tokens 160 \
+		--max-answer-tokens 112 --targets-per-user 6 --report-samples 20 --generated 9 --examples 3
 
 serve-demo: env ## serve the demo's plug with its users' histories on port 8000 (fits it first where it is missing)
 	test -f $(DEMO)/plug/config.json || $(MAKE) demo
