@@ -94,7 +94,7 @@ def test_the_readme_names_where_the_common_questions_are_answered():
         "persona_plug/measure/metrics.py": "METRICS",
         "persona_plug/splice/causal.py": "class CausalSplicer",
         "eval/methods.py": "METHODS",
-        "persona_plug/store/history_store.py": "def forget",
+        "persona_plug/store/deleting.py": "def forget",
     }.items():
         assert f"`{path}`" in text
         assert definition in (ROOT / path).read_text(encoding="utf-8"), path
