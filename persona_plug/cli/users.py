@@ -137,6 +137,9 @@ def show(
     user: User,
     store: Url,
     limit: Annotated[int, typer.Option(min=1, help="Newest items at most.")] = 20,
+    style: Annotated[
+        bool, typer.Option("--style", help="Show the user's manner instead: what they do and others do not.")
+    ] = False,
     tenant: Tenant = "local",
     as_json: Json = False,
 ) -> None:
@@ -144,6 +147,12 @@ def show(
     from persona_plug.store.history_store import HistoryStore
 
     with HistoryStore(store) as opened:
+        if style:
+            from persona_plug.store.style import read_style
+
+            card = read_style(opened, _name(user, tenant), _name("", tenant))
+            say_json(dataclasses.asdict(card)) if as_json else say(f"{_plain(user)}\n{_plain_lines(str(card))}")
+            return
         history = opened.read(_name(user, tenant), limit)
         if not history.total:
             raise _unknown(opened.name)
@@ -272,6 +281,10 @@ def _moment(seconds: float) -> str:
         return datetime.fromtimestamp(seconds, UTC).isoformat(timespec="seconds")
     except (ValueError, OverflowError, OSError):  # a number that is no date on this machine
         return str(seconds)
+
+
+def _plain_lines(text: str) -> str:
+    return "\n".join(map(_plain, text.splitlines()))
 
 
 def _plain(text: str) -> str:

@@ -23,21 +23,26 @@ def label_of(output: str) -> str:
     return match[1] if not match[2].strip("0") else f"{match[1]}.{match[2]}"
 
 
+def label_counts(outputs: Sequence[str], limit: int = 32) -> Counter[str] | None:
+    """Return how often each label occurs if the outputs look like labels (few, short, repeated), else None."""
+    counts = Counter(label_of(o) for o in outputs)
+    labels = 2 <= len(counts) <= min(limit, len(outputs) // 5) and max(len(c) for c in counts) <= 48
+    return counts if labels else None
+
+
 def detect_answers(outputs: Sequence[str], limit: int = 32) -> tuple[str, ...] | None:
-    """Return the sorted answer space if the outputs look like labels (few, short, repeated), else None.
+    """Return the sorted answer space if the outputs look like labels, else None.
 
     Raises:
         DataError: Two labels differ in letter case or white space only.
     """
-    counts = Counter(label_of(o) for o in outputs)
-    if 2 <= len(counts) <= min(limit, len(outputs) // 5) and max(len(c) for c in counts) <= 48:
-        if alike := look_alikes(counts):
-            shown = " and ".join(f"{a!r} ({counts[a]})" for a in alike)
-            raise DataError(
-                f"labels {shown} differ in letter case or white space only; make them one, or name the answers"
-            )
-        return tuple(sorted(counts))
-    return None
+    counts = label_counts(outputs, limit)
+    if counts is None:
+        return None
+    if alike := look_alikes(counts):
+        shown = " and ".join(f"{a!r} ({counts[a]})" for a in alike)
+        raise DataError(f"labels {shown} differ in letter case or white space only; make them one, or name the answers")
+    return tuple(sorted(counts))
 
 
 def look_alikes(labels: Iterable[str]) -> tuple[str, ...]:

@@ -225,3 +225,24 @@ def test_several_are_forgotten_at_once_and_old_items_expire(filled):
     assert gone["items"] == 6
     assert run("users", "list", "--store", filled, "--json").stdout == "[]\n"
     assert run("users", "expire", "--keep-days", 0, "--store", filled).stdout == "deleted 0 items\n"
+
+
+def test_style_of_a_user_as_lines_and_as_json(tmp_path, url):
+    greetings = {"ann": "Servus", "bob": "Hello there"}
+    rows = [
+        {"user_id": u, "input": f"q {i}", "output": f"{g}, take {i} 🌳"} for u, g in greetings.items() for i in range(5)
+    ]
+    (tmp_path / "s.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+    run("users", "add", tmp_path / "s.jsonl", "--store", url, "--keep-text", *TINY)
+    lines = run("users", "show", "ann", "--store", url, "--style").stdout.splitlines()
+    assert lines[:2] == ["ann", "5 texts, compared with 5 of other users"]
+    assert any(line.startswith("openings  Servus, take") for line in lines)
+    card = json.loads(run("users", "show", "ann", "--store", url, "--style", "--json").stdout)
+    assert card["openings"][0]["text"] == "Servus, take"
+    assert card["emoji"] == []  # both write it
+    fails("users", "show", "zoe", "--store", url, "--style", say="holds no such user")
+
+
+def test_style_needs_texts(file, url):
+    run("users", "add", file, "--store", url, *TINY)
+    fails("users", "show", "user-1", "--store", url, "--style", say="keeps no texts")
