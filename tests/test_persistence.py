@@ -404,6 +404,7 @@ def test_push_uploads_what_save_writes(plug, saved, monkeypatch):
 
     hub = FakeHub()
     monkeypatch.setattr(huggingface_hub, "HfApi", hub)
+    monkeypatch.setattr("persona_plug.persistence.hub_answers", lambda: True)
     given = "".join(["a", "token"])
     assert plug.push_to_hub("someone/plug", token=given) == "https://hub.example/someone/plug"
     assert hub.calls == [("token", given), ("create", "someone/plug", True, True)]
@@ -421,6 +422,7 @@ def test_a_failed_push_is_one_line(plug, monkeypatch):
     import huggingface_hub
 
     monkeypatch.setattr(huggingface_hub, "HfApi", FakeHub(RuntimeError("401 Unauthorized\nlong trace")))
+    monkeypatch.setattr("persona_plug.persistence.hub_answers", lambda: True)
     with pytest.raises(PersonaPlugError, match=r"someone/plug: upload failed \(401 Unauthorized\)$"):
         plug.push_to_hub("someone/plug")
 

@@ -59,6 +59,13 @@ class Sampling:
             "top_k": 0,
             "seed": self.seed,
             "stop": list(self.stop),
+            **self._penalties(),
+        }
+
+    def _penalties(self) -> dict[str, Any]:
+        if self.penalties == NONE:
+            return {}
+        return {
             "repetition_penalty": self.penalties.repetition,
             "frequency_penalty": self.penalties.frequency,
             "presence_penalty": self.penalties.presence,

@@ -131,7 +131,7 @@ def test_a_wrong_setting_says_where_it_belongs(make_plug, labels, call, named):
 
 def test_columns_and_a_label_plug(fitted, labels, tmp_path):
     out, result = fitted
-    assert "Personal lift" in result.stdout
+    assert "Knows the user:" in result.stdout
     whose = ["--history", labels, *COLUMNS, "--user", "agent 3"]
     probabilities = json.loads(run("score", out, "what now", *whose, "--json").stdout)
     assert set(probabilities) == {"good", "bad", "ugly"}

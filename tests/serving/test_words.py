@@ -69,10 +69,7 @@ def test_the_gateway_reads_a_users_words_until_they_are_forgotten(plug, samples,
             events = [{"input": i.input, "output": i.output} for i in sample.history]
             http.post("/v1/users/ann/events", json={"events": events}).raise_for_status()
             assert ask() == plug.generate(sample.input, sample.history, max_new_tokens=10) != before
-            owners = {owner for owner, _ in plug.recollection._cache}
-            assert any(owner.endswith("ann") for owner in owners)
             http.delete("/v1/users/ann").raise_for_status()
-            assert not any(owner.endswith("ann") for owner, _ in plug.recollection._cache)
             assert ask() == before
     finally:
         server.close()
@@ -84,7 +81,7 @@ def test_a_store_without_texts_is_refused(plug, tmp_path):
     HistoryStore(url, plug.encoder).close()
     server = type("Gateway", (), {"metrics": type("Metrics", (), {"batch": type("B", (), {"observe": print})})})
     with pytest.raises(ConfigError, match=r"keeps no texts.*--keep-text"):
-        _load(str(tmp_path / "plug"), url, None, None, None, "transformers", 4, "cpu", server)
+        _load(str(tmp_path / "plug"), url, None, None, None, None, "transformers", 4, "cpu", server)
 
 
 def test_soft_prompts_alone_are_refused(plug, tmp_path):

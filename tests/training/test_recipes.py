@@ -215,7 +215,7 @@ def test_prefix_tuning_trains_its_prefix_for_decoders_only(make_plug, base, data
 def test_every_seed_learns_at_the_rate_that_is_best_with_the_first(base, data, tmp_path, monkeypatch):
     trials = []
 
-    def train(plug, data, config, folder, resume):
+    def train(plug, data, config, folder, resume, what=""):
         trials.append((config.lr, config.steps, config.eval_every, config.seed, str(folder.relative_to(tmp_path))))
         folder.mkdir(parents=True)
         look = {"step": config.steps, "seconds": 1.0, "eval_loss": abs(config.lr - 0.003)}
