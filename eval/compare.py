@@ -2,7 +2,7 @@
 
 A and B are folders that `eval.run` wrote, or their `results.json`. The difference is B − A of the two values and has no
 interval: the runs may have answered different questions, and each one's own intervals stand beside it. What the runs do
-not share is said in one line above the table.
+not share is said in one line above the table. Where other questions were asked, neither run is better.
 """
 
 from __future__ import annotations
@@ -20,7 +20,8 @@ from persona_plug.measure.stats import Interval
 from persona_plug.measure.tables import UNKNOWN, Table, cell, interval_text, number_text
 from training.config import run_command
 
-SHARED = ("task", "split", "n", "n_users", "llm", "encoder")
+ASKED = ("task", "split", "n", "n_users")  # what was asked, and of whom
+SHARED = (*ASKED, "llm", "encoder")
 
 
 def main(arguments: Sequence[str]) -> None:
@@ -44,13 +45,15 @@ def compare(a: Mapping[str, Any], b: Mapping[str, Any], name_a: str = "A", name_
     lines = [f"A: {cell(name_a)}", f"B: {cell(name_b)}", ""]
     if apart := differences(a, b):
         lines += [f"Warning: the runs differ in {cell('; '.join(apart))}", ""]
+    comparable = all(a.get(k) == b.get(k) for k in ASKED)
     rows = []
     values_a, values_b = intervals(a), intervals(b)
     for method in dict.fromkeys([*values_a, *values_b]):
         row_a, row_b = values_a.get(method, {}), values_b.get(method, {})
         for metric in dict.fromkeys([*row_a, *row_b]):
             sides = row_a.get(metric), row_b.get(metric)
-            rows.append([method, heading(metric), *map(interval_text, sides), *_change(metric, *sides)])
+            change = _change(metric, *sides) if comparable else (UNKNOWN, UNKNOWN)
+            rows.append([method, heading(metric), *map(interval_text, sides), *change])
     head = ("method", "metric", "A [95% interval]", "B [95% interval]", "B − A", "better")
     return "\n".join([*lines, *Table(head, rows).markdown()]) + "\n"
 

@@ -152,4 +152,4 @@ def _versions() -> dict[str, str]:
 
 
 if __name__ == "__main__":
-    run_command(main, ComparisonSettings)
+    run_command(main, ComparisonSettings, resumes=True)

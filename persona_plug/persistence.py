@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from persona_plug.config import CONFIG_NAME, PlugConfig
 from persona_plug.data.rows import local_path
 from persona_plug.embedder.architectures import make_embedder
-from persona_plug.errors import CorruptFileError, MismatchError, PersonaPlugError
+from persona_plug.errors import CorruptFileError, MismatchError, PersonaPlugError, first_line
 from persona_plug.files import write_atomically
 from persona_plug.models.adapters import ADAPTER, FILES, Adapters, read_adapters
 from persona_plug.models.encoder import HistoryEncoder
@@ -87,11 +87,12 @@ def local_folder(folder: str | os.PathLike[str]) -> Path:
         raise CorruptFileError(f"{folder}: no such folder; give the folder save_pretrained wrote")
     from huggingface_hub import snapshot_download
 
+    patterns = [WEIGHTS_NAME, CONFIG_NAME, CARD_NAME, *(f"{ADAPTER}/{name}" for name in FILES)]
+    online = hub_answers()
     try:
-        patterns = [WEIGHTS_NAME, CONFIG_NAME, CARD_NAME, *(f"{ADAPTER}/{name}" for name in FILES)]
-        return Path(snapshot_download(str(folder), allow_patterns=patterns, local_files_only=not hub_answers()))
+        return Path(snapshot_download(str(folder), allow_patterns=patterns, local_files_only=not online))
     except Exception as exc:  # hub, http and socket errors have no common base
-        reason = str(exc).splitlines()[0][:120]
+        reason = first_line(exc)[:120] if online else "which does not answer"
         raise CorruptFileError(f"{folder}: neither a folder nor reachable on the Hub ({reason})") from exc
 
 

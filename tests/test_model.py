@@ -594,3 +594,20 @@ def test_full_digest_sees_one_bit(make_plug):
     with torch.no_grad():
         llm.lm_head.weight.view(torch.int32)[3, 5] ^= 1
     assert full_digest(llm) != before
+
+
+# --- a plug of labels
+
+
+@pytest.mark.parametrize("answers", [("red", "blue", "green"), ("1", "2", "3", "4", "5"), ("yes", "yes, please")])
+def test_a_label_plug_answers_with_a_label(make_plug, people, answers):
+    plug = make_plug(differ=True, answers=answers)
+    chosen, _ = plug.choose(people.requests, history=people.histories)
+    for options in ({}, {"max_new_tokens": 1}, {"do_sample": True, "temperature": 2.0}, {"num_beams": 2}):
+        assert plug.generate(people.requests, people.histories, **options) == chosen
+    assert plug.generate(people.requests[0], people.histories[0]) == chosen[0]
+    details = plug.generate(people.requests, people.histories, return_details=True)
+    assert [row.text for row in details] == chosen
+    assert [len(row.weights) for row in details] == [len(history) for history in people.histories]
+    plain = plug.generate(people.requests[0], personal=False, max_new_tokens=6)
+    assert plain == make_plug().generate(people.requests[0], personal=False, max_new_tokens=6)

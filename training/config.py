@@ -20,6 +20,7 @@ import yaml
 
 from persona_plug.config import field_texts
 from persona_plug.errors import ConfigError, PersonaPlugError, unknown_setting
+from persona_plug.files import STOPPED, write_any_text
 
 logger = logging.getLogger(__name__)
 
@@ -47,6 +48,11 @@ class Settings:
 
     def check(self) -> None:
         """Refuse values that cannot work; a subclass extends it."""
+
+    @classmethod
+    def entries(cls) -> dict[str, list[tuple[str, str, str]]]:
+        """Return what the mappings among the fields may hold: field -> rows as those of `describe`."""
+        return {}
 
     def require_at_least(self, least: float, *names: str) -> None:
         """Refuse fields below a bound; None passes.
@@ -94,17 +100,25 @@ def load(arguments: Sequence[str], kind: type[S], shared: bool = False) -> S:
     return kind(**values)
 
 
-def run_command(main: Callable[[Sequence[str]], None], kind: type[Settings] | None = None, failure: int = 1) -> None:
+def run_command(
+    main: Callable[[Sequence[str]], None],
+    kind: type[Settings] | None = None,
+    failure: int = 1,
+    resumes: bool = False,
+) -> None:
     """Run a module's `main` as a command: errors are one line, and `--help` shows the settings.
 
-    Exits with 2 where an argument or setting is wrong, with `failure` after any other error that is raised on purpose.
+    Exits with 2 where an argument or setting is wrong, with `failure` after any other error that is raised on purpose,
+    and with 130 after Ctrl-C, with a line on how to go on.
 
     Args:
         main: Takes the arguments.
         kind: The command's settings; None where `main` itself answers `--help`.
         failure: Exit code of errors that are not about settings.
+        resumes: Whether the same command goes on where it was stopped.
     """
     arguments = sys.argv[1:]
+    write_any_text()
     if kind and {"-h", "--help"} & set(arguments):
         sys.stdout.write(help_text(kind))
         return
@@ -114,12 +128,16 @@ def run_command(main: Callable[[Sequence[str]], None], kind: type[Settings] | No
     except PersonaPlugError as error:
         sys.stderr.write(f"error: {error}\n")
         sys.exit(2 if isinstance(error, ConfigError) else failure)
+    except KeyboardInterrupt:
+        sys.stderr.write(f"\nstopped{'; the same command goes on from there' if resumes else ''}\n")
+        sys.exit(STOPPED)
 
 
 def help_text(kind: type[Settings]) -> str:
     """Return the settings of a command with defaults and descriptions, for a terminal."""
     lines = [(inspect.getdoc(kind) or "").partition("\n")[0], ""]
-    for name, default, description in describe(kind):
+    rows = [*describe(kind), *((f"{name}.{n}", *rest) for name, of in kind.entries().items() for n, *rest in of)]
+    for name, default, description in rows:
         lines += [
             f"  {name}={default}",
             *textwrap.wrap(description, 100, initial_indent=" " * 6, subsequent_indent=" " * 6),

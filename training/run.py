@@ -85,4 +85,4 @@ def main(arguments: Sequence[str]) -> None:
 
 
 if __name__ == "__main__":
-    run_command(main, RunSettings)
+    run_command(main, RunSettings, resumes=True)

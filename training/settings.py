@@ -10,7 +10,7 @@ from typing import Any, Literal
 from persona_plug.config import SETTABLE, PlugConfig
 from persona_plug.errors import ConfigError, unknown_setting
 from persona_plug.fit.config import FitConfig
-from training.config import Settings
+from training.config import Settings, describe
 
 # What `plug` may set: adapters and items in the prompt are methods of their own, whatever the others are.
 PLUG_FIELDS = tuple(name for name in SETTABLE if name not in ("lora", "retrieve"))
@@ -76,6 +76,12 @@ class RunSettings(Settings):
         if any(lr <= 0 for lr in self.lr_grid):
             raise ConfigError(f"lr_grid={list(self.lr_grid)} must hold positive numbers")
         self._check_mappings()
+
+    @classmethod
+    def entries(cls) -> dict[str, list[tuple[str, str, str]]]:
+        """Return the entries of `plug` and `fit`."""
+        plug = [row for row in describe(PlugConfig) if row[0] in SETTABLE]
+        return {"plug": plug, "fit": [row for row in describe(FitConfig) if row[0] != "seed"]}
 
     def _check_mappings(self) -> None:
         if "seed" in self.fit:

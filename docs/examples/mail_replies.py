@@ -16,15 +16,17 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
-from openai import OpenAI
+from openai import APIError, OpenAI
 
 URL = os.environ.get("PLUG_URL", "http://127.0.0.1:8000/v1")
 client = OpenAI(base_url=URL, api_key=os.environ.get("PLUG_KEY", "-"))
 
 
 def learn(user: str, file: Path) -> int:
-    """Add past replies to a user's history and return how many were new."""
-    events = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
+    """Add past replies to a user's history and return how many were new; other users' records are passed over."""
+    rows = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
+    own = [row for row in rows if row.get("user_id", user) == user]
+    events = [{name: row[name] for name in ("input", "output", "timestamp", "id") if name in row} for row in own]
     parts = [events[start : start + 100] for start in range(0, len(events), 100)]
     return sum(tell(user, {"events": part})["added"] for part in parts)
 
@@ -55,4 +57,7 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except (OSError, ValueError, APIError) as exc:
+        sys.exit(f"error: {exc}")

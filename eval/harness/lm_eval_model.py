@@ -4,7 +4,7 @@ Importing this module registers the model `persona_plug` with the harness; nothi
 as in `--model_args plug=my-plug,history=ann.jsonl`:
 
     plug      folder or Hub id of a saved plug
-    history   JSONL or Parquet of one user's items; without it the history is empty
+    history   JSONL, JSON, CSV, TSV or Parquet of a user's items; without it the history is empty
     user      whose items to take, where the file holds several users
     detached  true for the LLM alone, without soft tokens: what the plug does is the difference to this
     llm, encoder, dtype, quantization, max_length; the harness's own --device and --batch_size
@@ -262,9 +262,11 @@ class PluggedLM(TemplateLM):
 
 
 def main() -> None:
-    """Run the harness's own command line with the model registered."""
+    """Run the harness's own command line with the model registered; `--help` tells of the model first."""
     from lm_eval.__main__ import cli_evaluate
 
+    if sys.argv[1:2] in (["-h"], ["--help"]):
+        sys.stdout.write(f"{__doc__}\n")
     try:
         cli_evaluate()
     except PersonaPlugError as error:

@@ -124,6 +124,7 @@ def quiet() -> None:
     """Show our own bars and lines only, not the libraries' loading bars."""
     from transformers.utils import logging as transformers_logging
 
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # tells of optional CPU kernels at every import
+    for name in ("bitsandbytes", "matplotlib"):  # which tell of optional kernels, and of folders and fonts
+        logging.getLogger(name).setLevel(logging.ERROR)
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()

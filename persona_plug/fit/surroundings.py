@@ -20,7 +20,8 @@ PLACES = ("RANK", "LOCAL_RANK", "PMI_RANK", "OMPI_COMM_WORLD_RANK", "MV2_COMM_WO
 LAUNCHERS = ("TORCHELASTIC_", "ACCELERATE_")
 """How variables begin that a launcher at work sets besides."""
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-_FULL_TEXTS = ("No space left", "File too large", "Disk quota exceeded", "PytorchStreamWriter failed writing")
+# How the system, safetensors and torch (twice) say so.
+_FULL_TEXTS = ("No space left", "File too large", "Disk quota exceeded", "PytorchStreamWriter", "inline_container.cc")
 
 
 def check_launcher() -> None:

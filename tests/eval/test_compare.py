@@ -88,6 +88,17 @@ def test_what_differs_is_said_in_one_line(changes, said):
     assert "; ".join(differences(run_of(), run_of(**changes))) == said
 
 
+@pytest.mark.parametrize("change", [{"task": "LaMP_2"}, {"split": "test"}, {"n": 61}, {"n_users": 21}])
+def test_of_other_questions_neither_run_is_better(change):
+    changed = copy.deepcopy(run_of())
+    changed["methods"]["plug"]["metrics"]["nll"]["value"] += 0.5
+    assert "| +0.500 | A |" in compare(run_of(), changed)
+    text = compare(run_of(), {**changed, **change})
+    assert not any(line.endswith(("| A |", "| B |")) for line in text.splitlines())
+    assert "| – | – |" in text
+    assert "| B |" in compare(changed, run_of(llm="another LLM may be better"))
+
+
 def test_a_method_of_one_run_and_a_metric_without_direction_are_shown():
     other = run_of(methods={"lora": {"metrics": {"new": {"value": 1.0, "ci95": [0.0, 2.0]}}}})
     text = compare(other, run_of())

@@ -95,7 +95,15 @@ def test_help_lists_every_setting_and_loads_nothing_heavy(module):
     assert result.returncode == 0
     for name, default, _ in describe(COMMANDS[module]):
         assert f"\n  {name}={default}\n" in result.stdout
+    for name, rows in COMMANDS[module].entries().items():
+        assert all(f"\n  {name}.{entry}={default}\n" in result.stdout for entry, default, _ in rows)
     assert not imported(result) & {"torch", "transformers", "datasets", "matplotlib"}
+
+
+def test_entries_of_plug_and_fit_are_settings_of_runs():
+    rows = RunSettings.entries()
+    assert {"heads", "words"} <= {name for name, *_ in rows["plug"]}
+    assert {"lr", "patience"} <= {name for name, *_ in rows["fit"]}
 
 
 @pytest.mark.parametrize("main", [training_run.main, run.main, tiny.main, bench.main])

@@ -314,7 +314,7 @@ def test_a_full_disk_behind_the_report_keeps_the_saved_plug(make_plug, labelled,
 
 
 def test_few_held_out_users_are_told_of_before_the_work(make_plug, labelled, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr("persona_plug.fit.run._train", broken(ZeroDivisionError()))
+    monkeypatch.setattr("persona_plug.fit.run.train_parts", broken(ZeroDivisionError()))
     with pytest.raises(ZeroDivisionError):
         make_plug().fit(labelled[1], output_dir=tmp_path)
     users = len({e.user_id for e in labelled[1].held_out})

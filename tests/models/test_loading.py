@@ -108,3 +108,16 @@ def test_code_of_a_model_is_never_run_nor_asked_for(copy, kind, monkeypatch):
 def test_a_device_that_is_not_there(device):
     with pytest.raises(ConfigError, match=device):
         pick_device(device)
+
+
+@pytest.mark.parametrize(
+    ("cuda", "mps", "chosen"),
+    [(True, True, "cuda"), (True, False, "cuda"), (False, True, "mps"), (False, False, "cpu")],
+)
+def test_the_best_device_is_chosen(monkeypatch, cuda, mps, chosen):
+    asked = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: cuda)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: mps)
+    monkeypatch.setattr(torch, "zeros", lambda *_, device: asked.append(device))
+    assert str(pick_device(None)) == chosen
+    assert [str(device) for device in asked] == [chosen]

@@ -35,5 +35,42 @@ def test_replies_are_learned_drafted_and_taken(gateway, tmp_path):
     assert printable(held["data"][0]["output"]) == printable(draft)
 
 
+def test_a_users_records_of_a_set_are_learned(gateway, tmp_path):
+    """Such as `persona-plug data synthetic` writes: with the users' names, times, and fields of their own."""
+    server = gateway(tenants=("acme",))
+    rows = [
+        {
+            "user_id": f"u{i % 3}",
+            "input": f"mail {i}",
+            "output": "ok",
+            "id": f"x{i}",
+            "timestamp": i,
+            "topic": "parcels",
+        }
+        for i in range(30)
+    ]
+    (tmp_path / "set.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert run(server, "u1", tmp_path / "set.jsonl") == "10 new replies\n"
+
+
+def test_what_is_refused_is_one_line(gateway, tmp_path):
+    server = gateway(tenants=("acme",))
+    (tmp_path / "a.jsonl").write_text('{"input": "a", "output": ""}\n')
+    (tmp_path / "b.jsonl").write_text("oops\n")
+    for words, settings in (
+        (["ann", tmp_path / "a.jsonl"], {}),
+        (["ann", tmp_path / "b.jsonl"], {}),
+        (["ann", tmp_path / "no.jsonl"], {}),
+        (["ann"], {"PLUG_KEY": "wrong"}),
+        (["ann"], {"PLUG_URL": "http://127.0.0.1:9/v1"}),
+    ):
+        env = {**os.environ, "PLUG_URL": server.url + "/v1", "PLUG_KEY": server.keys.acme, **settings}
+        command = [sys.executable, EXAMPLE, *map(str, words)]
+        done = subprocess.run(command, input="x", capture_output=True, text=True, timeout=60, check=False, env=env)
+        assert done.returncode == 1
+        assert done.stderr.startswith("error: ")
+        assert done.stderr.count("\n") == 1
+
+
 def test_it_is_short():
-    assert len(EXAMPLE.read_text(encoding="utf-8").splitlines()) < 60
+    assert len(EXAMPLE.read_text(encoding="utf-8").splitlines()) < 70

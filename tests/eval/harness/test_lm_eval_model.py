@@ -402,6 +402,7 @@ def test_help_loads_no_torch():
     line = [sys.executable, "-X", "importtime", "-m", "eval.harness", "--help"]
     result = subprocess.run(line, cwd=ROOT, capture_output=True, text=True, check=False)
     assert "usage" in result.stdout
+    assert "detached  true for the LLM alone" in result.stdout
     loaded = {part.split("|")[-1].strip() for part in result.stderr.splitlines()}
     assert "lm_eval" in loaded
     assert not loaded & {"torch", "transformers", "datasets"}

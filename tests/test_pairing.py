@@ -1,0 +1,64 @@
+"""Histories as people have them: lists, tuples, tables; one for all requests, or one for each."""
+
+import datasets
+import pandas as pd
+import pytest
+
+from persona_plug.config import PlugConfig
+from persona_plug.data.history import HistoryItem
+from persona_plug.errors import DataError
+from persona_plug.pairing import pair
+
+CONFIG = PlugConfig("llm", "encoder")
+ROWS = [{"input": "tea or coffee", "output": "tea"}, {"input": "rate it", "output": "5"}]
+ITEMS = tuple(HistoryItem(row["input"], row["output"]) for row in ROWS)
+FORMS = {
+    "mappings": ROWS,
+    "a tuple of mappings": tuple(ROWS),
+    "items": list(ITEMS),
+    "a tuple of items": ITEMS,
+    "pairs": [("tea or coffee", "tea"), ("rate it", "5")],
+    "a tuple of pairs": (("tea or coffee", "tea"), ("rate it", "5")),
+    "an iterator": iter(ROWS),
+    "a DataFrame": pd.DataFrame(ROWS),
+    "a DataFrame with a name": pd.DataFrame(ROWS).assign(user_id="ann"),
+    "a Dataset": datasets.Dataset.from_list(ROWS),
+}
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_a_history_has_any_form(form):
+    if form == "an iterator":
+        (example,) = pair(CONFIG, "x", iter(ROWS))
+    else:
+        (example,) = pair(CONFIG, "x", FORMS[form])
+    assert example.history == ITEMS
+
+
+@pytest.mark.parametrize("form", [form for form in FORMS if form != "an iterator"])
+def test_a_history_for_each_request_has_any_form(form):
+    one, two = pair(CONFIG, ["x", "y"], [FORMS[form], []] if "pairs" not in form else [list(FORMS[form]), []])
+    assert (one.history, two.history) == (ITEMS, ())
+
+
+@pytest.mark.parametrize("form", [form for form in FORMS if form != "an iterator"])
+def test_one_history_serves_all_requests(form):
+    examples = pair(CONFIG, ["x", "y", "z"], FORMS[form])
+    assert [example.history for example in examples] == [ITEMS] * 3
+
+
+def test_texts_are_outputs():
+    (example,) = pair(CONFIG, "x", ["tea", "5"])
+    assert example.history == (HistoryItem("", "tea"), HistoryItem("", "5"))
+
+
+def test_tuples_that_may_be_items_or_histories_are_refused():
+    with pytest.raises(DataError, match="as many tuples as inputs: items or histories\\? Use lists"):
+        pair(CONFIG, ["x", "y"], [("a", "b"), ("c", "d")])
+
+
+@pytest.mark.parametrize("item", [5, ("a",), ("a", "b", "c"), ("a", 5), None, ["a", "b"]], ids=repr)
+def test_what_is_no_item_is_shown(item):
+    with pytest.raises(DataError, match="a history item must be") as refusal:
+        pair(CONFIG, "x", [{"input": "a", "output": "b"}, item])
+    assert repr(item) in str(refusal.value)
