@@ -55,8 +55,8 @@ def test_users_in_one_batch_get_what_the_plug_alone_gives_them(engine, calls, pl
         plug.generate(r, h, max_new_tokens=12) for r, h in zip(people.requests, people.histories, strict=True)
     ]
     assert len(set(texts)) > 3
-    assert sum(rows) == len(texts)
-    assert max(rows) > 1
+    assert len(rows) == len(texts)
+    assert 1 < max(rows) <= 4
 
 
 def test_no_soft_tokens_is_the_plain_llm(engine, plug):

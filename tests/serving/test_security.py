@@ -285,7 +285,7 @@ def test_logs_hold_no_text_and_no_name(gateway, capfd, caplog):
         http.get("/v1/users/user-4711/export")
         http.delete("/v1/users/user-4711")
         # An unexpected failure whose message holds a text.
-        server.gateway._backend.engine._batch = lambda jobs: (_ for _ in ()).throw(ValueError("quince"))
+        server.gateway._backend.engine._steps._read = lambda job: (_ for _ in ()).throw(ValueError("quince"))
         assert complete(http, "quince", user="user-4711").status_code == 503
         server.gateway.prepare = broken
         assert complete(http, "quince", user="user-4711").status_code == 500
