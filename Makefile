@@ -19,7 +19,7 @@ SOURCES := $(wildcard persona_plug training eval tests)
 export OMP_WAIT_POLICY ?= PASSIVE
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: help env test test-families test-serve lint format docs demo serve-demo bench bench-tiny clean
+.PHONY: help env test test-families test-serve lint format docs demo page serve-demo bench bench-tiny clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-13s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -68,6 +68,11 @@ demo: env ## fit a plug on generated replies, and see three users answer one req
 	$(BIN)/persona-plug fit $(DEMO)/replies.jsonl --resume --recipe words --lora 8 --llm smollm2-135m --encoder minilm-l6 \
 		--out $(DEMO)/plug --dtype auto --steps 40 --batch-size 8 --eval-every 20 --lr 3e-3 --max-input-tokens 160 \
 		--max-answer-tokens 112 --targets-per-user 6 --report-samples 20 --generated 9 --examples 3
+
+page: env ## open the page on the demo's plug (fits it first where it is missing)
+	$(BIN)/python -c 'import gradio' 2> /dev/null || $(PYTHON) .ci/env $(VENV) '$(TORCH)' dev,app
+	test -f $(DEMO)/plug/config.json || $(MAKE) demo
+	$(BIN)/persona-plug demo $(DEMO)/plug --data $(DEMO)/replies.jsonl $(ARGS)
 
 serve-demo: env ## serve the demo's plug with its users' histories on port 8000 (fits it first where it is missing)
 	test -f $(DEMO)/plug/config.json || $(MAKE) demo

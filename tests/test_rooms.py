@@ -30,7 +30,7 @@ ROOMS = {
     "fit": "clock config data dataset embedder errors files generation heads measure model pairing persistence",
     "plug": "config data errors fit model models persistence",
     "serving": "data errors export files heads models pairing persistence plug splice store",
-    "page": "data errors fit generation measure persistence plug retrieval store",
+    "page": "config data errors fit generation measure persistence plug store",
     "cli": "clock config data errors export files fit models page persistence plug serving store",
     "__main__": "cli",
     "training": "clock config data dataset embedder errors files fit models persistence plug splice",

@@ -41,6 +41,7 @@ def demo(
 ) -> None:
     """Open a page where answers with and without the plug stand side by side."""
     os.environ["HF_UPDATE_DOWNLOAD_COUNTS"] = "0"  # else `datasets` reports every file that is read
+    from persona_plug.data.splits import held_out_users
     from persona_plug.page.page import Page
     from persona_plug.page.session import Session
     from persona_plug.persistence import local_folder
@@ -56,7 +57,9 @@ def demo(
         with HistoryStore(url, encoder=loaded.encoder, keep_text=True) as opened:
             if data is not None:
                 opened.load_file(data, columns=columns_of(columns))
-            page = Page(Session(loaded, opened, local_folder(plug)), kept_where(store), Path(scratch) / "uploads")
+            held_out = held_out_users(data) if data is not None else ()
+            session = Session(loaded, opened, local_folder(plug), held_out)
+            page = Page(session, kept_where(store), Path(scratch) / "uploads")
             if host not in LOCAL:
                 sys.stderr.write(f"warning: everybody who reaches {host} can read and change all histories\n")
             say(f"{page.serve(host, port)} (Ctrl+C ends it)")
@@ -66,7 +69,7 @@ def demo(
 def kept_where(store: str | None) -> str:
     """Say where histories are kept, without a password."""
     if store is None:
-        return "Histories are kept with their text in a temporary file, which goes when the page ends."
+        return "Histories and their texts are in a temporary file, deleted when the page is stopped."
     from persona_plug.store.database import shown_url
 
-    return f"Histories are kept with their text in {shown_url(store)}."
+    return f"Histories and their texts are in {shown_url(store)}."

@@ -311,6 +311,11 @@ def _group(examples: Sequence[Example]) -> dict[str, list[Example]]:
     return users
 
 
+def held_out_users(path: Path) -> tuple[str, ...]:
+    """Return the users that the file beside these events holds out of training, if it names any."""
+    return _sidecar(path).held_out
+
+
 def _sidecar(path: Path) -> _Sidecar:
     """Read the template and the held-out users that `persona-plug data` writes beside its files."""
     import json

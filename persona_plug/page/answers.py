@@ -1,4 +1,4 @@
-"""One request answered in four ways: by the LLM alone, with retrieval, as another user, as this user."""
+"""One request answered in four ways: as this user, as another user, with few-shot turns, by the LLM alone."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Literal
 
+from persona_plug.config import TURNS_ALONE
 from persona_plug.data.history import Example, HistoryItem
 from persona_plug.errors import DataError
-from persona_plug.retrieval import Retriever
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -19,12 +19,10 @@ if TYPE_CHECKING:
     from persona_plug.plug import PersonaPlug
     from persona_plug.store.history_store import HistoryStore
 
-Column = Literal["base", "rag", "other", "own"]
-COLUMNS: tuple[Column, ...] = ("base", "rag", "other", "own")
+Column = Literal["own", "other", "turns", "base"]
+COLUMNS: tuple[Column, ...] = ("own", "other", "turns", "base")
 
-RAG_ITEMS = 4
-RAG_TEXT_TOKENS = 64  # of each item's input and output; longer ones are cut and counted
-RAG_ROOM = RAG_ITEMS * (2 * RAG_TEXT_TOKENS + 16)  # tokens that the items may take in front of the request
+TURNS = 4  # items that the LLM is shown as chat turns
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,9 +33,10 @@ class Answer:
         column: Which one.
         user: Whose items stand behind it, None for the LLM alone and where there is no other user.
         text: The generated text or the chosen label; None where there is no answer, and `notes` say why.
+        marks: (start, end) characters of the text that came from the user's own words.
         prompt_tokens: Positions of the LLM's input, soft tokens included.
         answer_tokens: Tokens that the LLM wrote, its end token included; 0 for a label, which is scored.
-        seconds: From the request to the answer, reading of the store included.
+        seconds: From the request to the answer, reading of the store and marking included.
         probabilities: Label -> probability, in the plug's order; None for free text.
         weights: (item, weight), heaviest first; the rest of 1 is the null item's. None where there are no weights.
         notes: What was cut, left out or missing.
@@ -46,6 +45,7 @@ class Answer:
     column: Column
     user: str | None
     text: str | None
+    marks: Sequence[tuple[int, int]] = ()
     prompt_tokens: int = 0
     answer_tokens: int = 0
     seconds: float = 0.0
@@ -60,9 +60,8 @@ class Comparison:
     def __init__(self, plug: PersonaPlug, store: HistoryStore) -> None:
         """Take a plug and a store that keeps text."""
         self.plug, self.store = plug, store
-        # Retrieval puts items in front of the request: the LLM gets so much more room for them.
-        longer = plug.config.replace(max_input_tokens=plug.config.max_input_tokens + RAG_ROOM)
-        self.reader = plug.twin(longer)
+        shown = plug.config.replace(**{**TURNS_ALONE, "retrieve": TURNS})
+        self.turns = plug.twin(shown) if plug.prompter.chats else None
         self.alone = threading.Lock()
 
     def other(self, user: str) -> str | None:
@@ -74,8 +73,8 @@ class Comparison:
         """Answer a request in one of four ways.
 
         Args:
-            column: `base`: the LLM alone. `rag`: the LLM alone behind the user's four nearest items by BM25. `other`:
-                the plug with another user's items. `own`: the plug with this user's.
+            column: `own`: the plug with this user's items. `other`: the plug with another user's. `turns`: the LLM
+                alone, behind the user's four nearest items as chat turns. `base`: the LLM alone.
             user: The user; an unknown one has no items.
             request: What to answer.
 
@@ -87,45 +86,27 @@ class Comparison:
         with self.alone:
             if column == "base":
                 return self._run(column, None, self.plug, Example("", request, ""), personal=False)
-            if column == "rag":
-                return self._retrieved(user, request)
+            if column == "turns":
+                return self._shown(user, request)
             whose = user if column == "own" else self.other(user)
             if whose is None:
                 return Answer(column, None, None, notes=["No other user is in the store yet."])
             answer = self._run(column, whose, self.plug, request, user=whose, store=self.store)
             if len(self.store.read(whose).ids):
                 return answer
-            new = "No items yet: this is how the plug answers somebody new."
-            return replace(answer, weights=[], notes=[*answer.notes, new])
+            return replace(answer, weights=[], notes=[*answer.notes, "No items yet: a new user gets this answer."])
 
-    def _retrieved(self, user: str, request: str) -> Answer:
-        start = time.perf_counter()
-        texts = self.store.read(user).texts
-        if not texts:
-            return Answer("rag", user, None, notes=["Nothing to retrieve: the user has no items yet."])
-        found = [texts[i] for i in Retriever().rank("bm25", request, texts, RAG_ITEMS)]
-        prompt, cut = self._with_items(found, request)
-        seconds = time.perf_counter() - start
-        answer = self._run("rag", user, self.reader, Example("", request, "", prompt=prompt), personal=False)
-        notes = [*answer.notes, f"{len(found)} of {len(texts)} items read."]
-        if cut:
-            notes.append(f"{cut} texts of items cut to {RAG_TEXT_TOKENS} tokens.")
-        return replace(answer, seconds=answer.seconds + seconds, weights=None, notes=notes)
-
-    def _with_items(self, items: Sequence[HistoryItem], request: str) -> tuple[str, int]:
-        """Return the prompt with items in front of the filled template, and how many of their texts were cut."""
-        cut = 0
-
-        def short(text: str) -> str:
-            nonlocal cut
-            ids = self.plug.prompter.ids(text)
-            cut += len(ids) > RAG_TEXT_TOKENS
-            return text if len(ids) <= RAG_TEXT_TOKENS else self.plug.tokenizer.decode(ids[:RAG_TEXT_TOKENS])
-
-        lines = [f'"{short(i.output)}" is the answer for "{short(i.input)}".' for i in items]
-        over = self.plug.prompter.parts(request).cut  # the other columns do not read these tokens either
-        kept = self.plug.tokenizer.decode(self.plug.prompter.ids(request)[:-over]) if over else request
-        return "\n".join([*lines, self.plug.config.template.replace("{input}", kept)]), cut
+    def _shown(self, user: str, request: str) -> Answer:
+        held = len(self.store.read(user).ids)
+        if self.turns is None:
+            return Answer("turns", user, None, notes=["This LLM has no chat template, and so no chat turns."])
+        if not held:
+            return Answer("turns", user, None, notes=["The user has no items to show yet."])
+        try:
+            answer = self._run("turns", user, self.turns, request, user=user, store=self.store)
+        except DataError as exc:  # more turns than the LLM has positions for
+            return Answer("turns", user, None, notes=[str(exc)])
+        return replace(answer, weights=None, notes=[*answer.notes, f"{min(TURNS, held)} of {held} items shown."])
 
     def _run(
         self, column: Column, owner: str | None, plug: PersonaPlug, request: str | Example, **how: Any  # noqa: ANN401
@@ -164,7 +145,8 @@ class _Count:
 
 def _answer(column: Column, user: str | None, text: str, made: Generation, seconds: float, **more: Any) -> Answer:  # noqa: ANN401
     notes = [f"{made.input_tokens_cut} tokens of the request cut."] if made.input_tokens_cut else []
-    if made.items_dropped:
+    if made.items_dropped and column != "turns":
         notes.append(f"{made.items_dropped} older items left out: the plug reads the newest.")
     weights = made.weights or None
-    return Answer(column, user, text, made.prompt_tokens, seconds=seconds, weights=weights, notes=notes, **more)
+    return Answer(column, user, text, made.marks, made.prompt_tokens, seconds=seconds, weights=weights, notes=notes,
+                  **more)  # fmt: skip

@@ -11,7 +11,7 @@ from persona_plug.data.history import HistoryItem
 from persona_plug.errors import ConfigError, PersonaPlugError
 from persona_plug.page import view
 from persona_plug.page.answers import COLUMNS, Answer, Column
-from persona_plug.page.session import Session, named
+from persona_plug.page.session import SELF, Session, named
 
 CHOICES = 1000  # users in the list; the others are found by typing their id
 # The browser itself refuses whatever is not from this address; gradio's own code needs the two `unsafe`.
@@ -35,6 +35,10 @@ THEME = {
     "button_cancel_text_color_hover": "white",
     "layout_gap": "*spacing_lg",
 }
+MINE = (
+    "Paste three of your own messages, with an empty line between two, and press Enter. They are kept as the items of "
+    f"the user {SELF!r}, in place of earlier ones. Read your greeting, sign-off and emoji in the first card."
+)
 PASTE = 'One item a line: "request -> what this user wrote", or only what they wrote, or JSON with input and output.'
 
 
@@ -73,30 +77,28 @@ class Page:
                 allow_custom_value=True,
                 elem_id="user",
             )
-            self.chosen = gradio.HTML(view.note("No user is chosen yet."), elem_id="chosen")
+            self.chosen = gradio.HTML(elem_id="chosen")
+            self.whose = gradio.State("")  # whose answers the cards show
             with gradio.Tab("Ask"):
                 self._build_ask()
             with gradio.Tab("History"):
                 self._build_history()
-            with gradio.Tab("Users") as users:
-                self._build_users()
             with gradio.Tab("Report"):
                 gradio.HTML(self._report(), elem_id="report")
-            where = [self.map, self.near, self.found]
             on = {"show_progress": "minimal", "api_visibility": "private"}
-            self.blocks.load(lambda: self.list_users(), None, self.user, **on)
+            self.blocks.load(self.begin, None, [self.user, self.request], **on)
             changed = self.user.change(
-                self.choose, self.user, [self.chosen, *self._held(), self.cards, self.bars], **on
+                self.choose, [self.user, self.whose, self.request], [*self._held(), *self._cards(), self.examples], **on
             )
-            changed.then(self.hide, None, self.confirm, **on).then(self.show_map, [self.user, self.search], where, **on)
-            users.select(self.show_map, [self.user, self.search], where, **on)
-            self.search.submit(self.show_map, [self.user, self.search], where, **on)
-            self.search.change(self.show_map, [self.user, self.search], where, trigger_mode="always_last", **on)
+            changed.then(self.hide, None, self.confirm, **on)
+            self.examples.input(lambda text: text, self.examples, self.request, **on)
 
     # -- tabs ------------------------------------------------------------------------------------------------------
 
     def _build_ask(self) -> None:
         gr = self.gr
+        gr.HTML(view.note(view.COMPARED))
+        self.examples = gr.Radio(label="Example requests", choices=[], value=None, elem_id="examples")
         self.request = gr.Textbox(
             label="Request", info="Enter asks, Shift+Enter begins a new line.", max_lines=6, value="", elem_id="request"
         )
@@ -104,15 +106,12 @@ class Page:
         self.asked = gr.HTML(elem_id="asked")
         self.cards = gr.HTML(view.cards({}), elem_id="cards")
         self.bars = gr.HTML(elem_id="weights")
-        gr.on(
-            [button.click, self.request.submit],
-            self.ask,
-            [self.user, self.request],
-            [self.asked, self.cards, self.bars],
-            show_progress="hidden",  # the cards say themselves what is under way
-            trigger_mode="once",
-            api_visibility="private",
-        )
+        self.style = gr.HTML(elem_id="style")
+        self.mine = gr.Textbox(label="Try it as yourself", info=MINE, lines=1, max_lines=12, value="", elem_id="mine")
+        on = {"show_progress": "hidden", "trigger_mode": "once", "api_visibility": "private"}  # the cards say it all
+        answers = [self.chosen, self.asked, *self._cards(), self.whose]
+        gr.on([button.click, self.request.submit], self.ask, [self.user, self.request], answers, **on)
+        self.mine.submit(self.try_mine, [self.mine, self.request], [self.user, *self._held()[1:], *answers], **on)
 
     def _build_history(self) -> None:
         gr = self.gr
@@ -145,26 +144,23 @@ class Page:
         fields = [self.input, self.output]
         add.click(
             self.add, [self.user, self.pasted, self.file],
-            [self.added, self.pasted, self.file, self.user, self.chosen, *self._held()], **on,
+            [self.added, self.pasted, self.file, self.user, *self._held()], **on,
         )  # fmt: skip
         self.picked.change(self.pick, [self.user, self.picked], fields, **on)
-        save.click(self.save, [self.user, self.picked, *fields], [self.edited, self.chosen, *self._held()], **on)
-        delete.click(self.delete, [self.user, self.picked], [self.edited, self.chosen, *self._held()], **on)
+        save.click(self.save, [self.user, self.picked, *fields], [self.edited, *self._held()], **on)
+        delete.click(self.delete, [self.user, self.picked], [self.edited, *self._held()], **on)
         doomed = gr.State("")  # who the question names is who goes
         forget.click(self.ask_forget, self.user, [self.confirm, self.warning, self.forgotten, doomed], **on)
         no.click(self.hide, None, self.confirm, **on)
         yes.click(self.forget, doomed, [self.confirm, self.forgotten, self.user], **on)
 
-    def _build_users(self) -> None:
-        gr = self.gr
-        self.search = gr.Textbox(label="Find users by id", value="", elem_id="search")
-        self.found = gr.HTML(elem_id="found")
-        self.map = gr.HTML(view.note("The map is drawn when this tab is opened."), elem_id="map")
-        self.near = gr.HTML(elem_id="near")
-
     def _held(self) -> list[Any]:
         """Return the outputs that show a user's items; `held` gives their values."""
-        return [self.items, self.picked]
+        return [self.chosen, self.style, self.items, self.picked]
+
+    def _cards(self) -> list[Any]:
+        """Return the outputs that show answers."""
+        return [self.cards, self.bars]
 
     def _report(self) -> str:
         try:
@@ -184,39 +180,66 @@ class Page:
         return self.gr.Dropdown(choices=[(f"{r.user_id} ({r.items})", r.user_id) for r in shown], info=info, **changes)
 
     def held(self, user: str) -> list[Any]:
-        """Return a line on a user, the table of their items, and the items to pick from."""
+        """Return a line on a user, their style, the table of their items, and the items to pick from."""
         items = self.session.items(user)
         says = (
             f"{user}: {view.counted(len(items))}." if items else f"{user} is new: no items yet. Add some under History."
         )
         choices = [(_label(i, number), i.id) for number, i in enumerate(items[: view.SHOWN_ITEMS], 1)]
-        return [view.note(says), view.items(user, items), self.gr.Dropdown(choices=choices, value=None)]
+        style = view.style(user, self.session.style(user))
+        return [view.note(says), style, view.items(user, items), self.gr.Dropdown(choices=choices, value=None)]
 
-    def choose(self, user: str | None) -> list[Any]:
-        """Show a user and clear what was answered for another."""
-        cleared = [view.cards({}), ""]
-        nobody = [view.note("Choose a user to see what is held."), self.gr.Dropdown(choices=[], value=None)]
-        if not (user or "").strip():
-            return [view.note("No user is chosen."), *nobody, *cleared]
+    def begin(self) -> list[Any]:
+        """Choose a user and a request to begin with; the change of user shows the rest."""
+        user = self.session.first()
+        return [self.list_users(value=user), next(iter(self.session.examples(user)), "")]
+
+    def choose(self, user: str | None, whose: str, request: str) -> list[Any]:
+        """Show a user, clear what was answered for another, and offer requests that others were asked."""
+        name = (user or "").strip()
+        skip = self.gr.skip()
+        cards = [skip, skip] if name and name == whose else [view.cards({}), ""]
+        says = view.note("No user is chosen: choose one above, or type a new id.")
+        shown = [says, "", view.note("Choose a user to see the items."), self.gr.Dropdown(choices=[], value=None)]
         try:
-            return [*self.held(named(user)), *cleared]
+            shown = self.held(named(user)) if name else shown
+            examples = self.session.examples(name or None)
         except PersonaPlugError as exc:
-            return [view.bad(exc), *nobody, *cleared]
+            return [view.bad(exc), *shown[1:], *cards, skip]
+        chosen = request if request in examples else None
+        return [*shown, *cards, self.gr.Radio(choices=examples, value=chosen)]
 
     def ask(self, user: str | None, request: str) -> Iterator[list[Any]]:
-        """Answer in four ways, each shown as it comes."""
+        """Answer in four ways, each shown as it comes; whoever is missing is said beside the field to fill."""
         skip = self.gr.skip()
-        answers: dict[Column, Answer] = {}
         try:
             name = named(user)
+        except PersonaPlugError as exc:
+            yield [view.bad(exc), *[skip] * 4]
+            return
+        answers: dict[Column, Answer] = {}
+        try:
             if request.strip():
-                yield ["", view.cards(answers, running=True), ""]
+                yield [skip, "", view.cards(answers, running=True), "", name]
             for column in COLUMNS:
                 answers[column] = self.session.comparison.answer(column, name, request)
-                yield [skip, view.cards(answers, running=column != COLUMNS[-1]), skip]
-            yield [skip, skip, view.weights(answers["own"])]
+                bars = view.weights(answers["own"]) if column == COLUMNS[-1] else skip
+                yield [skip, skip, view.cards(answers, running=column != COLUMNS[-1]), bars, skip]
         except PersonaPlugError as exc:
-            yield [view.bad(exc), view.cards(answers), skip]
+            yield [skip, view.bad(exc), view.cards(answers), *[skip] * 2]
+
+    def try_mine(self, pasted: str, request: str) -> Iterator[list[Any]]:
+        """Make pasted messages the history of a user of their own, and answer as them."""
+        skip = self.gr.skip()
+        try:
+            self.session.take(pasted)
+        except PersonaPlugError as exc:
+            yield [*[skip] * 5, view.bad(exc), *[skip] * 3]
+            return
+        says, *held = self.held(SELF)
+        yield [self.list_users(value=SELF), *held, says, *[skip] * 3, SELF]
+        for answers in self.ask(SELF, request.strip() or next(iter(self.session.examples(SELF)), "")):
+            yield [*[skip] * 4, *answers]
 
     def add(self, user: str | None, pasted: str, file: str | None) -> list[Any]:
         """Store pasted lines and a file; what is bad stays where it was typed."""
@@ -224,7 +247,7 @@ class Page:
         try:
             new = self.session.add(user or "", pasted, Path(file) if file else None)
         except PersonaPlugError as exc:
-            return [view.bad(exc), *[skip] * 6]
+            return [view.bad(exc), *[skip] * 7]
         if file:  # gradio keeps a copy of what was uploaded; a user who is forgotten must not live on in it
             Path(file).unlink(missing_ok=True)
         name = named(user)
@@ -242,7 +265,7 @@ class Page:
         try:
             self.session.edit(named(user), picked, input, output)
         except PersonaPlugError as exc:
-            return [view.bad(exc), *[self.gr.skip()] * 3]
+            return [view.bad(exc), *[self.gr.skip()] * 4]
         return [view.good("Saved."), *self.held(named(user))]
 
     def delete(self, user: str, picked: str | None) -> list[Any]:
@@ -250,7 +273,7 @@ class Page:
         try:
             self.session.delete(named(user), picked)
         except PersonaPlugError as exc:
-            return [view.bad(exc), *[self.gr.skip()] * 3]
+            return [view.bad(exc), *[self.gr.skip()] * 4]
         return [view.good("Deleted."), *self.held(named(user))]
 
     def ask_forget(self, user: str | None) -> list[Any]:
@@ -272,14 +295,6 @@ class Page:
         what = f"{view.counted(gone.items)} and {view.counted(gone.cached_vectors, 'cached vector')}"
         says = f"{user} is forgotten: {what} deleted, {view.counted(left)} left."
         return [self.gr.Column(visible=False), view.good(says), self.list_users(value=None)]
-
-    def show_map(self, user: str | None, search: str) -> list[str]:
-        """Draw the map, the nearest users as a table, and say whom the search found."""
-        chosen = (user or "").strip()
-        near = self.session.places.nearest(chosen)
-        hits = [row.user_id for row in self.session.users(search)] if search.strip() else []
-        drawn = view.user_map(self.session.places.map(), chosen, {name for name, _, _ in near}, set(hits))
-        return [drawn, view.nearest(chosen, near), view.found(search, hits)]
 
     def serve(self, host: str, port: int) -> str:
         """Start serving in the background and return the address; `blocks.close()` ends it.

@@ -1,8 +1,10 @@
-"""What the page does, without a page: users, their items, answers side by side, a map, the plug's report."""
+"""What the page does, without a page: users, their items and manner, answers side by side, the plug's report."""
 
 from __future__ import annotations
 
 import json
+import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -10,13 +12,16 @@ from persona_plug.data.history import Event, HistoryItem, by_user, parse_event, 
 from persona_plug.errors import ConfigError, CorruptFileError, DataError
 from persona_plug.fit.report import FitReport
 from persona_plug.page.answers import Comparison
-from persona_plug.page.places import Places
 from persona_plug.persistence import REPORT_NAME
+from persona_plug.store.style import read_style
 
 if TYPE_CHECKING:
+    from persona_plug.data.style import Style
     from persona_plug.plug import PersonaPlug
     from persona_plug.store.history_store import ForgetResult, HistoryStore, UserRow
 
+SELF = "you"  # the user whose messages are pasted for a try
+EXAMPLES = 3  # requests that are offered
 ARROW = " -> "  # between input and output in a pasted line, as the command line prints items
 
 
@@ -25,31 +30,64 @@ class Session:
 
     Attributes:
         comparison: Answers requests.
-        places: Says where users stand.
     """
 
-    def __init__(self, plug: PersonaPlug, store: HistoryStore, folder: Path | None = None) -> None:
+    def __init__(
+        self, plug: PersonaPlug, store: HistoryStore, folder: Path | None = None, held_out: Sequence[str] = ()
+    ) -> None:
         """Join a plug and a store.
 
         Args:
             plug: The plug.
             store: Its store, opened with `keep_text=True`.
             folder: The plug's folder, where its report lies.
+            held_out: Users that the plug was not trained on: the page begins with one of these.
 
         Raises:
             ConfigError: The store keeps no text.
         """
         if not store.keep_text:
             raise ConfigError("this store keeps vectors without text, and items cannot be shown: use another store")
-        self.plug, self.store, self.folder = plug, store, folder
+        self.plug, self.store, self.folder, self.held_out = plug, store, folder, held_out
         self.comparison = Comparison(plug, store)
-        self.places = Places(store)
 
-    def users(self, search: str = "") -> list[UserRow]:
-        """Return users whose id contains the text, whatever its case, by id."""
-        wanted = search.strip().casefold()
-        rows = (row for row in self.store.users() if wanted in row.user_id.casefold())
-        return sorted(rows, key=lambda row: row.user_id)
+    def users(self) -> list[UserRow]:
+        """Return the users, by id."""
+        return sorted(self.store.users(), key=lambda row: row.user_id)
+
+    def first(self) -> str | None:
+        """Return the user that the page begins with: a held-out one, or else the one with the most items."""
+        rows = [row for row in self.store.users() if row.items]
+        known = [row for row in rows if row.user_id in self.held_out] or rows
+        return min(known, key=lambda row: (-row.items, row.user_id)).user_id if known else None
+
+    def examples(self, user: str | None) -> list[str]:
+        """Return requests to try, each of another user's newest items; this user has not answered them."""
+        own = {item.input.strip() for item in self.items(user)} if user else set()
+        found: dict[str, None] = {}
+        for row in self.users():
+            if row.user_id == user or len(found) == EXAMPLES:
+                continue
+            asked = [item.input.strip() for item in reversed(self.store.read(row.user_id, EXAMPLES).texts or ())]
+            found |= dict.fromkeys([text for text in asked if text and text not in own and text not in found][:1])
+        return list(found)
+
+    def style(self, user: str) -> Style | None:
+        """Return the user's manner beside that of other users; None without items."""
+        return read_style(self.store, user) if self.items(user) else None
+
+    def take(self, pasted: str) -> int:
+        """Make pasted messages the items of the user `SELF`, in place of earlier ones; return how many they are.
+
+        Raises:
+            DataError: There is no message.
+        """
+        events = [parse_event({"user_id": SELF, "input": "", "output": text}, "message") for text in messages(pasted)]
+        if not events:
+            raise DataError("no message is pasted: paste some of your own, with an empty line between two")
+        self.store.forget(SELF)
+        with self.comparison.alone:
+            return self.store.append(SELF, [event.item for event in events])
 
     def items(self, user: str) -> list[HistoryItem]:
         """Return a user's items, newest first; an unknown user has none."""
@@ -117,7 +155,6 @@ class Session:
 
     def forget(self, user: str) -> tuple[ForgetResult, int]:
         """Delete everything about a user; return what went, and how many items are left of them (none)."""
-        self.places.forget(user)
         gone = self.store.forget(user)
         return gone, len(self.store.read(user).ids)
 
@@ -147,6 +184,13 @@ def named(user: str | None) -> str:
     if user is None or not user.strip():
         raise DataError("no user is chosen: choose one, or type a new id")
     return user.strip()
+
+
+def messages(text: str) -> list[str]:
+    """Return pasted messages: parted by empty lines, or one a line where there are none."""
+    parts = re.split(r"\n\s*\n", text.strip())
+    parts = parts if len(parts) > 1 else text.splitlines()
+    return [part.strip() for part in parts if part.strip()]
 
 
 def parse_pasted(user: str, text: str) -> list[Event]:

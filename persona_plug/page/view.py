@@ -3,28 +3,30 @@
 from __future__ import annotations
 
 import base64
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from html import escape
 from pathlib import Path
 
 from persona_plug.data.history import HistoryItem
+from persona_plug.data.style import Habit, Style
 from persona_plug.fit.report import NO_USERS, FitReport
 from persona_plug.measure.tables import one_line
-from persona_plug.page.answers import COLUMNS, RAG_ITEMS, Answer, Column
-from persona_plug.page.places import UserMap
+from persona_plug.page.answers import COLUMNS, TURNS, Answer, Column
 
 LONG = 160  # characters of an item's text in a table
 ROWS = 8  # bars before the rest is summed up
 SHOWN_ITEMS = 200
-DOTS = 2000
-WIDTH, HEIGHT, MARGIN = 640, 400, 28  # of the map, in SVG units
 
+COMPARED = (
+    "One request, answered four times: as this user, as another user, by the LLM with the user's nearest items as chat "
+    "turns, and by the LLM alone. Marked words came from the user's own texts."
+)
 TITLES: dict[Column, tuple[str, str]] = {
-    "base": ("Base", "the LLM alone"),
-    "rag": ("Retrieval", f"the LLM alone, behind the user's {RAG_ITEMS} nearest items (BM25)"),
-    "other": ("Another user", "the plug with the largest other history"),
     "own": ("This user", "the plug with this user's history"),
+    "other": ("Another user", "the plug with the largest other history"),
+    "turns": ("Few-shot", f"the LLM alone, shown the user's {TURNS} nearest items as chat turns"),
+    "base": ("LLM alone", "without plug and history"),
 }
 
 CSS = """
@@ -46,19 +48,13 @@ CSS = """
 .pp .bar span { display: block; height: .6rem; min-width: 1px; background: var(--color-accent); border-radius: 2px; }
 .pp .good, .pp .bad { margin: .25rem 0; padding: .4rem .75rem; border-left: 4px solid #15803d; }
 .pp .bad { border-left-color: #b91c1c; font-weight: 600; }
-.pp svg { width: 100%; height: auto; border: 1px solid var(--border-color-primary); border-radius: .5rem; }
-.pp .dot { fill: var(--body-text-color-subdued); fill-opacity: .55; }
-.pp .dot.near { fill: var(--color-accent); fill-opacity: .45; }
-.pp .dot.hit { fill: var(--body-text-color); fill-opacity: 1; }
-.pp .dot.own { fill: var(--color-accent); fill-opacity: 1; stroke: var(--body-text-color); stroke-width: 2; }
-.pp text { fill: var(--body-text-color); font-size: 15px; }
+.pp mark { background: #fde68a; color: #1c1917; border-radius: .2rem; padding: 0 .1rem; }
 .pp .wide { overflow-x: auto; }
 .pp .wide table { table-layout: auto; }
 .pp .wide td, .pp .wide th { white-space: nowrap; }
 .pp .plots { display: flex; flex-wrap: wrap; gap: .75rem; margin: 1rem 0; }
 .pp .plots img { max-width: min(100%, 30rem); height: auto; background: white; }
 @media (max-width: 600px) { .pp-cards { grid-template-columns: minmax(0, 1fr); } }
-@media (max-width: 600px) { .pp text { font-size: 28px; } .pp .dot { r: 8px; } .pp .dot.own { r: 14px; } }
 @media (prefers-reduced-motion: no-preference) { .pp .busy { animation: pp-busy 1s ease-in-out infinite alternate; } }
 @keyframes pp-busy { to { opacity: .35; } }
 .gradio-container :focus-visible { outline: 3px solid var(--color-accent) !important; outline-offset: 1px; }
@@ -118,7 +114,7 @@ def _answered(answer: Answer) -> str:
     notes = "".join(f'<p class="note">{escape(line)}</p>' for line in answer.notes)
     if answer.text is None:
         return f'<p class="text about">No answer.</p>{notes}'
-    text = escape(answer.text) or '<span class="about">(nothing: the LLM ended at once)</span>'
+    text = _marked(answer.text, answer.marks) or '<span class="about">(nothing: the LLM ended at once)</span>'
     chances = answer.probabilities or {}
     rows = [((name,), p) for name, p in sorted(chances.items(), key=lambda row: -row[1])]
     table = _bars(("label",), rows, "Probabilities of the labels") if rows else ""
@@ -128,15 +124,24 @@ def _answered(answer: Answer) -> str:
     return f'<p class="text" dir="auto">{text}</p>{table}{notes}<p class="numbers">{tokens}, {answer.seconds:.2f} s</p>'
 
 
+def _marked(text: str, marks: Sequence[tuple[int, int]]) -> str:
+    """Return a text with what came from the user's own words marked."""
+    parts, at = [], 0
+    for start, end in marks:
+        parts += [escape(text[at:start]), f"<mark>{escape(text[start:end])}</mark>"]
+        at = end
+    return "".join([*parts, escape(text[at:])])
+
+
 def weights(answer: Answer) -> str:
-    """Return which items of the user weighed how much, as bars with their figures."""
+    """Return which items of the user weighed how much, as bars with their figures; nothing where none are weighed."""
     if answer.weights is None:
-        return note("This plug gives no weights to single items.")
+        return ""
     if not answer.weights:
-        return note("No items yet, so nothing weighed: add some under History.")
+        return note("No items yet, and so no weights. Add items under History.")
     rows = [((_short(item.input) or "–", _short(item.output)), weight) for item, weight in answer.weights]
     rest = max(0.0, 1 - sum(weight for _, weight in rows))
-    caption = f"Which items of {answer.user} weighed how much; {rest:.0%} went to none but to what all users share."
+    caption = f"How much each item of {answer.user} counts. {rest:.0%} is what the plug does for any user."
     return _block("<h3>Weights</h3>" + _bars(("input", "output"), rows, caption))
 
 
@@ -161,7 +166,7 @@ def _bars(names: Sequence[str], rows: Sequence[tuple[Sequence[str], float]], cap
 def items(user: str, held: Sequence[HistoryItem]) -> str:
     """Return a user's items as a table, newest first."""
     if not held:
-        return note(f"Nothing is held about {user} yet. Paste lines or choose a file below.")
+        return note(f"No items of {user} yet. Paste lines or choose a file below.")
     body = "".join(
         f'<tr><td dir="auto">{escape(_short(i.input)) or "–"}</td><td dir="auto">{escape(_short(i.output))}</td></tr>'
         for i in held[:SHOWN_ITEMS]
@@ -172,57 +177,23 @@ def items(user: str, held: Sequence[HistoryItem]) -> str:
     return _block(f"<table>{caption}{head}<tbody>{body}</tbody></table>")
 
 
-def user_map(where: UserMap, user: str, near: Collection[str], hits: Collection[str]) -> str:
-    """Return the map as SVG: a dot a user, the chosen one, the nearest and what was searched for marked."""
-    if not where.users:
-        return note("No user has items yet: the map is empty. Add some under History.")
-    low, span = where.points.min(0), where.points.max(0) - where.points.min(0)
-    scale = [(side - 2 * MARGIN) / (float(s) or 1.0) for side, s in zip((WIDTH, HEIGHT), span, strict=True)]
-    dots: list[str] = []
-    labels: list[str] = []
-    order = sorted(range(len(where.users)), key=lambda i: _rank(where.users[i], user, near, hits))
-    for i in order[:DOTS][::-1]:  # what is marked comes last and lies on top
-        name, count = where.users[i], where.items[i]
-        x = MARGIN + float(where.points[i, 0] - low[0]) * scale[0]
-        y = HEIGHT - MARGIN - float(where.points[i, 1] - low[1]) * scale[1]
-        kind, radius = [("own", 9), ("hit", 7), ("near", 6), ("", 5)][_rank(name, user, near, hits)]
-        title = f"<title>{escape(name)}, {counted(count)}</title>"
-        dots.append(f'<circle class="dot {kind}" cx="{x:.1f}" cy="{y:.1f}" r="{radius}">{title}</circle>')
-        if kind in ("own", "hit") and len(labels) < ROWS:
-            side = ("end", -12) if x > WIDTH / 2 else ("start", 12)
-            labels.append(f'<text x="{x + side[1]:.1f}" y="{y + 5:.1f}" text-anchor="{side[0]}">{escape(name)}</text>')
-    shown = min(len(order), DOTS)
-    some = f"{shown} of {len(order)} users" if shown < len(order) else counted(shown, "user")
-    says = f"{some} by the mean vectors of their items, {where.method}."
-    drawn = (
-        f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="Map of {escape(says)}">{"".join(dots + labels)}'
-    )
-    key = "Ringed: the chosen user; tinted: the nearest to them; dark: found by the search."
-    return _block(f'{drawn}</svg><p class="note">{escape(says)} {key}</p>')
+def style(user: str, card: Style | None) -> str:
+    """Return a user's manner as a table: what they do and others do not."""
+    if card is None:
+        return note(f"No items of {user} yet, and so no style." if user else "Choose a user to see their style.")
+    low, middle, high = card.words
+    others = "" if card.others_words is None else f"; others {card.others_words}"
+    rows = [("length", f"{middle} words, mostly {low} to {high}{others}"), ("letter case", _habit(card.case))]
+    kinds = (card.openings, card.closings, card.phrases, card.emoji, card.labels)
+    names = ("openings", "closings", "phrases", "emoji", "labels")
+    rows += [(name, _habit(habit)) for name, habits in zip(names, kinds, strict=True) for habit in habits]
+    body = "".join(f'<tr><th scope="row">{name}</th><td dir="auto">{escape(text)}</td></tr>' for name, text in rows)
+    caption = f"What {user} does and others do not: {counted(card.texts, 'text')} beside {card.others} of other users"
+    return _block(f"<h3>Style</h3><table><caption>{escape(caption)}</caption><tbody>{body}</tbody></table>")
 
 
-def _rank(name: str, user: str, near: Collection[str], hits: Collection[str]) -> int:
-    return 0 if name == user else 1 if name in hits else 2 if name in near else 3
-
-
-def nearest(user: str, rows: Sequence[tuple[str, float, int]]) -> str:
-    """Return the users nearest to one, as a table: the map in words."""
-    if not rows:
-        return note(f"{user} has no items, or nobody else has." if user else "Choose a user to see who is nearest.")
-    body = "".join(f"<tr><td>{escape(n)}</td><td>{cosine:+.2f}</td><td>{i}</td></tr>" for n, cosine, i in rows)
-    head = "".join(f'<th scope="col">{name}</th>' for name in ("user", "cosine", "items"))
-    caption = f"<caption>Nearest to {escape(user)}, by the cosine of mean vectors about the mean of all users</caption>"
-    return _block(f"<table>{caption}<thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>")
-
-
-def found(search: str, hits: Sequence[str]) -> str:
-    """Say whom the search found."""
-    if not search.strip():
-        return ""
-    if not hits:
-        return note(f"No user id contains {search.strip()!r}.")
-    more = f" and {len(hits) - ROWS} more" if len(hits) > ROWS else ""
-    return note(f"{len(hits)} found: {', '.join(hits[:ROWS])}{more}.")
+def _habit(habit: Habit) -> str:
+    return f"{one_line(habit.text, LONG)} – {habit.share:.0%} of texts, others {habit.others:.0%}"
 
 
 def report(result: FitReport, plots: Sequence[Path]) -> str:

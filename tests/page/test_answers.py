@@ -1,8 +1,11 @@
+import dataclasses
+
 import pytest
 
-from persona_plug.data.history import Example, HistoryItem
+from persona_plug.data.history import Example
 from persona_plug.errors import DataError
-from persona_plug.page.answers import COLUMNS, RAG_ITEMS, RAG_TEXT_TOKENS
+from persona_plug.fit.examples import few_shot
+from persona_plug.page.answers import COLUMNS, TURNS
 
 LABELS = ("1", "4", "5", "10")
 
@@ -52,53 +55,43 @@ def test_weights_are_of_the_users_items(open_session, people):
     assert 0 < sum(values) < 1  # the null item has the rest
 
 
-def test_retrieval_puts_the_nearest_items_in_front(open_session, people):
-    session = open_session()
-    request = "rate the film of the evening"
-    answer = session.comparison.answer("rag", "ann", request)
-    prompt, cut = session.comparison._with_items([people.ann[2], people.ann[3]], request)
-    assert prompt == f'"5" is the answer for "rate the film".\n"4" is the answer for "rate the play".\n{request}'
-    assert cut == 0
-    assert answer.notes == [f"{RAG_ITEMS} of {len(people.ann)} items read."]
-    assert answer.prompt_tokens > session.comparison.answer("base", "ann", request).prompt_tokens
+def test_turns_are_the_users_nearest_items(open_session, people):
+    session = open_session(max_input_tokens=60)
+    answer = session.comparison.answer("turns", "ann", "rate the film of the evening")
+    assert answer.notes == [f"{TURNS} of {len(people.ann)} items shown."]
+    assert answer.prompt_tokens > session.comparison.answer("base", "ann", "rate the film of the evening").prompt_tokens
     assert answer.weights is None
-    found = [people.ann[i] for i in session_rank(request, people.ann)]
-    prompt, _ = session.comparison._with_items(found, request)
-    expected = session.comparison.reader.generate([Example("", request, "", prompt=prompt)], personal=False)[0]
-    assert answer.text == expected
+    row = Example("ann", "rate the film of the evening", "", tuple(people.ann))
+    assert [answer.text] == few_shot(session.plug, [row])
 
 
-def session_rank(request, items):
-    from persona_plug.retrieval import Retriever
-
-    return Retriever().rank("bm25", request, items, RAG_ITEMS)
-
-
-def test_long_items_and_requests_are_cut_and_counted(open_session):
+def test_more_turns_than_the_llm_has_room_for_are_said(open_session, monkeypatch):
     session = open_session()
-    long = "many words of a long story " * 40
-    session.store.append("dot", [HistoryItem("short", long)] * 1)
-    answer = session.comparison.answer("rag", "dot", "a request " * 60)
-    assert f"1 texts of items cut to {RAG_TEXT_TOKENS} tokens." in answer.notes
-    assert not any("of the request cut" in line for line in answer.notes[1:])
-    base = session.comparison.answer("base", "dot", "a request " * 60)
+    prompter = session.comparison.turns.prompter
+    monkeypatch.setattr(prompter, "limits", dataclasses.replace(prompter.limits, positions=20))
+    (note,) = session.comparison.answer("turns", "ann", "rate this").notes
+    assert "positions" in note
+    assert session.comparison.answer("base", "ann", "rate this").text is not None
+
+
+def test_an_llm_without_a_chat_template_has_no_turns(open_session):
+    answer = open_session(llm="tiny-gpt2").comparison.answer("turns", "ann", "rate this")
+    assert (answer.text, answer.notes) == (None, ["This LLM has no chat template, and so no chat turns."])
+
+
+def test_long_requests_are_cut_and_counted(open_session):
+    base = open_session().comparison.answer("base", "ann", "a request " * 60)
     assert any("tokens of the request cut" in line for line in base.notes)
-    # Items come on top of the budget: what the LLM reads of the request is the same.
-    assert answer.prompt_tokens > base.prompt_tokens
 
 
-def test_retrieval_reads_as_much_of_a_long_request_as_the_plug(open_session):
+def test_marks_are_those_of_the_answer(open_session, monkeypatch):
     session = open_session()
-    request = "a request of many words " * 20
-    prompt, _ = session.comparison._with_items([], request)
-    assert request.startswith(prompt)
-    assert len(session.plug.prompter.ids(prompt)) == session.plug.config.max_input_tokens
-
-
-def test_template_stays_in_the_prompt_of_retrieval(open_session, people):
-    session = open_session(template="Answer kindly: {input} !")
-    prompt, _ = session.comparison._with_items([people.ann[0]], "hello {input}")
-    assert prompt.endswith("\nAnswer kindly: hello {input} !")
+    real = session.plug.generate
+    monkeypatch.setattr(
+        session.plug, "generate", lambda *a, **k: [dataclasses.replace(g, marks=[(0, 2)]) for g in real(*a, **k)]
+    )
+    assert session.comparison.answer("own", "ann", "rate this").marks == [(0, 2)]
+    assert session.comparison.answer("turns", "ann", "rate this").marks == []
 
 
 def test_somebody_new(open_session):
@@ -106,9 +99,9 @@ def test_somebody_new(open_session):
     four = all_four(session, "new", "rate this")
     assert four["own"].text == session.plug.generate("rate this", [])
     assert four["own"].weights == []
-    assert four["own"].notes == ["No items yet: this is how the plug answers somebody new."]
-    assert four["rag"].text is None
-    assert four["rag"].notes == ["Nothing to retrieve: the user has no items yet."]
+    assert four["own"].notes == ["No items yet: a new user gets this answer."]
+    assert four["turns"].text is None
+    assert four["turns"].notes == ["The user has no items to show yet."]
     assert four["other"].user == "ann"
 
 
@@ -162,4 +155,5 @@ def test_plug_without_item_weights(open_session):
 
 def test_encoder_decoder_plug(open_session):
     four = all_four(open_session(llm="tiny-t5"), "ann", "rate this")
+    assert four.pop("turns").text is None
     assert all(answer.text is not None and answer.answer_tokens > 0 for answer in four.values())

@@ -10,7 +10,7 @@ from persona_plug.page.page import Page
 
 
 def test_where_histories_are_kept_is_said_without_a_password():
-    assert "temporary file, which goes when the page ends" in kept_where(None)
+    assert "temporary file, deleted when the page is stopped" in kept_where(None)
     assert "sqlite:///users.db" in kept_where("sqlite:///users.db")
     said = kept_where("postgresql://me:secret@localhost/users")
     assert "me:***@localhost/users" in said

@@ -13,7 +13,7 @@ from tests.page.browser import chromium, demo
 pytestmark = [pytest.mark.services, pytest.mark.slow]
 
 SHOTS = Path(__file__).parents[2] / "build" / "screenshots"
-TABS = ("Ask", "History", "Users", "Report")
+TABS = ("Ask", "History", "Report")
 EVIL = '<img src=x onerror="window.harmed=1"><script>window.harmed=1</script>'
 
 
@@ -61,7 +61,7 @@ def page(served, browser):
 def open_page(browser, address, width=1280):
     page = browser.new_page()
     page.set_viewport_size({"width": width, "height": 900})
-    page.set_default_timeout(120_000)  # a first map by UMAP compiles for a while
+    page.set_default_timeout(60_000)
     page.asked, wrong = [], []
     page.on("request", lambda request: page.asked.append(request.url))
     page.on("pageerror", lambda error: wrong.append(str(error)))
@@ -98,6 +98,8 @@ def ask(page, request):
     tab(page, "Ask")
     page.get_by_role("textbox", name="Request").fill(request)
     page.get_by_role("button", name="Ask").click()
+    page.locator("#cards [aria-busy=false]").wait_for()
+    page.locator("#cards .numbers").nth(1).wait_for()
     page.locator("#weights .pp").wait_for()
 
 
@@ -113,7 +115,7 @@ def test_four_answers_and_what_weighed_how_much(page):
         if (text.includes('Answering')) window.busy.add((text.match(/tokens read/g) || []).length);
     }).observe(document.querySelector('#cards'), {subtree: true, childList: true, characterData: true}); }""")
     ask(page, "rate this")
-    for title in ("Base", "Retrieval", "Another user: ann", "This user: bob"):
+    for title in ("LLM alone", "Few-shot", "Another user: ann", "This user: bob"):
         card = page.get_by_role("region", name=title)
         assert re.search(r"\d+ tokens read, \d+ written, \d+\.\d\d s", card.inner_text()), title
     rows = page.locator("#weights tbody tr")
@@ -138,8 +140,8 @@ def test_another_user_clears_the_answers(page):
 def test_new_user_from_pasted_lines(page):
     choose(page, "zoe")
     ask(page, "hello")
-    assert "how the plug answers somebody new" in page.get_by_role("region", name="This user: zoe").inner_text()
-    assert "the user has no items yet" in page.get_by_role("region", name="Retrieval").inner_text()
+    assert "a new user gets this answer" in page.get_by_role("region", name="This user: zoe").inner_text()
+    assert "The user has no items to show yet" in page.get_by_role("region", name="Few-shot").inner_text()
     add(page, 'What about tea? -> Yes, please!\nI never liked mornings\n{"input": "a", "output": "b"}')
     assert "3 new items." in page.locator("#added").inner_text()
     assert page.get_by_role("textbox", name="Paste items").input_value() == ""
@@ -154,7 +156,7 @@ def test_bad_line_is_named_and_nothing_is_lost(page):
     add(page, text)
     assert "pasted text, line 2: field 'output' must be a text" in page.locator("#added [role=alert]").inner_text()
     assert page.get_by_role("textbox", name="Paste items").input_value() == text
-    assert "Nothing is held about yan" in page.locator("#items").inner_text()
+    assert "No items of yan yet" in page.locator("#items").inner_text()
     shot(page, "bad-line")
 
 
@@ -168,7 +170,7 @@ def test_upload_and_bad_upload(page, tmp_path):
     page.get_by_role("button", name="Add", exact=True).click()
     page.locator("#added [role=alert]").wait_for()
     assert page.locator("#added").inner_text().strip() == "mine.jsonl:2: field 'output' must be a text, got 7"
-    assert "Nothing is held about uma" in page.locator("#items").inner_text()
+    assert "No items of uma yet" in page.locator("#items").inner_text()
     shot(page, "bad-upload")
     page.get_by_role("button", name="Clear").click()
     file.write_text('{"input": "x", "output": "first"}\n{"input": "x", "output": "second"}\n')
@@ -183,10 +185,8 @@ def test_what_users_write_is_shown_and_not_run(page):
     choose(page, EVIL)
     add(page, f"{EVIL} -> {EVIL}")
     ask(page, EVIL)
-    tab(page, "Users")
-    page.locator("#map svg").wait_for()
-    page.get_by_label("Find users by id").fill("onerror")
-    page.locator("#found").get_by_text("1 found").wait_for()
+    assert EVIL in page.locator("#style td").nth(1).text_content()
+    tab(page, "History")
     assert EVIL in page.locator("#items td").first.text_content()
     assert page.evaluate("window.harmed") is None
     tab(page, "History")
@@ -194,33 +194,49 @@ def test_what_users_write_is_shown_and_not_run(page):
     assert page.evaluate("window.harmed") is None
 
 
+def test_a_user_and_three_requests_are_there_at_once(page):
+    page.locator("#chosen").get_by_text("ann: 5 items.").wait_for()
+    assert page.locator("#examples input").count() == 3
+    request = page.get_by_role("textbox", name="Request")
+    assert request.input_value() == page.locator("#examples label").first.inner_text() == "rate the cake"
+    page.locator("#examples label").nth(1).click()
+    page.wait_for_function("document.querySelector('#request textarea').value === 'Grüße aus Köln'")
+    page.get_by_role("button", name="Ask").click()
+    page.get_by_role("region", name="This user: ann").get_by_text("tokens read").wait_for()
+    assert "Marked words came from" in page.content()
+    shot(page, "begin")
+
+
+def test_own_messages_are_tried_at_once(page):
+    page.locator("#chosen").get_by_text("ann: 5 items.").wait_for()
+    mine = page.get_by_role("textbox", name="Try it as yourself")
+    for text in ("Servus,\nall fine 🌳\n\nServus,\nall good 🌳\n\nServus,\nall well 🌳", "Moin 🌊\nMoin Ida 🌊"):
+        mine.fill(text)
+        mine.press("Enter")
+        page.get_by_role("region", name="This user: you").get_by_text("tokens read").wait_for()
+        page.get_by_role("region", name="LLM alone").get_by_text("tokens read").wait_for()
+        sign = text[-1]
+        page.locator("#style").get_by_text(sign).first.wait_for()
+        assert user(page).input_value().startswith("you")
+    tab(page, "History")
+    assert page.locator("#items td").all_inner_texts() == ["–", "Moin Ida 🌊", "–", "Moin 🌊"]
+    shot(page, "mine")
+    forget(page)
+
+
 def test_without_user_or_request(page):
+    page.locator("#chosen").get_by_text("ann: 5 items.").wait_for()
+    user(page).fill("")
+    user(page).press("Enter")
+    page.locator("#chosen").get_by_text("No user is chosen").wait_for()
     page.get_by_role("textbox", name="Request").fill("hello")
     page.get_by_role("button", name="Ask").click()
-    page.locator("#asked [role=alert]").get_by_text("no user is chosen").wait_for()
+    page.locator("#chosen [role=alert]").get_by_text("no user is chosen").wait_for()  # beside the field
     choose(page, "ann")
     page.get_by_role("textbox", name="Request").fill("  ")
     page.get_by_role("button", name="Ask").click()
     page.locator("#asked [role=alert]").get_by_text("the request is empty").wait_for()
     shot(page, "errors")
-
-
-def test_map_marks_the_user_and_whom_the_search_finds(page):
-    choose(page, "ann")
-    tab(page, "Users")
-    page.locator("#map circle.own").wait_for()
-    assert page.locator("#map circle.own title").text_content() == "ann, 5 items"
-    assert page.locator("#map circle").count() >= 27
-    assert re.search(r"by the mean vectors of their items, (UMAP|PCA)", page.locator("#map").inner_text())
-    assert page.locator("#map circle.near").count() == page.locator("#near tbody tr").count() == 5
-    page.get_by_label("Find users by id").fill("USER-1")
-    page.locator("#found").get_by_text("10 found").wait_for()
-    assert page.locator("#map circle.hit").count() == 10
-    shot(page, "users")
-    page.get_by_label("Find users by id").fill("nobody at all")
-    page.locator("#found").get_by_text("No user id contains").wait_for()
-    choose(page, "bob")
-    page.locator("#near").get_by_text("Nearest to bob").wait_for()
 
 
 def test_report_with_its_plots(page):
@@ -335,8 +351,8 @@ def test_phone_width_needs_no_sideways_scrolling(served, browser):
     for page in open_page(browser, served[0], width=390):
         choose(page, "ann")
         ask(page, "rate this, with a wordthatislongerthananyphonescreeniswideandhasnoplacewhereitcouldbreak" + "x" * 80)
-        page.get_by_role("tab", name="Users").click()
-        page.locator("#map svg").wait_for()
+        places = [page.get_by_role("region", name=n).bounding_box()["y"] for n in ("This user: ann", "Few-shot")]
+        assert places[0] < places[1]
         for name in TABS:
             tab(page, name)
             page.wait_for_timeout(300)
@@ -391,8 +407,6 @@ def test_empty_store_and_labels(make_plug, browser, tmp_path):
         assert len(scratch) == 1
         for page in open_page(browser, address):
             assert "temporary file" in page.content()
-            tab(page, "Users")
-            page.locator("#map").get_by_text("the map is empty").wait_for()
             tab(page, "Report")
             assert "holds no report" in page.locator("#report").inner_text()
             choose(page, "ann")

@@ -7,7 +7,7 @@ from persona_plug.errors import ConfigError, CorruptFileError, DataError
 from persona_plug.fit.report import FitReport
 from persona_plug.measure.contrasts import Contrast
 from persona_plug.measure.stats import Interval
-from persona_plug.page.session import Session, parse_pasted
+from persona_plug.page.session import SELF, Session, messages, parse_pasted
 
 # --- reading what is pasted
 
@@ -59,12 +59,59 @@ def test_items_are_newest_first(open_session, people):
     assert len({i.id for i in held}) == len(held)
 
 
-def test_users_are_found_by_any_part_of_their_id(open_session):
+def test_the_page_begins_with_a_held_out_user_or_the_longest_history(open_session, make_plug, open_store):
     session = open_session()
-    session.add("Annabel", "a")
-    assert [row.user_id for row in session.users()] == ["Annabel", "ann", "bob", "eve"]
-    assert [row.user_id for row in session.users(" ANN ")] == ["Annabel", "ann"]
-    assert session.users("%") == []
+    assert session.first() == "ann"
+    assert Session(make_plug(), open_store(), held_out=["eve", "nobody", "bob"]).first() == "bob"
+    assert Session(make_plug(), open_store(), held_out=["nobody"]).first() == "ann"
+    assert open_session(filled=False).first() is None
+
+
+def test_examples_are_what_others_were_asked(open_session):
+    session = open_session()
+    for name in ("fay", "gus", "hal"):
+        session.add(name, f"asked of {name} -> answer")
+    assert session.examples("ann") == ["rate the cake", "Grüße aus Köln", "asked of fay"]
+    assert len(session.examples(None)) == 3
+    session.add("ann", "asked of fay -> mine")
+    session.forget("bob")
+    assert session.examples("ann") == ["Grüße aus Köln", "asked of gus", "asked of hal"]
+    assert open_session(filled=False).examples("ann") == []
+
+
+@pytest.mark.parametrize(
+    ("text", "parts"),
+    [
+        ("one\ntwo\n\nthree", ["one\ntwo", "three"]),
+        ("one\ntwo", ["one", "two"]),
+        ("  one  ", ["one"]),
+        ("a\n \t\n\nb\n\n", ["a", "b"]),
+        ("\n \n", []),
+    ],
+)
+def test_messages_are_parted_by_empty_lines_or_else_by_lines(text, parts):
+    assert messages(text) == parts
+
+
+def test_pasted_messages_replace_earlier_ones(open_session):
+    session = open_session()
+    assert session.take("Servus,\nall fine\nMo 🌳\n\nServus again") == 2
+    assert [i.output for i in session.items(SELF)] == ["Servus again", "Servus,\nall fine\nMo 🌳"]
+    assert session.take("other\nmessages\nhere") == 3
+    assert [i.output for i in session.items(SELF)] == ["here", "messages", "other"]
+    with pytest.raises(DataError, match="no message is pasted"):
+        session.take(" \n")
+    assert len(session.items(SELF)) == 3
+
+
+def test_style_is_of_the_items(open_session):
+    session = open_session()
+    session.take("Servus, fine 🌳\nServus, good 🌳\nServus, so 🌳")
+    style = session.style(SELF)
+    assert style.texts == 3
+    assert style.openings[0].text == "Servus,"
+    assert style.emoji[0].text == "🌳"
+    assert session.style("nobody") is None
 
 
 def test_add_counts_new_items_of_each_user(open_session, tmp_path):
@@ -134,14 +181,12 @@ def test_delete_takes_one_item(open_session):
 
 def test_forget_leaves_nothing_of_the_user_and_all_of_the_others(open_session):
     session = open_session()
-    session.places.map()
     others = session.items("ann"), session.items("eve")
     gone, left = session.forget("bob")
     assert (gone.items, left) == (3, 0)
     assert session.items("bob") == []
     assert (session.items("ann"), session.items("eve")) == others
-    assert session.places.map().users == ["ann", "eve"]
-    assert "bob" not in session.places._means
+    assert [row.user_id for row in session.users()] == ["ann", "eve"]
 
 
 def test_store_without_text_is_refused(make_plug, open_store):

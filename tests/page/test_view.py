@@ -1,16 +1,16 @@
+import dataclasses
 import re
 from html.parser import HTMLParser
 
-import numpy as np
 import pytest
 
 from persona_plug.data.history import HistoryItem
+from persona_plug.data.style import Habit, style_of
 from persona_plug.fit.report import FitReport
 from persona_plug.measure.contrasts import Contrast
 from persona_plug.measure.stats import Interval
 from persona_plug.page import view
 from persona_plug.page.answers import Answer
-from persona_plug.page.places import UserMap
 
 EVIL = '<img src=x onerror="alert(1)"><script>alert(2)</script>"&\'</style>'
 
@@ -52,8 +52,15 @@ def weighed(*weights):
 
 def everything_users_write():
     item, report = HistoryItem(EVIL, EVIL), FitReport({EVIL: {"nll": Interval(1, 0, 2)}}, [], 1, 1, [EVIL])
-    where = UserMap([EVIL, "b"], [1, 2], np.eye(2), "PCA")
-    evil = answer(user=EVIL, text=EVIL, notes=[EVIL], probabilities={EVIL: 1.0}, weights=[(item, 0.5)])
+    card = dataclasses.replace(style_of([EVIL], []), openings=[Habit(EVIL, 1, 0, 3)])
+    evil = answer(
+        user=EVIL,
+        text=EVIL,
+        marks=[(0, 4), (10, len(EVIL))],
+        notes=[EVIL],
+        probabilities={EVIL: 1.0},
+        weights=[(item, 0.5)],
+    )
     return {
         "header": view.header(EVIL, EVIL, EVIL),
         "good": view.good(EVIL),
@@ -62,9 +69,8 @@ def everything_users_write():
         "cards": view.cards({"own": evil, "other": evil}),
         "weights": view.weights(evil),
         "items": view.items(EVIL, [item]),
-        "map": view.user_map(where, EVIL, {EVIL}, {EVIL}),
-        "nearest": view.nearest(EVIL, [(EVIL, 0.5, 2)]),
-        "found": view.found(EVIL, [EVIL]),
+        "style": view.style(EVIL, card),
+        "no style": view.style(EVIL, None),
         "report": view.report(report, []),
     }
 
@@ -74,11 +80,11 @@ def test_what_users_write_stays_text(name):
     page = Page(everything_users_write()[name])
     assert not {"img", "script", "style"} & set(page.tags)
     assert not [key for key, _ in page.attributes if key.startswith("on")]
-    assert "alert(1)" in page.text or name == "map"
+    assert "alert(1)" in page.text
 
 
 def test_cards_before_while_and_after_answering():
-    empty, half = Page(view.cards({})), Page(view.cards({"base": answer("base", user=None)}, running=True))
+    empty, half = Page(view.cards({})), Page(view.cards({"own": answer()}, running=True))
     assert empty.text.count("No answer yet") == 4
     assert ("aria-busy", "false") in empty.attributes
     assert (half.text.count("Answering"), half.text.count("Waiting.")) == (1, 2)
@@ -114,7 +120,7 @@ def test_weights_are_bars_and_the_same_as_text():
     assert re.findall(r"([\d.]+)%<span style=\"width:([\d.]+)%", html) == [("40.0", "100.0"), ("10.0", "25.0")]
     text = Page(html).text
     assert "in 0 out 0 40.0%" in text
-    assert "50% went to none" in text
+    assert "50% is what the plug does for any user" in text
 
 
 def test_many_weights_are_summed_up():
@@ -125,7 +131,7 @@ def test_many_weights_are_summed_up():
 
 def test_weights_of_nobody_and_of_a_plug_without():
     assert "No items yet" in Page(view.weights(weighed())).text
-    assert "no weights" in Page(view.weights(answer())).text
+    assert view.weights(answer()) == ""
 
 
 def test_zero_weights_draw():
@@ -137,7 +143,7 @@ def test_items_beyond_the_table_are_counted():
     page = Page(view.items("ann", held))
     assert page.tags.count("tr") == 1 + view.SHOWN_ITEMS
     assert f"{view.SHOWN_ITEMS + 5} items of ann, newest first, the newest {view.SHOWN_ITEMS} shown" in page.text
-    assert "Nothing is held about bob yet" in Page(view.items("bob", [])).text
+    assert "No items of bob yet" in Page(view.items("bob", [])).text
 
 
 def test_long_texts_are_shortened_in_tables():
@@ -146,55 +152,32 @@ def test_long_texts_are_shortened_in_tables():
     assert len(text) < 2 * view.LONG
 
 
-def circles(html):
-    return re.findall(
-        r'<circle class="dot (\w*)" cx="([\d.]+)" cy="([\d.]+)" r="\d+"><title>(\w+), (\d+) items?<', html
-    )
+def test_this_user_comes_first():
+    """On a phone the cards stand below each other in this order."""
+    titles = re.findall(r"<h3>([^<]*)</h3>", view.cards({"own": answer(), "other": answer("other", user="bob")}))
+    assert titles == ["This user: ann", "Another user: bob", "Few-shot", "LLM alone"]
 
 
-def test_map_has_a_dot_a_user_within_the_frame():
-    points = np.array([[0.0, 0], [10, 5], [5, 1], [2, 2]])
-    where = UserMap(["a", "b", "c", "d"], [1, 2, 3, 4], points, "PCA, 90% of the variance")
-    html = view.user_map(where, "b", {"c"}, {"d"})
-    dots = circles(html)
-    assert [(kind, name, items) for kind, _, _, name, items in dots] == [
-        ("", "a", "1"),
-        ("near", "c", "3"),
-        ("hit", "d", "4"),
-        ("own", "b", "2"),
-    ]
-    m = view.MARGIN
-    place = {name: (float(x), float(y)) for _, x, y, name, _ in dots}
-    assert place["a"] == (m, view.HEIGHT - m)
-    assert place["b"] == (view.WIDTH - m, m)
-    assert re.findall(r"<text[^>]*>(\w+)<", html) == ["d", "b"]
-    assert "4 users by the mean vectors of their items, PCA, 90% of the variance." in Page(html).text
+@pytest.mark.parametrize(
+    ("text", "marks", "html"),
+    [
+        ("Servus, the lamp", [(0, 7)], "<mark>Servus,</mark> the lamp"),
+        ("a <b> & c", [(2, 5), (8, 9)], "a <mark>&lt;b&gt;</mark> &amp; <mark>c</mark>"),
+        ("none", [], "none"),
+    ],
+)
+def test_what_came_from_the_users_words_is_marked(text, marks, html):
+    assert f'<p class="text" dir="auto">{html}</p>' in view.cards({"own": answer(text=text, marks=marks)})
 
 
-def test_map_of_one_user_and_of_none():
-    assert len(circles(view.user_map(UserMap(["a"], [1], np.zeros((1, 2)), "PCA"), "a", set(), set()))) == 1
-    assert "the map is empty" in view.user_map(UserMap([], [], np.zeros((0, 2)), "PCA"), "a", set(), set())
-
-
-def test_map_of_very_many_keeps_who_is_marked_and_says_so():
-    n = view.DOTS + 50
-    where = UserMap([f"u{i}" for i in range(n)], [1] * n, np.random.default_rng(0).normal(size=(n, 2)), "PCA")
-    html = view.user_map(where, f"u{n - 1}", set(), {f"u{n - 2}"})
-    names = [name for *_, name, _ in circles(html)]
-    assert len(names) == view.DOTS
-    assert names[-2:] == [f"u{n - 2}", f"u{n - 1}"]
-    assert f"{view.DOTS} of {n} users" in Page(html).text
-
-
-def test_nearest_and_found_in_words():
-    assert "bob +0.50 3" in Page(view.nearest("ann", [("bob", 0.5, 3)])).text
-    assert "ann has no items" in Page(view.nearest("ann", [])).text
-    assert "Choose a user" in Page(view.nearest("", [])).text
-    assert view.found(" ", []) == ""
-    assert "No user id contains 'x'" in Page(view.found("x", [])).text
-    many = Page(view.found("u", [f"u{i}" for i in range(view.ROWS + 3)])).text
-    assert f"{view.ROWS + 3} found: u0, " in many
-    assert "and 3 more." in many
+def test_style_is_a_table():
+    card = style_of(["Servus, so 🌳"] * 3 + ["Servus, well 🌳"], ["Hello there, my friend"] * 9)
+    text = Page(view.style("ann", card)).text
+    for part in ("What ann does and others do not: 4 texts beside 9", "length 3 words", "openings Servus,", "emoji 🌳"):
+        assert part in text
+    assert "100% of texts, others 0%" in text
+    assert "No items of ann yet" in view.style("ann", None)
+    assert "Choose a user" in view.style("", None)
 
 
 def test_report_shows_verdict_table_and_plots(tmp_path):
