@@ -624,7 +624,7 @@ def replies_asked():
 
 @services
 def test_words_are_mixed_in_vllm_as_in_the_process(words_plug, replies_asked):
-    """Greedy text of a mixed batch, in one process and through a server, and no change where there is no memory."""
+    """Greedy text of a mixed batch, and no change where there is no memory."""
     plug, folder = words_plug
     expected = plug.generate(replies_asked)
     with plug.recollection.paused():
@@ -634,6 +634,12 @@ def test_words_are_mixed_in_vllm_as_in_the_process(words_plug, replies_asked):
     with VllmOffline("smollm2-135m", words=folder, **options) as made:
         assert made.answer(plug, replies_asked) == expected
         assert made.answer(plug, replies_asked, personal=False) == plug.generate(replies_asked, personal=False)
+
+
+@services
+def test_a_server_mixes_each_requests_words(words_plug, replies_asked):
+    plug, folder = words_plug
+    expected = plug.generate(replies_asked)
     readers = plug.readers(replies_asked)
     soft = [plug.soft_prompt(e.input) for e in replies_asked]
     calls = [
