@@ -428,7 +428,7 @@ def test_soft_prompt_is_a_plain_tensor(plug, people):
         (["a", "b"], [["one"]], "2 inputs but 1 histories"),
         ("a", [{"input": "no output"}], "output"),
         ("a", [{"input": "x", "output": " "}], "output"),
-        ("a", [3], "not int"),
+        ("a", [3], "not 3"),
         ("a", "one text instead of a list", "history"),
         ("a", {"input": "one item", "output": "instead of a list"}, "history"),
     ],

@@ -283,6 +283,7 @@ def test_a_hub_id_that_cannot_be_reached_is_one_line(monkeypatch):
         raise OSError("no route\nto host")
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", fail)
+    monkeypatch.setattr("persona_plug.persistence.hub_answers", lambda: True)
     with pytest.raises(CorruptFileError, match=r"someone/plug: neither a folder nor reachable .*no route\)$"):
         PersonaPlug.from_pretrained("someone/plug")
 

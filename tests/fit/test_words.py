@@ -207,11 +207,11 @@ def test_the_memory_is_fitted_with_adapters_on_and_behind_turns(make_plug, data,
     torch.testing.assert_close(again.score(some, ["yes"]), plug.score(some, ["yes"]), atol=1e-4, rtol=1e-4)
 
 
-def test_adapters_and_gate_learn_from_different_users(make_plug, data, monkeypatch):
+def test_adapters_and_gate_learn_from_different_users(make_plug, data, monkeypatch, tmp_path):
     plug, trained, fitted = make_plug(recipe="words", task_tokens=2, max_answer_tokens=40), [], []
     monkeypatch.setattr(fit_module, "train", lambda plug, data, *_: trained.extend(data.train) or [])
     monkeypatch.setattr(fit_module, "fit_words", lambda plug, train, *_: fitted.extend(train))
-    fit_module.train_parts(plug, data, FitConfig(), None)
+    fit_module.train_parts(plug, data, FitConfig(), tmp_path)
     users = [{e.user_id for e in part} for part in (trained, fitted)]
     assert all(users)
     assert not users[0] & users[1]

@@ -338,7 +338,7 @@ def later_version(tmp_path):
     folder = tmp_path / "migrations"
     shutil.copytree(store_engine.MIGRATIONS, folder, ignore=shutil.ignore_patterns("__pycache__"))
     (folder / "versions" / "v9999_note.py").write_text(
-        "import sqlalchemy as sa\nfrom alembic import op\nrevision, down_revision = '9999', '0002'\n"
+        "import sqlalchemy as sa\nfrom alembic import op\nrevision, down_revision = '9999', '0003'\n"
         "def upgrade():\n    op.add_column('persona_users', sa.Column('note', sa.String, server_default='-'))\n"
     )
 
@@ -363,7 +363,7 @@ def test_an_older_schema_is_migrated_and_a_newer_refused(make_store, later_versi
             assert connection.execute(text("SELECT note FROM persona_users")).scalar() == "-"
     finally:
         patch.undo()
-    with pytest.raises(MismatchError, match=r"9999.*0002.*newer persona_plug"):
+    with pytest.raises(MismatchError, match=r"9999.*0003.*newer persona_plug"):
         make_store()
 
 
