@@ -41,7 +41,8 @@ dt { font-weight: 600; } dd { margin: 0 0 0.4rem 0; white-space: pre-wrap; }
 """
 PLOT_STYLE = """
 svg { width: 100%; max-width: 44rem; height: auto; font: 12px system-ui, sans-serif; }
-svg text { fill: var(--text); } svg .soft { fill: var(--soft); }
+svg text { fill: var(--text); stroke: var(--page); stroke-width: 4px; paint-order: stroke; }
+svg .soft { fill: var(--soft); }
 svg .grid { stroke: var(--line); stroke-width: 1; } svg .zero { stroke: var(--soft); stroke-width: 1.2; }
 svg .bar { stroke: var(--text); stroke-width: 2; } svg .dot { fill: var(--text); }
 svg .good { stroke: var(--good); } svg circle.good { fill: var(--good); }
@@ -112,7 +113,7 @@ class Point:
 
 
 def forest(bars: Sequence[Bar], title: str, axis: str) -> str:
-    """Return an SVG of intervals, one a row, beside a line at 0.
+    """Return an SVG of intervals, one a row, beside a line at 0 that leaves the labels free.
 
     Args:
         bars: Rows from the top; green where the interval lies above 0, red where below.
@@ -126,9 +127,9 @@ def forest(bars: Sequence[Bar], title: str, axis: str) -> str:
     bottom = ROW * len(bars) + 6
     parts = [_vertical(scale, bottom)]
     zero = scale.at(0.0)
-    parts.append(f'<line class="zero" x1="{zero:.1f}" x2="{zero:.1f}" y1="0" y2="{bottom}"/>')
     for i, b in enumerate(bars):
         y = ROW * i + 26
+        parts.append(f'<line class="zero" x1="{zero:.1f}" x2="{zero:.1f}" y1="{y - 7}" y2="{y + 8}"/>')
         side = "good" if (b.low or 0) > 0 else "bad" if (b.high or 0) < 0 else ""
         parts.append(f'<text x="{RIGHT}" y="{y - 10}">{escaped(one_line(b.label, LABEL))}</text>')
         if b.low is not None and b.high is not None:

@@ -16,6 +16,7 @@ from eval.report.budgets import budget_note, budget_table
 from eval.report.drawings import against_cost, by_length, examples, lifts
 from eval.report.figures import STYLE, fold, missing, paragraph, section
 from eval.report.results import Results, contrasts_of, intervals, metrics_of
+from persona_plug.fit.verdict import judge
 from persona_plug.measure.contrasts import GAIN, LIFT
 from persona_plug.measure.metrics import describe
 from persona_plug.measure.significance import FLIPS, smallest_p
@@ -58,7 +59,7 @@ def markdown(results: Results) -> str:
     settings = json.dumps(results["settings"], ensure_ascii=False, default=str) if "settings" in results else ""
     facts = _facts(results)
     facts = Table(facts.head, [*facts.rows, ["settings", settings or "not recorded"]])
-    blocks = [[f"# {cell(title(results))}", "", cell(summary(results))]]
+    blocks = [[f"# {cell(title(results))}", "", f"**{cell(headline(results))}**", "", cell(summary(results))]]
     for name, note, table in _sections(results):
         blocks.append([f"## {name}", "", *([cell(note), ""] if note else []), *table.markdown()])
     blocks.append(["## How to repeat it", "", code(command_of(results)), "", *facts.markdown()])
@@ -74,13 +75,16 @@ def html(results: Results, details: Mapping[str, Any] | None = None) -> str:
     """
     details = details or {}
     metrics, command = metrics_of(results), command_of(results)
+    shown = [section(n, paragraph(note) if note else "", table.html()) for n, note, table in _sections(results)]
     parts = [
-        f"<h1>{escaped(title(results))}</h1><p>{escaped(summary(results))}</p>",
-        *(section(n, paragraph(note) if note else "", table.html()) for n, note, table in _sections(results)),
+        f"<h1>{escaped(title(results))}</h1><p><strong>{escaped(headline(results))}</strong></p>"
+        f"<p>{escaped(summary(results))}</p>",
+        *shown[:2],
+        section("Examples", examples(results, details)),
+        *shown[2:],
         section("Lifts", *fold([(m, lifts(results, details, m)) for m in metrics])),
         section("Lift by history length", *fold([(m, by_length(details, m)) for m in metrics])),
         section("Quality against cost", *fold([(m, against_cost(results, m)) for m in metrics])),
-        section("Examples", examples(results, details)),
         section("How to repeat it", f"<pre>{escaped(command)}</pre>", _facts(results).html(), _settings(results)),
     ]
     policy = "default-src 'none'; style-src 'unsafe-inline'"
@@ -136,7 +140,7 @@ def _values(results: Results) -> Table:
     for cells, method in zip(table.rows, results["methods"].values(), strict=True):
         seeds = "; ".join(number_text(seed.get(first)) for seed in method.get("per_seed", []))
         rows.append([*cells, seeds or UNKNOWN])
-    return Table((*table.head, f"{first} by seed".strip()), rows)
+    return Table((*table.head, f"{first} by seed".strip()), rows, table.best)
 
 
 def _values_note(results: Results) -> str:
@@ -201,6 +205,11 @@ def _settings(results: Results) -> str:
 def title(results: Results) -> str:
     """Return the task and the split."""
     return f"{results.get('task', 'unnamed task')}, {results.get('split', 'unnamed split')}"
+
+
+def headline(results: Results) -> str:
+    """Return in a sentence or two whether the plug knows its users, and is better than what needs no LLM."""
+    return " ".join(judge(intervals(results), contrasts_of(results), None, {})[:2])
 
 
 def summary(results: Results) -> str:

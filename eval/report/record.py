@@ -133,4 +133,4 @@ def _method_table(results: Results, names: list[str]) -> Table:
     columns = [costs.head.index(name) for name in PAGE_COSTS]
     cost_cells = {row[0]: [row[i] for i in columns] for row in costs.rows}
     table = metric_table({name: values[name] for name in names}, metrics_of(results))
-    return Table((*table.head, *PAGE_COSTS), [[*row, *cost_cells[row[0]]] for row in table.rows])
+    return Table((*table.head, *PAGE_COSTS), [[*row, *cost_cells[row[0]]] for row in table.rows], table.best)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
 
@@ -21,15 +21,26 @@ Methods = Mapping[str, Mapping[str, Interval]]  # method -> metric -> its value
 
 @dataclass(frozen=True, slots=True)
 class Table:
-    """Plain cells, escaped only when they are rendered; the first cell of a row names it."""
+    """Plain cells, escaped only when they are rendered; the first cell of a row names it.
+
+    Attributes:
+        head: The columns.
+        rows: The rows.
+        best: (row, column) of cells that stand out in bold.
+    """
 
     head: Sequence[str]
     rows: Sequence[Sequence[str]]
+    best: Collection[tuple[int, int]] = frozenset()
 
     def markdown(self) -> list[str]:
         """Return the lines of a Markdown table."""
-        lines = [self.head, ["---"] * len(self.head), *self.rows]
-        return ["| " + " | ".join(c if c == "---" else cell(c) for c in line) + " |" for line in lines]
+        rows = [
+            [f"**{cell(c)}**" if (i, j) in self.best else cell(c) for j, c in enumerate(row)]
+            for i, row in enumerate(self.rows)
+        ]
+        lines = [[cell(c) for c in self.head], ["---"] * len(self.head), *rows]
+        return ["| " + " | ".join(line) + " |" for line in lines]
 
     def html(self, label: str = "") -> str:
         """Return a table that scrolls sideways by itself where the screen is narrow.
@@ -38,16 +49,23 @@ class Table:
             label: What a screen reader calls the region that scrolls.
         """
         head = "".join(f'<th scope="col">{escaped(name)}</th>' for name in self.head)
-        body = "".join(f"<tr>{_html_row(row)}</tr>" for row in self.rows)
+        body = "".join(f"<tr>{self._html_row(i)}</tr>" for i in range(len(self.rows)))
         region = f' role="region" aria-label="{escaped(label)}"' if label else ""
         return (
             f'<div class="wide" tabindex="0"{region}><table><thead><tr>{head}</tr></thead>'
             f"<tbody>{body}</tbody></table></div>"
         )
 
+    def _html_row(self, at: int) -> str:
+        cells = [
+            f"<strong>{escaped(c)}</strong>" if (at, j) in self.best else escaped(c)
+            for j, c in enumerate(self.rows[at])
+        ]
+        return f'<th scope="row">{cells[0]}</th>' + "".join(f"<td>{c}</td>" for c in cells[1:])
+
 
 def metric_table(methods: Methods, names: Iterable[str] | None = None) -> Table:
-    """Return a row per method and a column per metric.
+    """Return a row per method and a column per metric, the best value of each in bold.
 
     Args:
         methods: See `Methods`.
@@ -55,7 +73,17 @@ def metric_table(methods: Methods, names: Iterable[str] | None = None) -> Table:
     """
     columns = [m for m in METRICS if any(m in row for row in methods.values())] if names is None else list(names)
     rows = [[method, *(interval_text(row.get(m)) for m in columns)] for method, row in methods.items()]
-    return Table(("method", *map(heading, columns)), rows)
+    best = {(i, j) for j, m in enumerate(columns, 1) for i in _best_rows([row.get(m) for row in methods.values()], m)}
+    return Table(("method", *map(heading, columns)), rows, best)
+
+
+def _best_rows(values: Sequence[Interval | None], metric: str) -> list[int]:
+    """Return which of several values are the best; one alone is compared with nothing."""
+    known = {i: v.value for i, v in enumerate(values) if v is not None and math.isfinite(v.value)}
+    if len(known) < 2 or metric not in METRICS:
+        return []
+    best = (min if METRICS[metric].lower_is_better else max)(known.values())
+    return [i for i, value in known.items() if value == best]
 
 
 def contrast_table(rows: Sequence[Contrast]) -> Table:
@@ -105,8 +133,3 @@ def one_line(text: str, width: int) -> str:
     """Return a text on one line of at most `width` characters."""
     text = " ".join(text.split())
     return text if len(text) <= width else text[: width - 1] + "…"
-
-
-def _html_row(row: Sequence[str]) -> str:
-    first, *others = row
-    return f'<th scope="row">{escaped(first)}</th>' + "".join(f"<td>{escaped(c)}</td>" for c in others)

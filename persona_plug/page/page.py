@@ -92,6 +92,15 @@ class Page:
             )
             changed.then(self.hide, None, self.confirm, **on)
             self.examples.input(lambda text: text, self.examples, self.request, **on)
+            on = {
+                "show_progress": "hidden",
+                "trigger_mode": "once",
+                "api_visibility": "private",
+            }  # the cards say it all
+            answers = [self.chosen, self.asked, *self._cards(), self.whose]
+            asking = [self.button.click, self.request.submit]
+            gradio.on(asking, self.ask, [self.user, self.request], answers, **on)
+            self.mine.submit(self.try_mine, [self.mine, self.request], [self.user, *self._held()[1:], *answers], **on)
 
     # -- tabs ------------------------------------------------------------------------------------------------------
 
@@ -102,16 +111,12 @@ class Page:
         self.request = gr.Textbox(
             label="Request", info="Enter asks, Shift+Enter begins a new line.", max_lines=6, value="", elem_id="request"
         )
-        button = gr.Button("Ask", variant="primary", elem_id="ask")
+        self.button = gr.Button("Ask", variant="primary", elem_id="ask")
         self.asked = gr.HTML(elem_id="asked")
         self.cards = gr.HTML(view.cards({}), elem_id="cards")
         self.bars = gr.HTML(elem_id="weights")
         self.style = gr.HTML(elem_id="style")
         self.mine = gr.Textbox(label="Try it as yourself", info=MINE, lines=1, max_lines=12, value="", elem_id="mine")
-        on = {"show_progress": "hidden", "trigger_mode": "once", "api_visibility": "private"}  # the cards say it all
-        answers = [self.chosen, self.asked, *self._cards(), self.whose]
-        gr.on([button.click, self.request.submit], self.ask, [self.user, self.request], answers, **on)
-        self.mine.submit(self.try_mine, [self.mine, self.request], [self.user, *self._held()[1:], *answers], **on)
 
     def _build_history(self) -> None:
         gr = self.gr

@@ -1,4 +1,5 @@
 import dataclasses
+import itertools
 import json
 import math
 
@@ -9,7 +10,7 @@ from persona_plug.data import synthetic
 from persona_plug.data.history import Example, HistoryItem
 from persona_plug.data.splits import FitData, prepare
 from persona_plug.errors import ConfigError
-from persona_plug.fit.plots import plot_lift, plot_loss
+from persona_plug.fit.plots import length_bins, plot_lift, plot_loss
 from persona_plug.fit.report import FitReport
 from persona_plug.measure.answers import evaluate, label_answers, rating_errors
 from persona_plug.measure.contrasts import Contrast, contrasts
@@ -352,6 +353,23 @@ def test_lift_groups_take_every_question_once(tmp_path, monkeypatch, lengths):
     data = [Example(f"u{i}", "r", "o", (HistoryItem("a", "b"),) * n) for i, n in enumerate(lengths)]
     plot_lift(np.arange(len(lengths), dtype=float), data, tmp_path / "lift.png")
     assert sorted(seen) == list(range(len(lengths)))
+
+
+@pytest.mark.parametrize("lengths", [[3], [3, 3, 3], [0, 1], [0, 0, 0, 0, 50], list(range(20)), [1, 5, 5, 5, 5, 9, 9]])
+def test_bins_hold_every_length_once(lengths):
+    bins = [np.array(lengths)[b] for b in length_bins(np.array(lengths), 4)]
+    assert sorted(np.concatenate(bins)) == sorted(lengths)
+    assert len(bins) <= 4
+    assert all(a.max() < b.min() for a, b in itertools.pairwise(bins))
+
+
+@pytest.mark.parametrize(("loss", "valid", "noted"), [(2.0, 1.5, True), (1.5, 2.0, False), (2.0, None, False)])
+def test_a_training_loss_above_validation_is_explained(tmp_path, monkeypatch, loss, valid, noted):
+    said = []
+    monkeypatch.setattr("matplotlib.figure.Figure.supxlabel", lambda _, text, **how: said.append(text))
+    log = [{"step": 1, "loss": loss}, *([{"step": 1, "eval_loss": valid}] if valid else [])]
+    plot_loss(log, tmp_path / "loss.png")
+    assert bool(said) == noted
 
 
 # --- evaluation with a model

@@ -2,6 +2,8 @@
 
 import math
 
+import pytest
+
 from persona_plug.measure.contrasts import Contrast
 from persona_plug.measure.stats import Interval
 from persona_plug.measure.tables import Table, contrast_table, interval_text, metric_table, number_text, one_line
@@ -52,3 +54,21 @@ def test_what_is_not_known_is_a_dash():
 def test_a_long_text_is_cut_to_one_line():
     assert one_line(" a\n b ", 9) == "a b"
     assert one_line("abcdef", 4) == "abc…"
+
+
+@pytest.mark.parametrize(
+    ("metric", "values", "bold"),
+    [
+        ("nll", [2.0, 1.0, 3.0], [1]),
+        ("rouge-1", [0.2, 0.5, 0.5], [1, 2]),
+        ("accuracy", [0.2, None, 0.1], [0]),
+        ("nll", [1.0, None, None], []),
+        ("nll", [math.nan, 1.0, 2.0], [1]),
+    ],
+)
+def test_best_values_are_bold(metric, values, bold):
+    rows = {f"m{i}": {} if v is None else {metric: Interval(v, v, v)} for i, v in enumerate(values)}
+    table = metric_table(rows)
+    lines = table.markdown()[2:]
+    assert [i for i, line in enumerate(lines) if "**" in line] == bold
+    assert table.html().count("<strong>") == len(bold)

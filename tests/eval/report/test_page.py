@@ -353,3 +353,19 @@ def test_costs_over_many_sizes_are_drawn_on_a_logarithmic_scale():
     near = [Point("a", 1, 1), Point("b", 2, 2), Point("c", 10, 3)]
     xs = [float(x) for x in re.findall(r'<circle[^>]*cx="([\d.]+)"', figures.scatter(near, "t", "x", "y"))]
     assert xs[2] - xs[1] > 5 * (xs[1] - xs[0])
+
+
+def test_the_report_begins_with_what_was_found(run):
+    results, details = run
+    first = re.search(r"<h1>.*?</h1><p><strong>(.*?)</strong></p>", report.html(results, details))[1]
+    assert first.startswith("Knows the user: ")
+    assert f"**{first.split('.')[0]}" in report.markdown(results).replace("&#x27;", "'")
+
+
+def test_the_line_at_zero_leaves_labels_free():
+    svg = figures.forest([Bar("a − b", 0.1, -0.1, 0.3), Bar("c − d", 0.2, 0.1, 0.3)], "title", "axis")
+    labels = [float(y) for y in re.findall(r'<text x="14" y="([\d.]+)"', svg)]
+    lines = re.findall(r'class="zero" [^>]*y1="([\d.]+)" y2="([\d.]+)"', svg)
+    assert len(labels) == len(lines) == 2
+    assert all(float(top) > label + 2 for label, (top, _) in zip(labels, lines, strict=True))
+    assert float(lines[0][1]) < labels[1] - 9
