@@ -61,11 +61,12 @@ def main(arguments: Sequence[str]) -> None:
 
 
 def prepare(settings: ComparisonSettings) -> tuple[Questions, PersonaPlug]:
-    """Return what is asked, with what is trained on, and an untrained plug."""
+    """Claim the run's folder; return what is asked, with what is trained on, and an untrained plug."""
     task = load_task(settings.task_name)
     if settings.generator == "vllm" and task.no_repeat_ngram:
         raise ConfigError(f"generator=vllm writes greedily: it knows no no_repeat_ngram, which {task.name} asks for")
     data = load_data(settings, task, settings.split, settings.questions)
+    claim(settings, FIXED, task, ("train", settings.split))  # before the models are loaded, which may take minutes
     base = build_plug(settings, task, data)
     base.llm.generation_config.num_beams = settings.beams
     return Questions(task, data, settings.generated), base
@@ -79,7 +80,6 @@ def compare(settings: ComparisonSettings) -> tuple[dict[str, Any], dict[str, Any
     git = _git()  # before, not after: sources may change while it runs
     questions, base = prepare(settings)
     task, data, users = questions.task, questions.data, questions.users
-    claim(settings, FIXED, task, ("train", settings.split))
     repeats = {} if data.answers else {name: why for name in settings.methods if (why := find_method(name).repeats)}
     notes = [f"{name} not run: for free text {why}" for name, why in repeats.items()]
     names = [name for name in settings.methods if name not in repeats]

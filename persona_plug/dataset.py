@@ -11,6 +11,7 @@ from torch.utils.data import Dataset
 
 from persona_plug.data.history import Example
 from persona_plug.embedder.batch import HistoryBatch
+from persona_plug.embedder.contract import Embedder
 from persona_plug.errors import DataError
 from persona_plug.model import PlugModel
 from persona_plug.splice.prompts import AnswerTree, PromptParts
@@ -46,6 +47,33 @@ class Batch:
             lengths=self.lengths.to(device),
             offset=None if self.offset is None else self.offset.to(device),
         )
+
+    def loss(
+        self,
+        output: tuple[Tensor, Tensor, Tensor | None],
+        embedder: Embedder,
+        token_weight: float,
+        tokens: Tensor | None = None,
+    ) -> Tensor:
+        """Return the loss of a plug's output (see `PlugModel.forward`); for free text the token loss alone.
+
+        Args:
+            output: Log-likelihoods (B, C) of the answers, (B,) of the gold's end token, and the answers' bias (B, C) or
+                None.
+            embedder: The plug's embedder.
+            token_weight: Weight of the token loss beside that over the answers' scores.
+            tokens: Answer tokens that the token loss is divided by; default those of the batch.
+        """
+        loglik, end, bias = output
+        batch = self.to(loglik.device)
+        gold_loglik = loglik.gather(1, batch.gold.unsqueeze(1)).squeeze(1)
+        # Every answer token counts the same, as in the LLM's own next-token loss.
+        token: Tensor = -(gold_loglik + end).sum() / (batch.lengths.sum() if tokens is None else tokens)
+        if loglik.shape[1] == 1:
+            return token
+        scores = embedder.combine(loglik, bias if batch.offset is None else batch.offset)
+        loss = torch.nn.functional.cross_entropy(scores, batch.gold)
+        return loss + token_weight * token if token_weight else loss
 
 
 class PlugDataset(Dataset[int]):

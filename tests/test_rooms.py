@@ -27,13 +27,13 @@ ROOMS = {
     "dataset": "data embedder errors model splice",
     "export": "data embedder errors files generation model models",
     "measure": "config data dataset errors model models",
-    "fit": "clock config data dataset embedder errors files generation heads measure model pairing persistence",
+    "fit": "clock config data dataset errors files generation heads measure model models pairing persistence",
     "plug": "config data errors fit model models persistence",
     "serving": "data errors export files heads models pairing persistence plug splice store",
     "page": "config data errors fit generation measure persistence plug store",
     "cli": "clock config data errors export files fit models page persistence plug serving store",
     "__main__": "cli",
-    "training": "clock config data dataset embedder errors files fit models persistence plug splice",
+    "training": "clock config data dataset embedder errors files fit models plug splice",
     "eval": "clock config data errors files fit measure model models plug retrieval serving splice store training",
 }
 ROOT_MODULES = 12  # modules at the root of persona_plug, at most

@@ -38,7 +38,8 @@ def claim(settings: RunSettings, keys: Sequence[str], task: Task, parts: Sequenc
     mine = json.loads(json.dumps({**mine, **{key: getattr(settings, key) for key in keys}}))
     out = Path(settings.out)
     file = out / FILE
-    kept = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    has_results = (out / "lr").is_dir() or any(out.glob("seed-*"))
+    kept = json.loads(file.read_text(encoding="utf-8")) if has_results and file.is_file() else {}
     for key, value in mine.items():
         if kept.get(key, value) != value:
             raise ConfigError(f"{out} holds results made with another {key}; choose another out=, or delete the folder")

@@ -11,7 +11,6 @@ from persona_plug.data.history import Example, leave_one_out
 from persona_plug.dataset import PlugDataset
 from persona_plug.errors import ConfigError
 from persona_plug.fit.config import FitConfig
-from persona_plug.fit.trainer import batch_loss
 from persona_plug.models.adapters import Adapters
 from persona_plug.plug import PersonaPlug
 
@@ -43,26 +42,28 @@ def for_each_user(
     users: dict[str, list[int]] = {}
     for i, example in enumerate(questions):
         users.setdefault(example.user_id, []).append(i)
-    answers = plug.config.answers
-    for user, indices in users.items():
-        samples = leave_one_out(user, questions[indices[0]].history)
-        samples = [s for s in samples if s.output.strip() and (answers is None or s.output.strip() in answers)]
+    for indices in users.values():
         try:
-            if samples:
-                _train(plug, adapters, samples, config, steps)
+            _train(plug, adapters, questions[indices[0]], config, steps)
             yield indices, plug
         finally:
             adapters.load_state_dict(start)
 
 
-def _train(plug: PersonaPlug, adapters: Adapters, examples: Sequence[Example], config: FitConfig, steps: int) -> None:
-    samples = PlugDataset(plug, examples)
+def _train(plug: PersonaPlug, adapters: Adapters, question: Example, config: FitConfig, steps: int) -> None:
+    """Train adapters on the history of a question's user; there may be nothing to train on."""
+    answers = plug.config.answers
+    items = leave_one_out(question.user_id, question.history)
+    items = [e for e in items if e.output.strip() and (answers is None or e.output.strip() in answers)]
+    if not items:
+        return
+    samples = PlugDataset(plug, items)
     optimizer = torch.optim.AdamW(adapters, lr=config.lr, weight_decay=config.weight_decay)
     draw = torch.Generator().manual_seed(config.seed)
     for _ in range(steps):
         batch = samples.collate(torch.randperm(len(samples), generator=draw)[: config.batch_size].tolist())
         output = plug(batch.history, batch.parts, batch.trees)
         optimizer.zero_grad()
-        batch_loss(output, plug.embedder, batch, config.token_weight).backward()
+        batch.loss(output, plug.embedder, config.token_weight).backward()
         torch.nn.utils.clip_grad_norm_(adapters, 1.0)
         optimizer.step()

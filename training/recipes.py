@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 from accelerate import PartialState
-from safetensors.torch import load_file
 
 from persona_plug.clock import clock
 from persona_plug.config import PlugConfig
@@ -19,8 +18,7 @@ from persona_plug.errors import ConfigError
 from persona_plug.files import write_atomically
 from persona_plug.fit.config import FitConfig
 from persona_plug.fit.loop import LOG
-from persona_plug.fit.run import WEIGHTS, train_parts
-from persona_plug.persistence import apply_weights
+from persona_plug.fit.run import read_back, train_parts
 from persona_plug.plug import PersonaPlug
 from training.lora import RANK
 from training.prefix import with_prefix
@@ -103,15 +101,10 @@ def fit(recipe: str, base: PersonaPlug, data: FitData, settings: RunSettings, se
     """
     name = name or recipe
     folder, config = Path(settings.out) / f"seed-{seed}" / "fitted" / name, settings.fit_config(seed)
-    is_trained = (folder / FACTS).is_file()
-    if not is_trained:
+    if not (folder / FACTS).is_file():
         config = dataclasses.replace(config, lr=choose_lr(recipe, base, data, settings, name))
     plug = make(recipe, base, settings.plug, seed)
-    if is_trained:
-        apply_weights(plug.parts(), load_file(folder / WEIGHTS), folder)
-    else:
-        _train(plug, data, config, folder, name)
-    facts = _facts(folder)
+    facts = _learn(plug, data, config, folder, name)
     count = sum(p.numel() for p in plug.parameters() if p.requires_grad)
     curve = tuple((int(step), float(seconds), float(loss)) for step, seconds, loss in facts["curve"])
     return Training(plug, facts["seconds"], facts["steps"], count, facts["lr"], curve)
@@ -125,16 +118,19 @@ def choose_lr(recipe: str, base: PersonaPlug, data: FitData, settings: RunSettin
     config = settings.fit_config(settings.seeds[0])
     losses = {}
     for lr in settings.lr_grid:
+        trial = dataclasses.replace(config, lr=lr, steps=settings.lr_steps, eval_every=settings.lr_steps)
+        plug = make(recipe, base, settings.plug, trial.seed)
         folder = Path(settings.out) / "lr" / name / f"lr-{lr:g}"
-        if not (folder / FACTS).is_file():
-            trial = dataclasses.replace(config, lr=lr, steps=settings.lr_steps, eval_every=settings.lr_steps)
-            _train(make(recipe, base, settings.plug, trial.seed), data, trial, folder, f"{name} at rate {lr:g}")
-        losses[lr] = _facts(folder)["curve"][-1][2]
+        losses[lr] = _learn(plug, data, trial, folder, f"{name} at rate {lr:g}")["curve"][-1][2]
     return min(losses, key=losses.__getitem__, default=config.lr)
 
 
-def _train(plug: PersonaPlug, data: FitData, config: FitConfig, folder: Path, name: str) -> None:
-    """Train a plug, and keep its weights and what the training took."""
+def _learn(plug: PersonaPlug, data: FitData, config: FitConfig, folder: Path, name: str) -> dict[str, Any]:
+    """Train a plug and keep what it learned, or read it back; return what the training took."""
+    file = folder / FACTS
+    if file.is_file():
+        read_back(plug, folder)
+        return dict(json.loads(file.read_text(encoding="utf-8")))
     start = clock(plug.llm)
     train_parts(plug, data, config, folder, resume=True, what=f"training {name}")
     passed = clock(plug.llm) - start
@@ -144,12 +140,9 @@ def _train(plug: PersonaPlug, data: FitData, config: FitConfig, folder: Path, na
     facts = {"seconds": seconds, "steps": lines[-1]["step"], "lr": config.lr, "curve": [*looks.values()]}
     processes = PartialState()
     if processes.is_main_process:
-        write_atomically(folder / FACTS, (json.dumps(facts) + "\n").encode())
+        write_atomically(file, (json.dumps(facts) + "\n").encode())
     processes.wait_for_everyone()
-
-
-def _facts(folder: Path) -> dict[str, Any]:
-    return dict(json.loads((folder / FACTS).read_text(encoding="utf-8")))
+    return facts
 
 
 def make(name: str, base: PersonaPlug, settings: Mapping[str, Any], seed: int) -> PersonaPlug:

@@ -68,9 +68,9 @@ def main(arguments: Sequence[str]) -> None:
     processes = PartialState(cpu=not torch.cuda.is_available(), timeout=timedelta(days=1))
     task = load_task(settings.task_name)
     data = load_data(settings, task)
-    base = build_plug(settings, task, data)
     with processes.main_process_first():
         claim(settings, TRAINED, task, ("train",))
+    base = build_plug(settings, task, data)
     for name in settings.recipes:
         for seed in settings.seeds:
             training = fit(name, base, data, settings, seed)

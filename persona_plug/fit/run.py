@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from accelerate import PartialState
-from safetensors.torch import load_file, save
+from safetensors.torch import load_file
 
 from persona_plug import persistence
 from persona_plug.clock import phase, tell
@@ -19,7 +19,6 @@ from persona_plug.config import TURNS_ALONE, PlugConfig
 from persona_plug.data.rows import local_path
 from persona_plug.data.splits import FitData, prepare
 from persona_plug.errors import ConfigError
-from persona_plug.files import write_atomically
 from persona_plug.fit.config import FitConfig
 from persona_plug.fit.identity import check_identity, identity, write_identity
 from persona_plug.fit.loop import calibrate, read_log, train
@@ -29,6 +28,7 @@ from persona_plug.fit.trainer import last_checkpoint
 from persona_plug.fit.words import fit_words, split_users
 from persona_plug.measure.stats import spread
 from persona_plug.model import PlugModel
+from persona_plug.models.tensors import write_tensors
 
 WEIGHTS = "fitted.safetensors"  # what a finished training learned, beside its log
 ADAPT = ("train", "none")  # what makes a plug: a training, or nothing but chat turns
@@ -110,8 +110,7 @@ def train_parts(
         check_identity(folder, present)
     processes.wait_for_everyone()  # all have looked
     if finished:
-        persistence.apply_weights(plug.parts(), load_file(folder / WEIGHTS), folder)
-        plug.eval()
+        read_back(plug, folder)
         return read_log(folder)
     if processes.is_main_process:
         with room_on_disk(folder):
@@ -125,10 +124,15 @@ def train_parts(
             with phase("fitting the memory of users' words"):
                 fit_words(plug, gate, data.valid, config.seed)
         if processes.is_main_process:
-            state = {name: tensor.clone() for name, tensor in persistence.state_of(plug.parts()).items()}
-            write_atomically(folder / WEIGHTS, save(state))
+            write_tensors(folder / WEIGHTS, persistence.state_of(plug.parts()), {})
     processes.wait_for_everyone()
     return log
+
+
+def read_back(plug: PlugModel, folder: Path) -> None:
+    """Load what a finished training learned."""
+    persistence.apply_weights(plug.parts(), load_file(folder / WEIGHTS), folder)
+    plug.eval()
 
 
 def _trained_task_prompt(plug: PlugModel, data: FitData, config: FitConfig, folder: Path, resume: bool) -> PlugModel:

@@ -14,7 +14,6 @@ from transformers import EarlyStoppingCallback, PrinterCallback, Trainer, Traine
 
 from persona_plug.clock import Advance, clock
 from persona_plug.dataset import Batch, PlugDataset
-from persona_plug.embedder.contract import Embedder
 from persona_plug.fit.config import FitConfig
 from persona_plug.model import PlugModel
 
@@ -39,7 +38,7 @@ class _Trained(nn.Module):
 
     def forward(self, token_weight: float, tokens: Tensor | None, batch: Batch) -> Tensor:
         output = self.plug(batch.history, batch.parts, batch.trees)
-        return batch_loss(output, self.embedder, batch, token_weight, tokens)
+        return batch.loss(output, self.embedder, token_weight, tokens)
 
 
 class PlugTrainer(Trainer):
@@ -124,35 +123,6 @@ class PlugTrainer(Trainer):
 def _collator(samples: PlugDataset) -> Callable[[Sequence[int]], dict[str, Batch]]:
     """Return what makes the Trainer's inputs: it looks for names in them, and moves what has a `to`."""
     return lambda indices: {"batch": samples.collate(indices)}
-
-
-def batch_loss(
-    output: tuple[Tensor, Tensor, Tensor | None],
-    embedder: Embedder,
-    batch: Batch,
-    token_weight: float,
-    tokens: Tensor | None = None,
-) -> Tensor:
-    """Return the loss of a plug's output (see `PlugModel.forward`) on a batch; for free text the token loss alone.
-
-    Args:
-        output: Log-likelihoods (B, C) of the answers, (B,) of the gold's end token, and the answers' bias (B, C) or
-            None.
-        embedder: The plug's embedder.
-        batch: The batch.
-        token_weight: Weight of the token loss beside that over the answers' scores.
-        tokens: Answer tokens that the token loss is divided by; default those of the batch.
-    """
-    loglik, end, bias = output
-    batch = batch.to(loglik.device)
-    gold_loglik = loglik.gather(1, batch.gold.unsqueeze(1)).squeeze(1)
-    # Every answer token counts the same, as in the LLM's own next-token loss.
-    token: Tensor = -(gold_loglik + end).sum() / (batch.lengths.sum() if tokens is None else tokens)
-    if loglik.shape[1] == 1:
-        return token
-    scores = embedder.combine(loglik, bias if batch.offset is None else batch.offset)
-    loss = torch.nn.functional.cross_entropy(scores, batch.gold)
-    return loss + token_weight * token if token_weight else loss
 
 
 class _JsonLog(TrainerCallback):

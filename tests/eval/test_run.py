@@ -8,7 +8,7 @@ from eval import run
 from eval.bench.timing import paired
 from eval.session import Session
 from eval.settings import ComparisonSettings
-from persona_plug.errors import ConfigError
+from persona_plug.errors import ConfigError, PersonaPlugError
 from training import run as training_run
 from training.data import load_data
 from training.tasks import load_task
@@ -151,3 +151,13 @@ def test_a_training_is_not_taken_for_one_with_other_settings_or_data(folder, mon
     file.write_text(file.read_text() + " ")
     with pytest.raises(ConfigError, match=r"made with another data \(train\)"):
         training_run.main(same)
+
+
+def test_a_folder_without_results_takes_other_settings(folder):
+    """A model that could not be loaded leaves nothing behind that its right name must not contradict."""
+    same = [*ARGUMENTS, f"data={folder}", f"out={folder / 'out'}", "methods=[none]"]
+    with pytest.raises(PersonaPlugError, match="nowhere"):
+        run.main([*same, "llm=./nowhere"])
+    run.main(same)
+    with pytest.raises(ConfigError, match="made with another llm"):  # before a model is looked for
+        run.main([*same, "llm=./nowhere"])

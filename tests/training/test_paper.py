@@ -75,7 +75,7 @@ def test_it_runs_with_tiny_models(tmp_path, settings, scale):
 def test_answers_are_searched_with_as_many_beams_as_asked(tmp_path):
     tiny.write(tmp_path / "own_text", "own_text", 4, personal=True)
     arguments = [f"data={tmp_path / 'own_text'}", f"task={tiny.SHAPES['own_text'][0]}", "llm=tiny-t5"]
-    settings = load([*arguments, "encoder=tiny-encoder", "beams=3"], ComparisonSettings)
+    settings = load([*arguments, "encoder=tiny-encoder", "beams=3", f"out={tmp_path / 'out'}"], ComparisonSettings)
     questions, base = eval_run.prepare(settings)
     asked = questions.data.held_out[0].input
     greedy, searched = (base.generate(asked, max_new_tokens=12, **o) for o in ({"num_beams": 1}, {}))
