@@ -7,11 +7,12 @@ import shutil
 import pytest
 import torch
 
-from persona_plug.data.splits import FitData
+from persona_plug.data.splits import FitData, prepare
 from persona_plug.errors import CorruptFileError, MismatchError
 from persona_plug.fit.config import FitConfig
 from persona_plug.fit.run import WEIGHTS, train_parts
 from persona_plug.fit.trainer import PlugTrainer, last_checkpoint
+from persona_plug.persistence import state_of
 from tests.fit.test_run import QUICK, labels, same, stop_at, weights
 
 SETTINGS = QUICK | {"steps": 6}
@@ -182,3 +183,21 @@ def test_fit_refuses_before_the_control_is_trained(make_plug, data, tmp_path):
     with pytest.raises(MismatchError, match="seed 0 there, 5 here"):
         make_plug().fit(whole, output_dir=tmp_path, resume=True, seed=5, **QUICK)
     assert not (tmp_path / "task_prompt").exists()
+
+
+@pytest.mark.parametrize("kind", [{"lora": 2}, {"recipe": "words", "task_tokens": 2}, {"retrieve": 2}], ids=str)
+def test_all_parts_of_a_finished_run_are_read_back(make_plug, tmp_path, kind):
+    rows = [
+        {"user_id": f"u{u}", "input": f"asks {u} {i}", "output": f"Dear {i}, yours {u}"}
+        for u in range(8)
+        for i in range(4)
+    ]
+    data = prepare(rows, answers=None, valid=0.2, held_out=0.2)
+    plugs = [make_plug(max_answer_tokens=24, **kind) for _ in range(2)]
+    for plug, resume in zip(plugs, (False, True), strict=True):
+        run(plug, data, tmp_path, resume=resume, **QUICK)
+    one, two = (state_of(plug.parts()) for plug in plugs)
+    assert one.keys() == two.keys()
+    assert all(torch.equal(one[name], two[name]) for name in one)
+    request = data.held_out[0]
+    assert plugs[0].score([request], [request.output]) == plugs[1].score([request], [request.output])
