@@ -45,6 +45,7 @@ CSS = """
 .pp th, .pp td { text-align: left; padding: .3rem .5rem .3rem 0; vertical-align: top; font-size: .9rem;
   border: 0; border-bottom: 1px solid var(--border-color-primary); }
 .pp .bar { width: 30%; }
+.pp tbody th { width: 9rem; }
 .pp .bar span { display: block; height: .6rem; min-width: 1px; background: var(--color-accent); border-radius: 2px; }
 .pp .good, .pp .bad { margin: .25rem 0; padding: .4rem .75rem; border-left: 4px solid #15803d; }
 .pp .bad { border-left-color: #b91c1c; font-weight: 600; }
@@ -188,8 +189,8 @@ def style(user: str, card: Style | None) -> str:
     names = ("openings", "closings", "phrases", "emoji", "labels")
     rows += [(name, _habit(habit)) for name, habits in zip(names, kinds, strict=True) for habit in habits]
     body = "".join(f'<tr><th scope="row">{name}</th><td dir="auto">{escape(text)}</td></tr>' for name, text in rows)
-    caption = f"What {user} does and others do not: {counted(card.texts, 'text')} beside {card.others} of other users"
-    return _block(f"<h3>Style</h3><table><caption>{escape(caption)}</caption><tbody>{body}</tbody></table>")
+    caption = f"Style of {user}: {counted(card.texts, 'text')} beside {card.others} of other users"
+    return _block(f"<table><caption>{escape(caption)}</caption><tbody>{body}</tbody></table>")
 
 
 def _habit(habit: Habit) -> str:

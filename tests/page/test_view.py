@@ -173,7 +173,7 @@ def test_what_came_from_the_users_words_is_marked(text, marks, html):
 def test_style_is_a_table():
     card = style_of(["Servus, so 🌳"] * 3 + ["Servus, well 🌳"], ["Hello there, my friend"] * 9)
     text = Page(view.style("ann", card)).text
-    for part in ("What ann does and others do not: 4 texts beside 9", "length 3 words", "openings Servus,", "emoji 🌳"):
+    for part in ("Style of ann: 4 texts beside 9", "length 3 words", "openings Servus,", "emoji 🌳"):
         assert part in text
     assert "100% of texts, others 0%" in text
     assert "No items of ann yet" in view.style("ann", None)
