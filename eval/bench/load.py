@@ -189,9 +189,8 @@ def overhead(settings: LoadSettings, scratch: Path) -> dict[str, Any]:
         return {"model": "plug", "prompt": text, "user": user, "max_tokens": settings.tokens}
 
     async def direct(i: int) -> None:
-        prepared = await gateway.prepare(CompletionRequest.model_validate(body(i)), "local")
-        async for _ in gateway.write(prepared, streams=False):
-            pass
+        (prepared,) = await gateway.prepare(CompletionRequest.model_validate(body(i)), "local")
+        await gateway.generate(prepared)
 
     async def measure() -> dict[str, Any]:
         with socket.socket() as listening:

@@ -13,6 +13,7 @@ from persona_plug.data.history import Example, HistoryItem
 from persona_plug.data.splits import FitData
 from persona_plug.errors import ConfigError
 from persona_plug.fit.config import FitConfig
+from persona_plug.fit.run import WEIGHTS
 from persona_plug.models.fingerprint import full_digest
 from persona_plug.models.llm import loaded_as
 from persona_plug.persistence import state_of
@@ -222,7 +223,7 @@ def test_every_seed_learns_at_the_rate_that_is_best_with_the_first(base, data, t
         folder.mkdir(parents=True)
         look = {"step": config.steps, "seconds": 1.0, "eval_loss": abs(config.lr - 0.003)}
         (folder / "log.jsonl").write_text(json.dumps(look) + "\n")
-        save_file({k: v.clone() for k, v in state_of(plug.parts()).items()}, folder / recipes.WEIGHTS)
+        save_file({k: v.clone() for k, v in state_of(plug.parts()).items()}, folder / WEIGHTS)
 
     monkeypatch.setattr(recipes, "train_parts", train)
     grid = settings(tmp_path, lr_grid=[1e-3, 3e-3, 1e-2], lr_steps=4, seeds=[3, 5])
