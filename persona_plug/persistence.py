@@ -60,6 +60,9 @@ def save(
         if isinstance(part, Adapters):  # in files of their own, which PEFT reads
             part.save(folder / ADAPTER, config.llm, config.llm_fingerprint)
             metadata["adapters"] = part.digest
+    if "adapters" not in metadata:  # an earlier plug's: whoever serves the folder would take them for this one's
+        for name in FILES:
+            (folder / ADAPTER / name).unlink(missing_ok=True)
     others = {name: part for name, part in parts.items() if not isinstance(part, Adapters)}
     write_tensors(folder / WEIGHTS_NAME, state_of(others), metadata)
     write_atomically(folder / CONFIG_NAME, config.to_json().encode())

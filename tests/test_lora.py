@@ -156,3 +156,12 @@ def test_a_config_of_the_version_before_has_no_adapters(make_plug, tmp_path):
     loaded = PersonaPlug.from_pretrained(tmp_path, device="cpu")
     assert (loaded.config.lora, loaded.config.retrieve) == (0, 0)
     assert loaded.adapters is None
+
+
+def test_a_plug_without_adapters_leaves_no_earlier_ones_beside_it(saved, make_plug):
+    """An engine that is given the folder would serve those of another plug."""
+    note = saved / "adapter" / "notes.txt"
+    note.write_text("mine")
+    make_plug(answers=tuple(SAID)).save_pretrained(saved)
+    assert [path.name for path in (saved / "adapter").iterdir()] == ["notes.txt"]
+    assert PersonaPlug.from_pretrained(saved, device="cpu").adapters is None

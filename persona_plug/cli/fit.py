@@ -25,7 +25,7 @@ from persona_plug.cli.settings import plug_settings, training_settings, with_set
 from persona_plug.errors import ConfigError
 
 OURS = ("config.json", "model.safetensors", "README.md", "fit_report.json", "fit_report.md", "fit_examples.md",
-        "loss.png", "lift.png", "plug", "task_prompt")  # fmt: skip
+        "loss.png", "lift.png", "plug", "task_prompt", "adapter")  # fmt: skip
 """What `fit` writes into its folder."""
 
 
