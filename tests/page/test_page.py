@@ -164,12 +164,12 @@ def test_upload_and_bad_upload(page, tmp_path):
     choose(page, "uma")
     tab(page, "History")
     file = tmp_path / "mine.jsonl"
-    file.write_text('{"input": "x", "output": "first"}\n{"input": "x", "output": 7}\n')
+    file.write_text('{"input": "x", "output": "first"}\n{"input": "x", "output": [7]}\n')
     page.locator("#file input[type=file]").set_input_files(file)
     page.get_by_text("mine.jsonl").first.wait_for()
     page.get_by_role("button", name="Add", exact=True).click()
     page.locator("#added [role=alert]").wait_for()
-    assert page.locator("#added").inner_text().strip() == "mine.jsonl:2: field 'output' must be a text, got 7"
+    assert page.locator("#added").inner_text().strip() == "mine.jsonl:2: field 'output' must be a text, got [7]"
     assert "No items of uma yet" in page.locator("#items").inner_text()
     shot(page, "bad-upload")
     page.get_by_role("button", name="Clear").click()
