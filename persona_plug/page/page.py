@@ -35,6 +35,7 @@ THEME = {
     "button_cancel_text_color_hover": "white",
     "layout_gap": "*spacing_lg",
 }
+NOBODY = "No user is chosen: choose one above, or type a new id."
 MINE = (
     "Paste three of your own messages, with an empty line between two, and press Enter. They are kept as the items of "
     f"the user {SELF!r}, in place of earlier ones. Read your greeting, sign-off and emoji in the first card."
@@ -77,7 +78,7 @@ class Page:
                 allow_custom_value=True,
                 elem_id="user",
             )
-            self.chosen = gradio.HTML(elem_id="chosen")
+            self.chosen = gradio.HTML(view.note(NOBODY), elem_id="chosen")
             self.whose = gradio.State("")  # whose answers the cards show
             with gradio.Tab("Ask"):
                 self._build_ask()
@@ -204,8 +205,12 @@ class Page:
         name = (user or "").strip()
         skip = self.gr.skip()
         cards = [skip, skip] if name and name == whose else [view.cards({}), ""]
-        says = view.note("No user is chosen: choose one above, or type a new id.")
-        shown = [says, "", view.note("Choose a user to see the items."), self.gr.Dropdown(choices=[], value=None)]
+        shown = [
+            view.note(NOBODY),
+            "",
+            view.note("Choose a user to see the items."),
+            self.gr.Dropdown(choices=[], value=None),
+        ]
         try:
             shown = self.held(named(user)) if name else shown
             examples = self.session.examples(name or None)

@@ -58,7 +58,7 @@ def page(served, browser):
     yield from open_page(browser, served[0])
 
 
-def open_page(browser, address, width=1280):
+def open_page(browser, address, width=1280, begins="ann: 5 items."):
     page = browser.new_page()
     page.set_viewport_size({"width": width, "height": 900})
     page.set_default_timeout(60_000)
@@ -67,7 +67,7 @@ def open_page(browser, address, width=1280):
     page.on("pageerror", lambda error: wrong.append(str(error)))
     page.on("console", lambda message: wrong.append(message.text) if message.type == "error" else None)
     page.goto(address)
-    user(page).wait_for()
+    page.locator("#chosen").get_by_text(begins).wait_for()  # the server has chosen: it does not choose again
     yield page
     page.close()
     assert not wrong
@@ -134,7 +134,7 @@ def test_another_user_clears_the_answers(page):
     ask(page, "rate this")
     choose(page, "eve")
     page.locator("#cards").get_by_text("No answer yet").first.wait_for()
-    assert "rate the cake" not in page.content()
+    assert page.locator("#weights").inner_text().strip() == ""
 
 
 def test_new_user_from_pasted_lines(page):
@@ -164,12 +164,12 @@ def test_upload_and_bad_upload(page, tmp_path):
     choose(page, "uma")
     tab(page, "History")
     file = tmp_path / "mine.jsonl"
-    file.write_text('{"input": "x", "output": "first"}\n{"input": "x", "output": 7}\n')
+    file.write_text('{"input": "x", "output": "first"}\n{"input": "x", "output": [7]}\n')
     page.locator("#file input[type=file]").set_input_files(file)
     page.get_by_text("mine.jsonl").first.wait_for()
     page.get_by_role("button", name="Add", exact=True).click()
     page.locator("#added [role=alert]").wait_for()
-    assert page.locator("#added").inner_text().strip() == "mine.jsonl:2: field 'output' must be a text, got 7"
+    assert page.locator("#added").inner_text().strip() == "mine.jsonl:2: field 'output' must be a text, got [7]"
     assert "No items of uma yet" in page.locator("#items").inner_text()
     shot(page, "bad-upload")
     page.get_by_role("button", name="Clear").click()
@@ -185,7 +185,7 @@ def test_what_users_write_is_shown_and_not_run(page):
     choose(page, EVIL)
     add(page, f"{EVIL} -> {EVIL}")
     ask(page, EVIL)
-    assert EVIL in page.locator("#style td").nth(1).text_content()
+    assert "onerror=" in page.locator("#style").text_content()
     tab(page, "History")
     assert EVIL in page.locator("#items td").first.text_content()
     assert page.evaluate("window.harmed") is None
@@ -195,7 +195,6 @@ def test_what_users_write_is_shown_and_not_run(page):
 
 
 def test_a_user_and_three_requests_are_there_at_once(page):
-    page.locator("#chosen").get_by_text("ann: 5 items.").wait_for()
     assert page.locator("#examples input").count() == 3
     request = page.get_by_role("textbox", name="Request")
     assert request.input_value() == page.locator("#examples label").first.inner_text() == "rate the cake"
@@ -208,7 +207,6 @@ def test_a_user_and_three_requests_are_there_at_once(page):
 
 
 def test_own_messages_are_tried_at_once(page):
-    page.locator("#chosen").get_by_text("ann: 5 items.").wait_for()
     mine = page.get_by_role("textbox", name="Try it as yourself")
     for text in ("Servus,\nall fine 🌳\n\nServus,\nall good 🌳\n\nServus,\nall well 🌳", "Moin 🌊\nMoin Ida 🌊"):
         mine.fill(text)
@@ -224,15 +222,7 @@ def test_own_messages_are_tried_at_once(page):
     forget(page)
 
 
-def test_without_user_or_request(page):
-    page.locator("#chosen").get_by_text("ann: 5 items.").wait_for()
-    user(page).fill("")
-    user(page).press("Enter")
-    page.locator("#chosen").get_by_text("No user is chosen").wait_for()
-    page.get_by_role("textbox", name="Request").fill("hello")
-    page.get_by_role("button", name="Ask").click()
-    page.locator("#chosen [role=alert]").get_by_text("no user is chosen").wait_for()  # beside the field
-    choose(page, "ann")
+def test_without_request(page):
     page.get_by_role("textbox", name="Request").fill("  ")
     page.get_by_role("button", name="Ask").click()
     page.locator("#asked [role=alert]").get_by_text("the request is empty").wait_for()
@@ -405,8 +395,11 @@ def test_empty_store_and_labels(make_plug, browser, tmp_path):
     with demo(tmp_path / "plug", tmp_path / "run") as (address, process, _):
         scratch = [p for p in (tmp_path / "run").iterdir() if p.name.startswith("persona-plug-demo-")]
         assert len(scratch) == 1
-        for page in open_page(browser, address):
+        for page in open_page(browser, address, begins="No user is chosen"):
             assert "temporary file" in page.content()
+            page.get_by_role("textbox", name="Request").fill("hello")
+            page.get_by_role("button", name="Ask").click()
+            page.locator("#chosen [role=alert]").get_by_text("no user is chosen").wait_for()  # beside the field
             tab(page, "Report")
             assert "holds no report" in page.locator("#report").inner_text()
             choose(page, "ann")
