@@ -217,8 +217,9 @@ def make_report(
             shown["examples"] = side_by_side(plug, data.held_out, answers, examples)
         with noted(notes, "one request as several users' plug answers it"):
             shown["request"] = one_request(plug, data.held_out, examples)
-        with noted(notes, "loss.png"):
-            plot_loss(log, folder / "loss.png")
+        if log:
+            with noted(notes, "loss.png"):
+                plot_loss(log, folder / "loss.png")
         with noted(notes, "lift.png"):
             lift = values["plug_shuffled"]["nll"] - values["plug"]["nll"]
             plot_lift(lift, data.held_out, folder / "lift.png")

@@ -637,6 +637,7 @@ def test_without_any_training_a_plug_is_its_turns(make_plug, tmp_path, monkeypat
     assert not list(plug.parameters())
     assert {"none", "plug", "plug_shuffled"} <= set(report.metrics)
     assert "task_prompt" not in report.metrics
+    assert not (tmp_path / "run" / "loss.png").exists()
     assert report.metrics["plug"]["nll"].value != report.metrics["plug_shuffled"]["nll"].value
     assert report.tokens["plug"] > 0
     again = PersonaPlug.from_pretrained(plug.save_pretrained(tmp_path / "plug"), device="cpu")
