@@ -124,7 +124,6 @@ def quiet() -> None:
     """Show our own bars and lines only, not the libraries' loading bars."""
     from transformers.utils import logging as transformers_logging
 
-    for name in ("bitsandbytes", "matplotlib"):  # which tell of optional kernels, and of folders and fonts
-        logging.getLogger(name).setLevel(logging.ERROR)
+    logging.getLogger("matplotlib").setLevel(logging.ERROR)  # tells of its folders and fonts
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
