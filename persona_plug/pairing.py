@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
 
@@ -46,6 +46,8 @@ def pair(
         ConfigError: Histories are given in two ways, or a user without a store.
         MismatchError: The store's vectors come from another encoder than the plug's.
     """
+    if not isinstance(inputs, Iterable):
+        raise DataError(f"inputs must be texts, not {inputs!r:.40}")
     requests: list[Any] = [inputs] if isinstance(inputs, str) else list(inputs)
     stored = user is not None or store is not None
     if not requests:
