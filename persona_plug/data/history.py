@@ -130,7 +130,7 @@ def parse_event(record: Mapping[str, Any], where: str, item: Mapping[str, Any] |
     if ident is None and values["id"] is not None:
         raise refusal("id", "must be a text or a whole number")
     for name, text in (("user_id", user), ("input", source), ("output", answer), ("id", ident or "")):
-        if any("\ud800" <= c <= "\udfff" for c in text):
+        if is_halved(text):
             raise DataError(f"{where}: field {name!r} holds half a character (a lone surrogate); repair the text")
     time = values["timestamp"]
     at = None if time is None or (isinstance(time, str) and not time.strip()) else seconds(time, where)
@@ -264,6 +264,11 @@ def by_user(events: Iterable[Event]) -> dict[str, list[HistoryItem]]:
     for event in events:
         users.setdefault(event.user_id, []).append(event.item)
     return users
+
+
+def is_halved(text: str) -> bool:
+    """Whether a text holds half a character, a lone surrogate, which no encoding can write."""
+    return any("\ud800" <= c <= "\udfff" for c in text)
 
 
 def is_pair(item: object) -> TypeGuard[tuple[str, str]]:
