@@ -10,7 +10,7 @@ import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from persona_plug.errors import ConfigError
+from persona_plug.errors import ConfigError, nearest
 from persona_plug.retrieval import METHODS as RANKINGS
 
 PROMPTS = (*RANKINGS, "graph", "summary", "profile")
@@ -122,8 +122,9 @@ def find_method(name: str) -> Method:
         basis = METHODS.get(name.removesuffix(ending))
         if basis and basis.recipe:
             return dataclasses.replace(basis, history=history)
+    hint = nearest(name, METHODS) or ";"
     raise ConfigError(
-        f"no method {name!r}; known are {', '.join(METHODS)}; NAME-K puts K items into the prompt, "
+        f"no method {name!r}{hint} known are {', '.join(METHODS)}; NAME-K puts K items into the prompt, "
         "NAME_shuffled and NAME_empty ask a trained one with another user's history, or none"
     )
 

@@ -50,7 +50,6 @@ def main(arguments: Sequence[str]) -> None:
     """Run a comparison from the command line."""
     settings = load(arguments, ComparisonSettings)
     out = Path(settings.out)
-    out.mkdir(parents=True, exist_ok=True)
     results, details = compare(settings)
     results["command"] = shlex.join(["python", "-m", "eval.run", *portable(arguments)])
     report = markdown(results)

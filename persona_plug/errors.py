@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Iterable
+
+_DIGITS = re.compile(r"\d+")
 
 
 class PersonaPlugError(Exception):
@@ -31,9 +34,14 @@ class CorruptFileError(PersonaPlugError):
 
 
 def nearest(name: object, known: Iterable[str], lead: str = ", ") -> str:
-    """Return "did you mean ...?" behind `lead`, with the known name that is most like a wrong one; or nothing."""
-    names = {known_name.casefold(): known_name for known_name in known}
-    near = difflib.get_close_matches(str(name).casefold(), names, n=1, cutoff=0.7)
+    """Return "did you mean ...?" behind `lead`, with the known name that is most like a wrong one; or nothing.
+
+    Names with other numbers in them are no misspellings of each other.
+    """
+    wrong = str(name).casefold()
+    numbers = _DIGITS.findall(wrong)
+    names = {one.casefold(): one for one in known if _DIGITS.findall(one) == numbers}
+    near = difflib.get_close_matches(wrong, names, n=1, cutoff=0.7)
     return f"{lead}did you mean {names[near[0]]!r}?" if near else ""
 
 

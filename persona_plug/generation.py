@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 from torch import Tensor
 
 from persona_plug.config import PlugConfig
 from persona_plug.data.history import Example, HistoryItem
-from persona_plug.errors import ConfigError
+from persona_plug.errors import ConfigError, first_line, nearest
 from persona_plug.heads.processor import WordsProcessor
 from persona_plug.heads.recollection import Recollection, Span
 from persona_plug.heads.words import WordsReader
@@ -47,6 +49,32 @@ def greedy(options: Mapping[str, object]) -> dict[str, object]:
     """Return options of the LLM's `generate` that are greedy unless they sample."""
     options = {"do_sample": False, **options}
     return options if options["do_sample"] else {**options, "temperature": None, "top_p": None, "top_k": None}
+
+
+COUNTS = ("max_new_tokens", "num_beams", "num_return_sequences")
+
+
+@contextmanager
+def _named_options(options: Mapping[str, object]) -> Iterator[None]:
+    """Turn what `generate` of transformers says of its options into one line.
+
+    Raises:
+        ConfigError: An option is unknown or out of range, or the LLM cannot generate so.
+    """
+    for name in COUNTS:
+        value = options.get(name, 1)
+        if not isinstance(value, int | None) or (value is not None and value < 1):
+            raise ConfigError(f"{name}={value!r} must be a whole number from 1 up")
+    try:
+        yield
+    except (ValueError, TypeError, ZeroDivisionError) as exc:
+        unknown = re.search(r"`model_kwargs` are not used by the model: \['(\w+)'", str(exc))
+        if unknown is None:
+            raise ConfigError(f"the LLM cannot generate with these options: {first_line(exc)}") from exc
+        from transformers import GenerationConfig
+
+        hint = nearest(unknown[1], GenerationConfig().to_dict(), "; ")
+        raise ConfigError(f"generate knows no option {unknown[1]!r}{hint}") from exc
 
 
 def with_words(options: Mapping[str, object], readers: Sequence[WordsReader] | None, start: int) -> dict[str, object]:
@@ -90,7 +118,8 @@ def write_texts(
     for rows in splicer.together(parts, soft):
         inputs = splicer.generation_inputs([parts[i] for i in rows], [soft[i] for i in rows])
         own = None if readers is None else [readers[i] for i in rows]
-        out = splicer.llm.generate(**inputs, **with_words(options, own, len(splicer.start)))
+        with _named_options(options):
+            out = splicer.llm.generate(**inputs, **with_words(options, own, len(splicer.start)))
         ids = out if isinstance(out, Tensor) else out.sequences  # return_dict_in_generate
         written = [text.strip() for text in tokenizer.batch_decode(ids, skip_special_tokens=True)]
         share = len(written) // len(rows)

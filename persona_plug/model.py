@@ -375,6 +375,8 @@ class PlugModel(nn.Module):
         self, examples: Sequence[Example], personal: bool, size: int
     ) -> Iterator[tuple[list[Example], Embedded, list[PromptParts]]]:
         """Yield (examples, what the embedder makes of them, prompts) in order."""
+        if size < 1:
+            raise ConfigError(f"batch_size={size} must be at least 1")
         table = self.table(examples) if personal else None
         for start in range(0, len(examples), size):
             batch = list(examples[start : start + size])

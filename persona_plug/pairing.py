@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
 
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from persona_plug.config import PlugConfig
-from persona_plug.data.history import Example, HistoryItem, is_pair
+from persona_plug.data.history import Example, HistoryItem, is_halved, is_pair
 from persona_plug.data.rows import is_table, unfold
 from persona_plug.errors import ConfigError, DataError
 from persona_plug.models.caching import uncached
@@ -46,14 +46,19 @@ def pair(
         ConfigError: Histories are given in two ways, or a user without a store.
         MismatchError: The store's vectors come from another encoder than the plug's.
     """
+    if not isinstance(inputs, Iterable):
+        raise DataError(f"inputs must be texts, not {inputs!r:.40}")
     requests: list[Any] = [inputs] if isinstance(inputs, str) else list(inputs)
     stored = user is not None or store is not None
     if not requests:
         raise DataError("no input given")
     if history is None and not stored and all(isinstance(r, Example) for r in requests):
         return requests
-    if any(not isinstance(r, str) for r in requests):
-        raise DataError("inputs must be texts")
+    for request in requests:
+        if not isinstance(request, str):
+            raise DataError(f"inputs must be texts, not {request!r:.40}")
+        if is_halved(request):
+            raise DataError(f"the input {request!r:.60} holds half a character (a lone surrogate); repair the text")
     if stored and history is not None:
         raise ConfigError("give history=, or user= with store=, not both")
     if stored:

@@ -62,3 +62,15 @@ def test_what_is_no_item_is_shown(item):
     with pytest.raises(DataError, match="a history item must be") as refusal:
         pair(CONFIG, "x", [{"input": "a", "output": "b"}, item])
     assert repr(item) in str(refusal.value)
+
+
+def test_what_an_item_lacks_is_told_without_what_was_not_given():
+    with pytest.raises(DataError) as refusal:
+        pair(CONFIG, "x", [{"inp": "a", "answer": "b"}])
+    assert str(refusal.value).endswith("got nothing (field missing; the item has inp, answer)")
+
+
+@pytest.mark.parametrize("inputs", [5, None, 1.5, [5], [None], ["a", 5]], ids=repr)
+def test_inputs_are_texts(inputs):
+    with pytest.raises(DataError, match="inputs must be texts"):
+        pair(CONFIG, inputs, [])

@@ -165,6 +165,14 @@ def read_yaml(text: str) -> Any:  # noqa: ANN401
     return yaml.load(text, _Loader)  # noqa: S506 (it is a SafeLoader)
 
 
+def yaml_problem(exc: Exception) -> str:
+    """Return in words what is wrong with a YAML text, and where."""
+    problem, mark = getattr(exc, "problem", None), getattr(exc, "problem_mark", None)
+    if problem is None:
+        return " ".join(str(exc).split())
+    return problem if mark is None else f"{problem}, line {mark.line + 1}, column {mark.column + 1}"
+
+
 class _Loader(yaml.SafeLoader):
     """YAML in which 1e-3 is a number, as in YAML 1.2; PyYAML alone reads it as a text."""
 
@@ -180,7 +188,7 @@ def _read_file(path: Path) -> dict[str, Any]:
     try:
         content = read_yaml(path.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as exc:
-        raise ConfigError(f"{path}: not YAML ({' '.join(str(exc).split())})") from exc
+        raise ConfigError(f"{path}: not YAML ({yaml_problem(exc)})") from exc
     if not isinstance(content, dict | type(None)):
         raise ConfigError(f"{path}: a config is a mapping of settings")
     return {str(name): value for name, value in (content or {}).items()}
@@ -191,7 +199,9 @@ def _parse(name: str, text: str, hints: Mapping[str, Any]) -> Any:  # noqa: ANN4
     try:
         value = read_yaml(text)
     except yaml.YAMLError as exc:
-        raise ConfigError(f"{name}={text}: not YAML ({' '.join(str(exc).split())}); quote the value") from exc
+        raise ConfigError(
+            f"{name}={text}: not YAML ({yaml_problem(exc)}); quote the value, or close its brackets"
+        ) from exc
     is_text = str in (hints.get(name), *get_args(hints.get(name))) and get_origin(hints[name]) in (None, *_UNIONS)
     return text if is_text and value is not None and not isinstance(value, str) else value
 

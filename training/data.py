@@ -12,6 +12,7 @@ import numpy as np
 from persona_plug.data.history import Example
 from persona_plug.data.lamp import LampData, leave_one_out_profiles, read_lamp
 from persona_plug.data.splits import FitData
+from persona_plug.errors import DataError
 from training.settings import RunSettings
 from training.tasks import Task
 
@@ -28,7 +29,7 @@ def load_data(settings: RunSettings, task: Task, split: str = "", questions: int
         questions: See `sample_questions`.
 
     Raises:
-        DataError: A file is missing or not LaMP-shaped.
+        DataError: A file is missing or not LaMP-shaped, or the task lacks an answer of the split.
     """
     train = _read(settings.data, "train", task)
     possible = leave_one_out_profiles(train.examples)
@@ -39,9 +40,15 @@ def load_data(settings: RunSettings, task: Task, split: str = "", questions: int
     valid = {str(u) for u in np.random.default_rng(0).choice(users, count, replace=False)}
     learned = [e for e in usable if e.user_id not in valid]
     validation = [e for e in usable if e.user_id in valid]
+    if not learned or not validation:
+        raise DataError(
+            f"{settings.data}: {len(learned)} training and {len(validation)} validation samples have an answer of task "
+            f"{task.name}, at least one of each is needed; check its answers, or valid={settings.valid}"
+        )
     sizes = f"{len(learned)} training samples of {len(users) - len(valid)} users, {len(validation)} of {len(valid)}"
     notes.append(f"{sizes} users held back, {len(targets)} of {len(possible)} profile items are targets")
     asked = _read(settings.data, split, task, train.template).examples if split else []
+    _check_answers(asked, task, Path(settings.data) / f"{split}_outputs.json")
     held_out = sample_questions(asked, questions)
     if shared := {*users} & {e.user_id for e in asked}:
         logger.warning("%d users are in train and in %s", len(shared), split)
@@ -102,6 +109,16 @@ def _draw(samples: list[Example], limit: int | None) -> list[Example]:
         return samples
     chosen = np.random.default_rng(0).choice(len(samples), limit, replace=False)
     return [samples[i] for i in sorted(chosen)]
+
+
+def _check_answers(asked: Sequence[Example], task: Task, file: Path) -> None:
+    """Refuse questions that no answer of the task is right for."""
+    for example in asked if task.answers else ():
+        if example.output.strip() not in (task.answers or ()):
+            raise DataError(
+                f"{file}: question {example.id!r}: {example.output!r:.60} is no answer of task {task.name}, "
+                f"whose answers are {', '.join(task.answers or ())}; add it to the task's YAML file"
+            )
 
 
 def _usable(samples: list[Example], answers: Sequence[str] | None) -> tuple[list[Example], list[str]]:

@@ -14,7 +14,8 @@ from typing import Any
 
 import yaml
 
-from persona_plug.errors import ConfigError
+from persona_plug.errors import ConfigError, nearest
+from training.config import yaml_problem
 
 TASKS = Path(__file__).parent.parent / "configs" / "tasks"
 KINDS = ("label", "rating", "text")
@@ -121,12 +122,15 @@ def load_task(name: str) -> Task:
     """
     path = Path(name) if name.endswith((".yaml", ".yml")) else TASKS / f"{name}.yaml"
     if not path.is_file():
-        known = ", ".join(sorted(p.stem for p in TASKS.glob("*.yaml")))
-        raise ConfigError(f"no task {name!r}; known are {known}; or give the path of a YAML file")
+        known = sorted(p.stem for p in TASKS.glob("*.yaml"))
+        hint = nearest(name, known)
+        raise ConfigError(
+            f"no task {name!r}{hint or ';'} known are {', '.join(known)}; or give the path of a YAML file"
+        )
     try:
         raw = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as exc:
-        raise ConfigError(f"{path}: not YAML ({' '.join(str(exc).split())})") from exc
+        raise ConfigError(f"{path}: not YAML ({yaml_problem(exc)})") from exc
     if not isinstance(raw, dict):
         raise ConfigError(f"{path}: a task is a mapping of its fields")
     return _from_mapping(path, raw)

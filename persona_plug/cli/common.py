@@ -17,6 +17,7 @@ from persona_plug.errors import ConfigError, PersonaPlugError
 from persona_plug.files import STOPPED
 
 RECORDS = "JSONL, JSON, CSV, TSV or Parquet"
+EXAMPLE = "user_id=agent,input=question,output=reply"
 
 Json = Annotated[bool, typer.Option("--json", help="Print JSON for programs.")]
 Columns = Annotated[
@@ -86,9 +87,12 @@ def columns_of(text: str | None) -> dict[str, str] | None:
     from persona_plug.data.rows import check_columns
 
     pairs = [part.partition("=") for part in text.split(",")]
-    if wrong := next((field for field, mark, name in pairs if not mark or not name.strip()), None):
-        raise ConfigError(f"--columns: {wrong!r:.60} names no column; write user_id=agent,input=question,output=reply")
+    wrong = [field for field, mark, name in pairs if not mark or not name.strip()]
+    if wrong:
+        raise ConfigError(f"--columns: {wrong[0]!r:.60} names no column; write {EXAMPLE}")
     columns = {field.strip(): name.strip() for field, _, name in pairs}
+    if len(columns) < len(pairs):
+        raise ConfigError(f"--columns names a field twice; write {EXAMPLE}")
     check_columns(columns)
     return columns
 
@@ -124,7 +128,6 @@ def quiet() -> None:
     """Show our own bars and lines only, not the libraries' loading bars."""
     from transformers.utils import logging as transformers_logging
 
-    for name in ("bitsandbytes", "matplotlib"):  # which tell of optional kernels, and of folders and fonts
-        logging.getLogger(name).setLevel(logging.ERROR)
+    logging.getLogger("matplotlib").setLevel(logging.ERROR)  # tells of its folders and fonts
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()

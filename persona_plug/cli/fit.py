@@ -95,6 +95,7 @@ def fit(
         columns=columns_of(columns), seed=seed,
     )  # fmt: skip
     kind: Any = quantization  # load_llm checks it
+    folder.mkdir(parents=True, exist_ok=True)  # where that cannot be, no model is loaded
     plug = PersonaPlug.build(
         llm, encoder, recipe=recipe, quantization=kind, dtype=dtype, device=device, seed=seed,
         state_budget=int(state_gigabytes * 2**30), **plug_settings(settings),

@@ -52,8 +52,7 @@ class HistoryItem:
         if is_pair(item):
             item = {"input": item[0], "output": item[1]}
         if isinstance(item, Mapping):
-            record = {"user_id": "-", "input": "", **item}
-            return parse_event(record, "history item").item
+            return parse_event({"user_id": "-", "input": "", **item}, "history item", item).item
         raise DataError(
             f"a history item must be a HistoryItem, a mapping, a tuple of input and output, or a text, not {item!r:.60}"
         )
@@ -96,8 +95,13 @@ class ReadResult:
     skipped: list[str]
 
 
-def parse_event(record: Mapping[str, Any], where: str) -> Event:
+def parse_event(record: Mapping[str, Any], where: str, item: Mapping[str, Any] | None = None) -> Event:
     """Check one record `{user_id, input, output, timestamp?, id?}`; a number as output becomes its digits.
+
+    Args:
+        record: The record.
+        where: Its place, for messages.
+        item: The item of a history that the record was made of.
 
     Raises:
         DataError: A field is missing or has the wrong type; the message names `where` and the field.
@@ -105,7 +109,13 @@ def parse_event(record: Mapping[str, Any], where: str) -> Event:
     values = {name: _scalar(record.get(name)) for name in FIELDS}
 
     def refusal(name: str, reason: str) -> DataError:
-        return DataError(f"{where}: field {name!r} {reason}, got {_value_shown(record, name)}")
+        if name in record:
+            shown = f"{record[name]!r:.60}"
+        elif item is None:
+            shown = _missing(record, name)
+        else:
+            shown = f"nothing (field missing; the item has {', '.join(map(str, item))})"
+        return DataError(f"{where}: field {name!r} {reason}, got {shown}")
 
     user, ident, source, output = (_name(values["user_id"]), _name(values["id"]), values["input"], values["output"])
     if user is None or not user.strip():
@@ -114,13 +124,13 @@ def parse_event(record: Mapping[str, Any], where: str) -> Event:
         raise refusal("input", "must be a text")
     answer = _name(output) or (str(output) if isinstance(output, float) and math.isfinite(output) else output)
     if not isinstance(answer, str):
-        raise refusal("output", "must be a text")
+        raise refusal("output", "must be a text or a number")
     if not answer.strip():
         raise DataError(f"{where}: field 'output' is empty; remove the record or fill it")
     if ident is None and values["id"] is not None:
         raise refusal("id", "must be a text or a whole number")
     for name, text in (("user_id", user), ("input", source), ("output", answer), ("id", ident or "")):
-        if any("\ud800" <= c <= "\udfff" for c in text):
+        if is_halved(text):
             raise DataError(f"{where}: field {name!r} holds half a character (a lone surrogate); repair the text")
     time = values["timestamp"]
     at = None if time is None or (isinstance(time, str) and not time.strip()) else seconds(time, where)
@@ -160,11 +170,14 @@ def _name(value: object) -> str | None:
     return str(int(value))
 
 
-def _value_shown(record: Mapping[str, Any], name: str) -> str:
-    if name in record:
-        return f"{record[name]!r:.60}"
+def _missing(record: Mapping[str, Any], name: str) -> str:
+    """Say that a record lacks a field, and how the column that is meant may be named."""
+    alike = (str(c) for c in record if str(c).strip().casefold().replace(" ", "_") == name)
     names = ", ".join(map(str, record))
-    return f"nothing (field missing; of {names:.90} columns= or --columns may name it)"
+    return (
+        f"nothing (field missing; of {names:.90} name the one that is meant: --columns {name}={next(alike, 'NAME')}, "
+        "or columns= in Python)"
+    )
 
 
 def read_events(
@@ -251,6 +264,11 @@ def by_user(events: Iterable[Event]) -> dict[str, list[HistoryItem]]:
     for event in events:
         users.setdefault(event.user_id, []).append(event.item)
     return users
+
+
+def is_halved(text: str) -> bool:
+    """Whether a text holds half a character, a lone surrogate, which no encoding can write."""
+    return any("\ud800" <= c <= "\udfff" for c in text)
 
 
 def is_pair(item: object) -> TypeGuard[tuple[str, str]]:

@@ -45,6 +45,8 @@ def read_rows(path: str | os.PathLike[str], columns: Mapping[str, str] | None = 
     """
     file = local_path(path)
     check_columns(columns)
+    if file.is_dir():
+        raise DataError(f"{file}: is a folder; name a file in it")
     if not file.is_file():
         raise DataError(f"{file}: no such file")
     endings = [ending.lower() for ending in file.suffixes]
@@ -80,8 +82,10 @@ def check_columns(columns: Mapping[str, str] | None) -> None:
     Raises:
         ConfigError: A name is not one of `FIELDS`.
     """
-    for name in columns or ():
+    for name, column in (columns or {}).items():
         if name not in FIELDS:
+            if column in FIELDS:
+                raise ConfigError(f"columns: write field=column, so {column}={name} and not {name}={column}")
             raise ConfigError(
                 f"columns: {name!r:.60} is no field of a record{nearest(name, FIELDS) or ';'} use {', '.join(FIELDS)}"
             )

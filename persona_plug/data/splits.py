@@ -25,7 +25,7 @@ from persona_plug.data.history import (
 from persona_plug.data.labels import detect_answers, label_of, plain
 from persona_plug.data.lamp import leave_one_out_profiles, read_lamp
 from persona_plug.data.messages import SYSTEM
-from persona_plug.data.rows import is_splits, local_path, table_rows
+from persona_plug.data.rows import is_splits, local_path, table_rows, unfold
 from persona_plug.errors import ConfigError, DataError, nearest
 
 SAMPLES = ("auto", "leave_one_out", "time")
@@ -220,7 +220,7 @@ def _samples(
     elif is_splits(data):
         result, sidecar = _join_splits(data, skip_bad, columns, notes)
     else:
-        rows = data if hasattr(data, "__len__") else list(data)
+        rows = data if hasattr(data, "__len__") else list(unfold(data))
         if not len(rows):
             raise DataError("no data given")
         if isinstance(rows, list | tuple):

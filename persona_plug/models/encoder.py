@@ -300,7 +300,10 @@ def _pad_token(model: nn.Module, tokenizer: Any) -> int:  # noqa: ANN401
 
 
 def _key(text: str) -> bytes:
-    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).digest()
+    try:
+        return hashlib.sha256(text.encode()).digest()
+    except UnicodeEncodeError as exc:
+        raise DataError(f"the text {text!r:.60} holds half a character (a lone surrogate); repair it") from exc
 
 
 def _tokenizer_digest(tokenizer: object) -> str:

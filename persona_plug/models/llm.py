@@ -172,7 +172,5 @@ def _bitsandbytes(kind: str, dtype: torch.dtype) -> Any:  # noqa: ANN401
     from transformers import BitsAndBytesConfig
 
     if kind == "int8":
-        # bitsandbytes tells at every product that it casts to half precision; once is enough.
-        logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
         return BitsAndBytesConfig(load_in_8bit=True)
     return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype)

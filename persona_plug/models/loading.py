@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import re
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,9 @@ from typing import Any
 from persona_plug.errors import CorruptFileError, ModelUnavailable
 from persona_plug.models import zoo
 from persona_plug.models.hub import cache_only
+
+# Tells at every start of kernels that are optional on a CPU, and at every product that it casts to half precision.
+logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 
 _POINTER = b"version https://git-lfs"
 _BUFFERS = re.compile(r"(position_ids|inv_freq|\.attn\.bias|masked_bias|num_batches_tracked|rotary_emb\..*)$")

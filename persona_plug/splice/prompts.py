@@ -148,6 +148,8 @@ class Prompter:
         Raises:
             ConfigError: The tokenizer cannot write one of them, or writes two of them alike.
         """
+        if other := [text for text in texts if not isinstance(text, str)]:
+            raise ConfigError(f"candidates must be texts, not {other[0]!r:.40}")
         rows = [tuple(self.ids(text)) for text in texts]
         unknown = self.tokenizer.unk_token_id
         known: dict[tuple[int, ...], str] = {}

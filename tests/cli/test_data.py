@@ -54,9 +54,29 @@ def test_a_missing_column_names_those_there_are_and_the_option(tickets):
     fails("data", "check", tickets, "--columns", "user_id=agnt", say="has no column 'agnt'; it has agent, question")
 
 
-@pytest.mark.parametrize("text", ["user_id", "user_id=", "user_id=agent,input"])
+@pytest.mark.parametrize(
+    "text", ["", "user_id", "user_id=", "user_id=agent,input", "user_id:agent", "user_id=a,user_id=b"]
+)
 def test_columns_are_pairs(tickets, text):
     fails("data", "check", tickets, "--columns", text, say=["--columns", "write user_id=agent"])
+
+
+@pytest.mark.parametrize("header", ["User_ID;Input;OUTPUT", "user id;Input;Output", " USER_ID ; input;output"])
+def test_a_column_that_is_meant_is_offered(tmp_path, header):
+    path = tmp_path / "e.csv"
+    path.write_text("\n".join([header, *(";".join(row[:3]) for row in ROWS)]))
+    user = header.split(";")[0].strip()
+    fails("data", "check", path, say=["e.csv:2: field 'user_id'", f"--columns user_id={user},"])
+
+
+def test_columns_the_wrong_way_round_are_told(tickets):
+    fails("data", "check", tickets, "--columns", "agent=user_id", say="write field=column, so user_id=agent")
+
+
+def test_a_folder_is_no_file_of_records(tmp_path):
+    (tmp_path / "set.jsonl").mkdir()
+    for words in (["data", "check"], ["encode"]):
+        fails(*words, tmp_path / "set.jsonl", say="set.jsonl: is a folder")
 
 
 def test_columns_name_fields_only(tickets):

@@ -288,6 +288,12 @@ def test_validation_users_may_be_named():
         prepare(records(10), valid=["u99"])
 
 
+@pytest.mark.parametrize("data", [None, 5, 1.5, object()], ids=type)
+def test_what_is_no_data_is_named(data):
+    with pytest.raises(DataError, match="must be a file, a table or a list of records, not "):
+        prepare(data)
+
+
 def test_events_records_and_examples_are_taken():
     rows = records()
     events = [Event(r["user_id"], HistoryItem(r["input"], r["output"])) for r in rows]

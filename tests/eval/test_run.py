@@ -8,7 +8,7 @@ from eval import run
 from eval.bench.timing import paired
 from eval.session import Session
 from eval.settings import ComparisonSettings
-from persona_plug.errors import ConfigError, PersonaPlugError
+from persona_plug.errors import ConfigError, DataError, PersonaPlugError
 from training import run as training_run
 from training.data import load_data
 from training.tasks import load_task
@@ -161,3 +161,16 @@ def test_a_folder_without_results_takes_other_settings(folder):
     run.main(same)
     with pytest.raises(ConfigError, match="made with another llm"):  # before a model is looked for
         run.main([*same, "llm=./nowhere"])
+
+
+def test_a_task_that_lacks_an_answer_is_refused_before_any_model_is_loaded(folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(run, "build_plug", lambda *_: pytest.fail("loaded a model"))
+    task = tmp_path / "stars.yaml"
+    task.write_text("version: 1\nkind: rating\nanswers: [1, 2]\nfields: [text, score]\n")
+    arguments = ["llm=tiny-llama", "encoder=tiny-encoder", f"data={folder}", f"task={task}", f"out={tmp_path / 'out'}"]
+    with pytest.raises(DataError, match=r"dev_outputs\.json: question 'dev2-q0': '3' is no answer of task stars.*1, 2"):
+        run.main(arguments)
+    assert not (tmp_path / "out").exists()
+    task.write_text("version: 1\nkind: label\nanswers: [good, bad]\nfields: [text, score]\n")
+    with pytest.raises(DataError, match="0 training and 0 validation samples have an answer of task stars"):
+        run.main(arguments)

@@ -206,3 +206,12 @@ def test_help_runs_nothing(monkeypatch, capsys, flag):
     monkeypatch.setattr(sys, "argv", ["command", "count=1", flag])
     run_command(lambda arguments: pytest.fail("it ran"), Wide)
     assert capsys.readouterr().out == help_text(Wide)
+
+
+@pytest.mark.parametrize("text", ["[none", "{a: 1", "[a, b}", "'open", "a: b: c", "@x", "[1, 2]]"])
+def test_broken_yaml_is_told_in_words(text):
+    with pytest.raises(ConfigError, match=r"^rates=.*: not YAML \(") as refusal:
+        load([f"rates={text}"], Wide)
+    said = str(refusal.value)
+    assert "unicode string" not in said
+    assert "\n" not in said

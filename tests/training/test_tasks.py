@@ -262,6 +262,14 @@ def test_what_is_wrong_with_a_definition_is_said_in_one_line(tmp_path, text, mes
     assert "own" in str(refusal.value)
 
 
+@pytest.mark.parametrize(
+    ("name", "meant"), [("LaMP-2", "LaMP_2"), ("lamp_3", "LaMP_3"), ("movie_taging", "movie_tagging")]
+)
+def test_a_task_that_is_misspelt_is_suggested(name, meant):
+    with pytest.raises(ConfigError, match=f"no task '{name}', did you mean '{meant}'"):
+        load_task(name)
+
+
 def test_an_unknown_task_names_the_known_ones():
     with pytest.raises(ConfigError, match="no task 'LaMP_8'; known are LaMP_1, LaMP_2, "):
         load_task("LaMP_8")
