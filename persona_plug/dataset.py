@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -12,6 +12,7 @@ from torch.utils.data import Dataset
 from persona_plug.data.history import Example
 from persona_plug.embedder.batch import HistoryBatch
 from persona_plug.errors import DataError
+from persona_plug.heads.answers import PARTS
 from persona_plug.model import PlugModel
 from persona_plug.splice.prompts import AnswerTree, PromptParts
 
@@ -26,8 +27,7 @@ class Batch:
         trees: B trees of candidate answers.
         gold: (B,) int64, the number of each gold answer.
         lengths: (B,) int64, the tokens of each gold answer, its end token included.
-        offset: (B, C) float32, scores of the answer head by heads that did not see the row's user; None outside
-            training and for plugs without a head.
+        folds: (B,) int64, in training: which answers head has not seen the row's user; None for the head itself.
     """
 
     history: HistoryBatch
@@ -35,7 +35,7 @@ class Batch:
     trees: list[AnswerTree]
     gold: Tensor
     lengths: Tensor
-    offset: Tensor | None = None
+    folds: Tensor | None = None
 
     def to(self, device: torch.device) -> Batch:
         """Return the batch on a device."""
@@ -44,7 +44,7 @@ class Batch:
             history=self.history.to(device),
             gold=self.gold.to(device),
             lengths=self.lengths.to(device),
-            offset=None if self.offset is None else self.offset.to(device),
+            folds=None if self.folds is None else self.folds.to(device),
         )
 
 
@@ -65,7 +65,7 @@ class PlugDataset(Dataset[int]):
             raise DataError("there are no samples to train on")
         self.examples = list(examples)
         self.table = plug.table(examples)
-        self.offsets: Tensor | None = None  # (N, C) scores of the answer head in training
+        self.folds: Tensor | None = None  # (N,) see `Batch.folds`
         prompter, answers = plug.prompter, plug.config.answers
         self.parts = plug.prompts(self.examples)
         self.cut = sum(p.cut > 0 for p in self.parts)
@@ -97,13 +97,17 @@ class PlugDataset(Dataset[int]):
             trees,
             torch.tensor(gold),
             torch.tensor(lengths),
-            None if self.offsets is None else self.offsets[list(indices)],
+            None if self.folds is None else self.folds[list(indices)],
         )
 
 
 @torch.no_grad()
 def score_outputs(
-    plug: PlugModel, examples: Sequence[Example], personal: bool = True, head: bool = True, batch_size: int = 32
+    plug: PlugModel,
+    examples: Sequence[Example],
+    personal: bool = True,
+    parts: Collection[str] = PARTS,
+    batch_size: int = 32,
 ) -> Tensor:
     """Return scores (N, C) of the plug's own answers; for free text log-likelihoods (N, 1) of what the users wrote.
 
@@ -111,20 +115,17 @@ def score_outputs(
         plug: The plug.
         examples: N requests with their histories, and for free text their outputs, whose end token counts.
         personal: False for the plain LLM, without all that the plug adds.
-        head: Whether the answer head counts beside the LLM.
+        parts: What of the plug counts for labels, see `PlugModel.score`.
         batch_size: Rows at a time.
     """
-    prompter, answers = plug.prompter, plug.config.answers
-    if answers:
-        trees = [AnswerTree.build(prompter.candidates(answers), prompter.eos)] * len(examples)
-    else:
-        trees = [AnswerTree.build([prompter.answer(e.output)], prompter.eos) for e in examples]
+    prompter = plug.prompter
+    if plug.config.answers:
+        return plug.score(examples, personal=personal, parts=parts, batch_size=batch_size)
     table = plug.table(examples) if personal else None
     rows = []
     for start in range(0, len(examples), batch_size):
         batch = examples[start : start + batch_size]
-        parts = plug.prompts(batch, personal)
+        trees = [AnswerTree.build([prompter.answer(e.output)], prompter.eos) for e in batch]
         history, readers = (table.batch(batch), plug.readers(batch)) if table else (None, None)
-        loglik, _, bias = plug(history, parts, trees[start : start + batch_size], readers)
-        rows.append(plug.embedder.combine(loglik, bias if head else None).float().cpu())
+        rows.append(plug(history, plug.prompts(batch, personal), trees, readers)[0].float().cpu())
     return torch.cat(rows)

@@ -63,6 +63,6 @@ def _train(plug: PersonaPlug, adapters: Adapters, examples: Sequence[Example], c
         batch = samples.collate(torch.randperm(len(samples), generator=draw)[: config.batch_size].tolist())
         output = plug(batch.history, batch.parts, batch.trees)
         optimizer.zero_grad()
-        batch_loss(output, plug.embedder, batch, config.token_weight).backward()
+        batch_loss(output, plug.answers, batch, config.token_weight).backward()
         torch.nn.utils.clip_grad_norm_(adapters, 1.0)
         optimizer.step()

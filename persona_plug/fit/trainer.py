@@ -14,8 +14,8 @@ from transformers import EarlyStoppingCallback, PrinterCallback, Trainer, Traine
 
 from persona_plug.clock import Advance, clock
 from persona_plug.dataset import Batch, PlugDataset
-from persona_plug.embedder.contract import Embedder
 from persona_plug.fit.config import FitConfig
+from persona_plug.heads.answers import AnswersHead, combine
 from persona_plug.model import PlugModel
 
 COMPLETE = "complete"
@@ -24,7 +24,7 @@ FEW, FEW_LR = 32, 10.0  # parameters of at most so many numbers learn so much fa
 
 
 class _Trained(nn.Module):
-    """What the Trainer sees: embedder and adapters. It would write into `model.config`, which here is PlugConfig.
+    """What the Trainer sees: embedder, answers head and adapters. It would write into `model.config`, which here is PlugConfig.
 
     Its forward gives the loss, so that whatever wraps it for several processes sees every trained number in use.
     """
@@ -32,14 +32,14 @@ class _Trained(nn.Module):
     def __init__(self, plug: PlugModel) -> None:
         super().__init__()
         self.embedder = plug.embedder
-        self.adapters = plug.adapters
+        self.answers, self.adapters = plug.answers, plug.adapters
         object.__setattr__(self, "plug", plug)
 
     plug: PlugModel
 
     def forward(self, token_weight: float, tokens: Tensor | None, batch: Batch) -> Tensor:
-        output = self.plug(batch.history, batch.parts, batch.trees)
-        return batch_loss(output, self.embedder, batch, token_weight, tokens)
+        output = self.plug(batch.history, batch.parts, batch.trees, folds=batch.folds)
+        return batch_loss(output, self.answers, batch, token_weight, tokens)
 
 
 class PlugTrainer(Trainer):
@@ -53,12 +53,16 @@ class PlugTrainer(Trainer):
         valid: PlugDataset,
         config: FitConfig,
         advance: Advance = lambda done, remark="": None,
+        passed: float = 0.0,
     ) -> None:
-        """Create the trainer; the LLM is no part of the model the Trainer sees. `advance` hears of every step."""
+        """Create the trainer; the LLM is no part of the model the Trainer sees.
+
+        `advance` hears of every step; `passed` seconds went into what was fitted before the first.
+        """
         self.fit_config = config
         callbacks = [
             EarlyStoppingCallback(config.patience),
-            _JsonLog(Path(str(args.output_dir)) / "log.jsonl", plug),
+            _JsonLog(Path(str(args.output_dir)) / "log.jsonl", plug, passed),
             _MarkComplete(),
             _DrawApart(),
             _Tell(advance),
@@ -128,7 +132,7 @@ def _collator(samples: PlugDataset) -> Callable[[Sequence[int]], dict[str, Batch
 
 def batch_loss(
     output: tuple[Tensor, Tensor, Tensor | None],
-    embedder: Embedder,
+    head: AnswersHead | None,
     batch: Batch,
     token_weight: float,
     tokens: Tensor | None = None,
@@ -136,9 +140,9 @@ def batch_loss(
     """Return the loss of a plug's output (see `PlugModel.forward`) on a batch; for free text the token loss alone.
 
     Args:
-        output: Log-likelihoods (B, C) of the answers, (B,) of the gold's end token, and the answers' bias (B, C) or
+        output: Log-likelihoods (B, C) of the answers, (B,) of the gold's end token, and what the head adds (B, C) or
             None.
-        embedder: The plug's embedder.
+        head: The plug's answers head, if it has one.
         batch: The batch.
         token_weight: Weight of the token loss beside that over the answers' scores.
         tokens: Answer tokens that the token loss is divided by; default those of the batch.
@@ -150,32 +154,28 @@ def batch_loss(
     token: Tensor = -(gold_loglik + end).sum() / (batch.lengths.sum() if tokens is None else tokens)
     if loglik.shape[1] == 1:
         return token
-    scores = embedder.combine(loglik, bias if batch.offset is None else batch.offset)
+    scores = combine(head, loglik, bias)
     loss = torch.nn.functional.cross_entropy(scores, batch.gold)
     return loss + token_weight * token if token_weight else loss
 
 
 class _JsonLog(TrainerCallback):
-    """Append every log line to a JSONL file, with the seconds that the steps so far took (see `states.clock`).
+    """Append every log line to a JSONL file, with the seconds that the answers head and the steps so far took.
 
-    Looks at the validation users do not count, and frozen states count as if this training had computed all it used.
+    Looks at the validation users do not count; see `step_clock`.
     """
 
-    def __init__(self, path: Path, plug: PlugModel) -> None:
+    def __init__(self, path: Path, plug: PlugModel, passed: float) -> None:
         self.path, self.plug = path, plug
         lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
-        self.seconds: float = json.loads(lines[-1]).get("seconds", 0.0) if lines else 0.0
+        self.seconds: float = json.loads(lines[-1]).get("seconds", 0.0) if lines else passed
         self.began = 0.0
 
-    def _now(self) -> float:
-        bill = self.plug.splicer.bill
-        return clock(self.plug.llm) - bill.spent + bill.owed
-
     def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:  # noqa: ANN401
-        self.began = self._now()
+        self.began = step_clock(self.plug)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:  # noqa: ANN401
-        self.seconds += self._now() - self.began
+        self.seconds += step_clock(self.plug) - self.began
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:  # noqa: ANN401
         if not state.is_world_process_zero:
@@ -219,6 +219,12 @@ class _Tell(TrainerCallback):
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:  # noqa: ANN401
         self.advance(state.global_step, ", ".join(self.losses.values()))
+
+
+def step_clock(plug: PlugModel) -> float:
+    """Return the seconds of `clock`, as if this training alone had computed the frozen states that it used."""
+    bill = plug.plain_splicer.bill
+    return clock(plug.llm) - bill.spent + bill.owed
 
 
 def is_whole(checkpoint: Path) -> bool:
