@@ -187,7 +187,7 @@ def current_names(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
         return dict(state)
     moved = {"answer_head.weight": "weight", "answer_head.bias": "offset", "frequency_weight": "power"}
     moved |= {"population": "population", "llm_log_weight": "llm_log_weight"}
-    fixed = {"pseudo": SMOOTHING, "sharpness": 0.0, "spread": 0.0, "llm_share": 1.0}
+    fixed = {"pseudo": SMOOTHING, "sharpness": 0.0, "fading": 0.0, "spread": 0.0, "llm_share": 1.0}
     now = {f"answers.{moved[name]}" if name in moved else name: tensor for name, tensor in state.items()}
     return now | {f"answers.{name}": torch.tensor(value) for name, value in fixed.items()}
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
@@ -15,7 +16,7 @@ from persona_plug.data.history import Example
 from persona_plug.data.labels import levels_of
 from persona_plug.data.splits import FitData
 from persona_plug.errors import DataError
-from persona_plug.heads.answers import AnswersHead, evidence, look, neighbourhood
+from persona_plug.heads.answers import AnswersHead, Look, evidence, look, neighbourhood
 from persona_plug.measure.stats import spread
 from persona_plug.model import PlugModel
 from persona_plug.models.caching import uncached
@@ -25,7 +26,7 @@ logger = logging.getLogger(__name__)
 SAMPLES, VALID_SAMPLES = 4000, 600  # that the head is fitted to, and chosen by
 ROWS = 16  # prompts that run together
 PROMPT_WEIGHTS = (0.0, 1.0, 2.0)  # of the prompt's summary beside the encoder's vector
-PENALTIES = (8.0, 4.0, 2.0, 1.0, 0.5, 0.25)
+PENALTIES = (16.0, 8.0, 4.0, 2.0, 1.0, 0.5, 0.25)
 ORDERED = 0.5  # how much coefficients may follow the order of ratings, over how much they may differ without it
 FOLDS = 5
 ITERATIONS = 30
@@ -38,15 +39,13 @@ class Seen:
     Attributes:
         request: (N, d) the requests' vectors.
         prompts: (N, D) the prompts' summaries; D is 0 where there are none.
-        nearness: (N, n) cosine of each item to the request.
-        given: (N, n, C) which answer each item gives.
+        history: What is seen of the histories.
         gold: (N,) the number of the right answer.
     """
 
     request: Tensor
     prompts: Tensor
-    nearness: Tensor
-    given: Tensor
+    history: Look
     gold: Tensor
 
 
@@ -108,13 +107,11 @@ def read(plug: PlugModel, examples: Sequence[Example]) -> Seen:
     width = splicer.summary_width if plug.config.placement == "suffix" else 0
     table = plug.table(examples)
     prompts = [parts.left for parts in plug.prompts(examples)]
-    request, nearness, given = torch.zeros(len(examples), plug.config.encoder_dim), [], []
+    requests, looks = [], []
     for start in range(0, len(examples), ROWS):
         batch = table.batch(examples[start : start + ROWS])
-        request[start : start + ROWS] = batch.request
-        near, which = look(batch, len(answers))
-        nearness += list(near)
-        given += list(which)
+        requests.append(batch.request)
+        looks.append(look(batch, len(answers)))
     summaries = torch.zeros(len(examples), width)
     # States that will not all be kept run in full batches here, and once more where a step needs them.
     kept = any(len(group) > 1 for group in splicer.groups.values())
@@ -125,8 +122,19 @@ def read(plug: PlugModel, examples: Sequence[Example]) -> Seen:
             lefts = [prompts[i] for i in rows]
             summaries[rows] = splicer.summaries(lefts, splicer.states(lefts)).cpu()
     gold = torch.tensor([answers.index(e.output.strip()) for e in examples])
-    pad = torch.nn.utils.rnn.pad_sequence
-    return Seen(request, summaries, pad(nearness, batch_first=True), pad(given, batch_first=True), gold)
+    return Seen(torch.cat(requests), summaries, _joined(looks), gold)
+
+
+def _joined(looks: Sequence[Look]) -> Look:
+    """Return batches as one, padded to the longest history."""
+    rows = {name: [row for part in looks for row in getattr(part, name)] for name in Look.__slots__}
+    padding = {"place": 1}  # its logarithm is finite
+    return Look(
+        **{
+            name: torch.nn.utils.rnn.pad_sequence(part, batch_first=True, padding_value=padding.get(name, 0))
+            for name, part in rows.items()
+        }
+    )
 
 
 def _choose_words(train: Seen, valid: Seen, answers: Sequence[str]) -> tuple[float, float, _Words]:
@@ -144,7 +152,7 @@ def _choose_words(train: Seen, valid: Seen, answers: Sequence[str]) -> tuple[flo
 
 
 def _part_words(train: Seen, rows: Tensor, answers: Sequence[str], weight: float, penalty: float) -> _Words:
-    some = Seen(*(getattr(train, name)[rows] for name in Seen.__slots__))
+    some = dataclasses.replace(train, request=train.request[rows], prompts=train.prompts[rows], gold=train.gold[rows])
     return _fit_words(some, answers, weight, penalty)[0]
 
 
@@ -215,13 +223,14 @@ def _fit_evidence(head: AnswersHead, train: Seen, honest: Tensor, valid: Seen, j
     """
     ordered = bool(torch.isfinite(head.gaps).all())
     gaps, population = head.gaps.cpu(), head.population.cpu()
-    start = {"power": 1.0, "pseudo": 0.0, "sharpness": 1.0, "spread": -1.5}  # pseudo as log, spread as log odds
+    # Where the search starts: pseudo as logarithm, spread as log odds.
+    start = {"power": 1.0, "pseudo": 0.0, "sharpness": 1.0, "fading": 0.0, "spread": -1.5}
     numbers = {name: torch.tensor(value, requires_grad=True) for name, value in start.items()}
 
     def shares(seen: Seen) -> Tensor:
         spread_ = numbers["spread"].sigmoid() if ordered else torch.zeros(())
-        rest = numbers["pseudo"].exp(), numbers["sharpness"], neighbourhood(gaps, spread_)
-        return numbers["power"] * evidence(seen.nearness, seen.given, population, *rest)
+        weights = numbers["pseudo"].exp(), numbers["sharpness"], numbers["fading"]
+        return numbers["power"] * evidence(seen.history, population, *weights, neighbourhood(gaps, spread_))
 
     def loss() -> Tensor:
         # A weak pull to the start: without histories nothing else would hold the numbers.
@@ -230,8 +239,8 @@ def _fit_evidence(head: AnswersHead, train: Seen, honest: Tensor, valid: Seen, j
 
     _minimise(loss, list(numbers.values()), 2 * ITERATIONS)
     with torch.no_grad():
-        for name, value in (("power", numbers["power"]), ("sharpness", numbers["sharpness"])):
-            getattr(head, name).copy_(value)
+        for name in ("power", "sharpness", "fading"):
+            getattr(head, name).copy_(numbers[name])
         head.pseudo.copy_(numbers["pseudo"].exp())
         head.spread.copy_(numbers["spread"].sigmoid() if ordered else torch.zeros(()))
         without, with_ = (

@@ -24,7 +24,7 @@ FEW, FEW_LR = 32, 10.0  # parameters of at most so many numbers learn so much fa
 
 
 class _Trained(nn.Module):
-    """What the Trainer sees: embedder, answers head and adapters. It would write into `model.config`, which here is PlugConfig.
+    """What the Trainer sees: embedder, answers head, adapters. It would write into `model.config`, here a PlugConfig.
 
     Its forward gives the loss, so that whatever wraps it for several processes sees every trained number in use.
     """

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
+from dataclasses import dataclass
 from typing import Self
 
 import torch
@@ -22,9 +23,9 @@ class AnswersHead(nn.Module):
     """score_c = weight_c . [request; prompt] + offset_c + power * log(p_user / p_all)_c.
 
     `request` is the encoder's vector, `prompt` the LLM's own summary of the prompt, out of states that scoring computes
-    anyway. p_user are the shares of the answers in the user's items. Items near the request may count more, and a
-    rating may speak for the ratings beside it, too. A soft token bounds what a long history can say; log shares add up,
-    as evidence does.
+    anyway. p_user are the shares of the answers in the user's items. Items near the request and late ones may count
+    more, and a rating may speak for the ratings beside it. A soft token bounds what a long history can say; log shares
+    add up, as evidence does.
 
     All of it is fitted before the steps but `llm_log_weight`: jointly trained, the shares would explain most answers
     before the request is learned. The LLM then learns what it adds, against scores of heads that did not see the user.
@@ -35,7 +36,8 @@ class AnswersHead(nn.Module):
         population: (C,) p_all.
         power: () of p_user / p_all; 0 where validation users do better without their history.
         pseudo: () items of p_all that every user has beside their own.
-        sharpness: () an item counts exp(sharpness * (cosine to the request - 1)).
+        sharpness: () an item counts exp(sharpness * (cosine to the request - 1)) ...
+        fading: () ... over the number of its place, counted from the latest, to the power of this.
         spread: () an answer's share that its neighbour gets, over its own; 0 for answers without order.
         llm_share: () 0 where validation users do better without the LLM's log-likelihoods, else 1.
     """
@@ -46,6 +48,7 @@ class AnswersHead(nn.Module):
     power: Tensor
     pseudo: Tensor
     sharpness: Tensor
+    fading: Tensor
     spread: Tensor
     llm_share: Tensor
     gaps: Tensor
@@ -62,7 +65,7 @@ class AnswersHead(nn.Module):
         super().__init__()
         count = len(answers)
         self.encoder_dim = encoder_dim
-        numbers = {"power": 0.0, "pseudo": SMOOTHING, "sharpness": 0.0, "spread": 0.0, "llm_share": 1.0}
+        numbers = {"power": 0.0, "pseudo": SMOOTHING, "sharpness": 0.0, "fading": 0.0, "spread": 0.0, "llm_share": 1.0}
         for name, value in numbers.items():
             self.register_buffer(name, torch.tensor(value))
         self.register_buffer("weight", torch.zeros(count, encoder_dim + prompt_width))
@@ -104,9 +107,14 @@ class AnswersHead(nn.Module):
         else:
             crossed = self.crossed[folds.to(self.crossed.device)]
             words = torch.einsum("bcd,bd->bc", crossed[..., :width], seen) + crossed[..., -1]
-        nearness, given = look(batch, len(self.offset))
-        neighbours = neighbourhood(self.gaps, self.spread)
-        shares = evidence(nearness, given, self.population, self.pseudo, self.sharpness, neighbours)
+        shares = evidence(
+            look(batch, len(self.offset)),
+            self.population,
+            self.pseudo,
+            self.sharpness,
+            self.fading,
+            neighbourhood(self.gaps, self.spread),
+        )
         return words + self.power * shares
 
 
@@ -156,18 +164,34 @@ def counted(parts: Collection[str], head: AnswersHead | None) -> tuple[bool, boo
     return "soft" in parts, "answers" in parts and head is not None
 
 
-def look(batch: HistoryBatch, answers: int) -> tuple[Tensor, Tensor]:
-    """Return the items' cosines to their requests (B, n), and which answer each item gives (B, n, C), one-hot."""
+@dataclass(frozen=True, slots=True)
+class Look:
+    """What is seen of the histories of B requests, with n items at most.
+
+    Attributes:
+        nearness: (B, n) cosine of each item to its request.
+        place: (B, n) the item's place, the latest has 1.
+        given: (B, n, C) which answer each item gives, one-hot; 0 where it is none of them, or there is no item.
+    """
+
+    nearness: Tensor
+    place: Tensor
+    given: Tensor
+
+
+def look(batch: HistoryBatch, answers: int) -> Look:
+    """Return what is seen of a batch's histories, for so many answers."""
     nearness = (batch.keys @ batch.request.unsqueeze(-1)).squeeze(-1)
-    return nearness, batch.values[..., -answers:] * batch.mask.unsqueeze(-1)
+    place = (batch.mask.sum(1, keepdim=True) - torch.arange(batch.mask.shape[1], device=batch.mask.device)).clamp(min=1)
+    return Look(nearness, place, batch.values[..., -answers:] * batch.mask.unsqueeze(-1))
 
 
 def evidence(
-    nearness: Tensor, given: Tensor, population: Tensor, pseudo: Tensor, sharpness: Tensor, neighbours: Tensor
+    history: Look, population: Tensor, pseudo: Tensor, sharpness: Tensor, fading: Tensor, neighbours: Tensor
 ) -> Tensor:
-    """Return log(p_user / p_all), (B, C); see `AnswersHead` and `look` for the arguments."""
-    weights = (sharpness * (nearness - 1)).exp()
-    counts = torch.einsum("bn,bnc->bc", weights, given) + pseudo * population
+    """Return log(p_user / p_all), (B, C); see `AnswersHead` for the arguments, `neighbourhood` for the last."""
+    weights = (sharpness * (history.nearness - 1) - fading * history.place.log()).exp()
+    counts = torch.einsum("bn,bnc->bc", weights, history.given) + pseudo * population
     shares = (counts / counts.sum(1, keepdim=True)) @ neighbours
     return (shares / (population @ neighbours)).log()
 

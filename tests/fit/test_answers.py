@@ -1,6 +1,6 @@
 """Fitting the answers head on what it sees: requests, summaries of prompts, users' own answers."""
 
-from types import SimpleNamespace
+from dataclasses import replace
 
 import pytest
 import torch
@@ -10,7 +10,7 @@ from persona_plug.data.splits import FitData
 from persona_plug.errors import DataError
 from persona_plug.fit import answers as fitting
 from persona_plug.fit.loop import calibrate, start_answers
-from persona_plug.heads.answers import look
+from persona_plug.heads.answers import Look, look
 
 DIM, WIDTH = 12, 8
 TAGS, RATINGS = ("a", "b", "c"), ("1", "2", "3", "4", "5")
@@ -23,9 +23,13 @@ def seen(n, count, noise, rule, seed, users=40, width=WIDTH):
     prompts = torch.randn(n, width, generator=draw)
     habit = torch.randn(users, count, generator=draw)[torch.arange(n) % users]
     scores = rule(request, prompts, habit) + noise * torch.randn(n, count, generator=draw)
-    nearness = torch.rand(n, 12, generator=draw)
     own = (2 * habit).softmax(-1).multinomial(12, replacement=True, generator=draw)
-    return fitting.Seen(request, prompts, nearness, torch.nn.functional.one_hot(own, count).float(), scores.argmax(1))
+    history = Look(
+        torch.rand(n, 12, generator=draw),
+        12 - torch.arange(12.0).expand(n, 12),
+        torch.nn.functional.one_hot(own, count).float(),
+    )
+    return fitting.Seen(request, prompts, history, scores.argmax(1))
 
 
 @pytest.fixture
@@ -47,11 +51,11 @@ def fit(make_plug, monkeypatch):
 
 
 def loss(head, part, prompts=True, history=True):
-    batch = SimpleNamespace(given=part.given if history else 0 * part.given)
+    seen_history = part.history if history else replace(part.history, given=0 * part.history.given)
     words = torch.cat([part.request, part.prompts * prompts], 1) @ head.weight.T + head.offset
     table = fitting.neighbourhood(head.gaps, head.spread)
-    numbers = head.population, head.pseudo, head.sharpness, table
-    scores = words + head.power * fitting.evidence(part.nearness, batch.given, *numbers)
+    numbers = head.population, head.pseudo, head.sharpness, head.fading, table
+    scores = words + head.power * fitting.evidence(seen_history, *numbers)
     return float(torch.nn.functional.cross_entropy(scores, part.gold))
 
 
@@ -96,14 +100,25 @@ def test_a_history_that_misleads_validation_users_is_left_out(fit):
 def test_near_items_count_more_where_they_tell_more(fit):
     def part(seed):
         made = seen(600, 3, 0.5, lambda x, s, u: 0 * u, seed)
-        nearest = made.nearness.argmax(1)
-        made.given[torch.arange(600), nearest] = torch.nn.functional.one_hot(made.gold, 3).float()
+        nearest = made.history.nearness.argmax(1)
+        made.history.given[torch.arange(600), nearest] = torch.nn.functional.one_hot(made.gold, 3).float()
         return made
 
     head = fit(part(0), part(1))
     assert float(head.sharpness) > 3
     alike = fit(*(seen(600, 3, 0.5, lambda x, s, u: 4 * u, seed) for seed in (0, 1)))
     assert float(alike.sharpness) < 1.5
+
+
+def test_late_items_count_more_where_habits_change(fit):
+    def part(seed):
+        made = seen(600, 3, 0.5, lambda x, s, u: 0 * u, seed)
+        made.history.given[:, -2:] = torch.nn.functional.one_hot(made.gold, 3).float().unsqueeze(1)
+        return made
+
+    assert float(fit(part(0), part(1)).fading) > 0.5
+    alike = fit(*(seen(600, 3, 0.5, lambda x, s, u: 4 * u, seed) for seed in (0, 1)))
+    assert abs(float(alike.fading)) < 0.3
 
 
 def test_ratings_lend_each_other_weight(fit):
@@ -114,8 +129,8 @@ def test_ratings_lend_each_other_weight(fit):
         level = (torch.arange(400) % 40 % 5).float()
         made = seen(400, 5, 0.0, lambda x, s, u: -((torch.arange(5) - level.unsqueeze(1)) ** 2), seed)
         near = (level.unsqueeze(1) + torch.randn(400, 12, generator=draw)).round().clamp(0, 4).long()
-        made.given.copy_(torch.nn.functional.one_hot(near, 5).float())
-        made.given[:, 2:] = 0  # two items each
+        made.history.given.copy_(torch.nn.functional.one_hot(near, 5).float())
+        made.history.given[:, :-2] = 0  # two items each
         return made
 
     head = fit(part(0), part(1), RATINGS)
@@ -188,11 +203,10 @@ def test_a_plug_reads_what_its_head_will_see(make_plug, llm):
     plug.splicer.plan([plug.prompter.parts(e.input).left for e in data.train])
     found = fitting.read(plug, data.train)
     batch = plug.table(data.train).batch(data.train)
-    nearness, given = look(batch, 2)
     lefts = [plug.prompter.parts(e.input).left for e in data.train]
     torch.testing.assert_close(found.request, batch.request)
-    torch.testing.assert_close(found.nearness, nearness)
-    torch.testing.assert_close(found.given, given)
+    for name in ("nearness", "given", "place"):
+        torch.testing.assert_close(getattr(found.history, name), getattr(look(batch, 2), name))
     torch.testing.assert_close(found.prompts, plug.splicer.summaries(lefts, plug.splicer.states(lefts)))
     assert found.gold.tolist() == [("4", "5").index(e.output) for e in data.train]
 

@@ -23,7 +23,7 @@ def head(request):
     for seed, name in enumerate(("weight", "offset")):
         getattr(head, name).copy_(drawn(*getattr(head, name).shape, seed=seed))
     head.population.copy_(drawn(len(request.param), seed=5).softmax(0))
-    for name, value in (("power", 0.8), ("pseudo", 1.5), ("sharpness", 3.0)):
+    for name, value in (("power", 0.8), ("pseudo", 1.5), ("sharpness", 3.0), ("fading", 0.4)):
         getattr(head, name).fill_(value)
     head.spread.fill_(0.3 if request.param is RATINGS else 0.0)
     return head
@@ -54,7 +54,7 @@ def test_the_score_is_that_of_words_and_of_own_answers_near_the_request(head):
         mass = 1.5 * head.population
         for i, answer in enumerate(row):
             if answer is not None:
-                mass[answer] += (3 * (batch.keys[b, i] @ batch.request[b] - 1)).exp()
+                mass[answer] += (3 * (batch.keys[b, i] @ batch.request[b] - 1)).exp() / (len(row) - i) ** 0.4
         shares, everyone = mass / mass.sum(), head.population
         if head.spread:
             table = torch.tensor([[0.3 ** abs(i - j) for j in range(count)] for i in range(count)])
@@ -73,6 +73,17 @@ def test_a_near_item_counts_more_than_a_far_one(head):
     alike = head(batch, drawn(1, WIDTH)) - head(batch_of(head, [[]]), drawn(1, WIDTH))
     assert gain[0, 0] > alike[0, 0]
     assert gain[0, 1] < alike[0, 1]
+
+
+def test_a_late_item_counts_more_than_an_early_one(head):
+    batch = batch_of(head, [[0, 1], [1, 0]])
+    batch.keys[:] = batch.request.unsqueeze(1)
+    head.spread.zero_()
+    head.weight.zero_()
+    head.population.fill_(1 / len(head.population))
+    early, late = (head(batch, drawn(2, WIDTH)) - head.offset)[:, :2]
+    assert early[1] > early[0]
+    assert late[0] > late[1]
 
 
 def test_a_rating_speaks_for_the_ratings_beside_it():
