@@ -60,8 +60,9 @@ class Seq2SeqSplicer(Splicer):
 
     def summaries(self, lefts: Sequence[tuple[int, ...]], states: Sequence[Tensor]) -> Tensor:
         """See `Splicer.summaries`: the mean of the encoder's states."""
-        zero = torch.zeros(self.summary_width)
-        return torch.stack([state.float().mean(0) if len(state) else zero.to(state.device) for state in states])
+        return torch.stack(
+            [s.float().mean(0) if len(s) else torch.zeros(self.summary_width, device=s.device) for s in states]
+        )
 
     def _encoded(
         self, parts: Sequence[PromptParts], soft: Soft, states: Sequence[Tensor] | None = None
