@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from persona_plug.errors import ConfigError, nearest
+from persona_plug.heads.answers import PARTS
 from persona_plug.retrieval import METHODS as RANKINGS
 
 PROMPTS = (*RANKINGS, "graph", "summary", "profile")
@@ -30,7 +31,7 @@ class Method:
         history: Whose history soft tokens and prompt see at the time of the question: `own`, `other`, `none`.
         user_adapter: Whether the adapters are trained further on each user's history.
         train_prompt: Whether training sees the same kind of prompt.
-        head: Whether a plug's answer head counts beside the LLM.
+        parts: What of a plug counts for labels, see `PlugModel.score`.
         llm: Whether the LLM is asked; what does without it is a family of its own, reported row by row.
     """
 
@@ -40,7 +41,7 @@ class Method:
     history: str = "own"
     user_adapter: bool = False
     train_prompt: bool = True
-    head: bool = True
+    parts: tuple[str, ...] = PARTS
     llm: bool = True
 
     def __post_init__(self) -> None:
@@ -58,8 +59,8 @@ class Method:
     @property
     def repeats(self) -> str:
         """Why the method gives for free text just what another one gives; "" if it does not."""
-        if not self.head:
-            return "it is the plug itself, which has no answer head"
+        if self.parts != PARTS:
+            return "it is the plug itself, which has no answers head"
         return "it is summary, as there are no labels to count" if self.prompt == "profile" else ""
 
 
@@ -69,7 +70,8 @@ METHODS: dict[str, Method] = {
     "task_prompt": Method("task_prompt"),
     "prefix_tuning": Method("prefix_tuning"),
     "plug": Method("plug"),
-    "plug_llm_alone": Method("plug", head=False),
+    "plug_llm_alone": Method("plug", parts=("soft",)),
+    "plug_head_alone": Method("plug", parts=("answers",)),
     "plug_paper": Method("plug_paper"),
     "plug_paper_full": Method("plug_paper_full"),
     "plug_mean": Method("plug_mean"),

@@ -106,7 +106,7 @@ class Session:
             return self._by_user(plug, examples, config)
         personal = method.recipe is not None
         with uncached() if method.prompt and not personal else nullcontext():  # each such prompt is read once
-            return evaluate(plug, examples, self.questions.generated, personal, method.head, self._write)
+            return evaluate(plug, examples, self.questions.generated, personal, method.parts, self._write)
 
     def _by_user(self, plug: PersonaPlug, examples: Sequence[Example], config: FitConfig) -> Answers:
         """Ask each user's questions of the adapter trained further on that user's history."""
@@ -174,4 +174,4 @@ def _costs(plug: PersonaPlug, training: Training | None, examples: Sequence[Exam
 def _reads_request(method: Method, plug: PersonaPlug) -> bool:
     """Return whether a method needs the history encoder's vector of the request: a plug, or retrieval by nearness."""
     retrieves = method.prompt in ("dense", "rrf", "graph")
-    return retrieves or (method.recipe is not None and plug.embedder.reads_request)
+    return retrieves or (method.recipe is not None and (plug.embedder.reads_request or plug.answers is not None))

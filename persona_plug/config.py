@@ -64,6 +64,7 @@ class PlugConfig:
         encoder_fingerprint: Identity of the encoder, its pooling, maximum length and prefix included.
         llm_width: H, the width of the LLM's input embeddings.
         encoder_dim: d, the width of the encoder's vectors.
+        prompt_width: D, the width of the summary that the LLM's kept states give of a prompt; 0 if it gives none.
         recipe: Name of the set of defaults the plug was created from.
         placement: Where the soft tokens go: `suffix` (behind the input) or `prefix` (in front of it).
         aggregator: `attention` (default), `mean`, `paper` (eq. 3-4 of PPlug), `uem` (one token per item) or
@@ -83,8 +84,8 @@ class PlugConfig:
         train_request: Whether requests are read by a copy of the encoder that is trained, as PPlug does; items stay
             with the frozen one. The plug's file then holds that copy.
         use_answer_counts: Whether the projector also sees how often the user gave each answer in `answers`.
-        answer_head: Whether scores of `answers` also get what the request's vector and the user's own answer
-            frequencies say without the LLM, each with a learned weight.
+        answer_head: Whether scores of `answers` also get what a head says of request and user: it reads the request's
+            vector, with `suffix` also the LLM's own states of the prompt, and the user's answers.
         answers: The answer space of a labelling task, or None for free text.
         template: The LLM's instruction; `{input}` stands for the request's text.
         words: Whether, for free text, a memory of the user's own words is mixed into what the LLM writes.
@@ -106,6 +107,7 @@ class PlugConfig:
     encoder_fingerprint: str = ""
     llm_width: int = 0
     encoder_dim: int = 0
+    prompt_width: int = 0
     recipe: str = "default"
     placement: str = "suffix"
     aggregator: str = "attention"
@@ -155,7 +157,8 @@ class PlugConfig:
         ):
             if int(getattr(self, name)) < 1:
                 raise ConfigError(f"{name}={getattr(self, name)!r} must be at least 1")
-        for name in ("user_tokens", "task_tokens", "quote_tokens", "lora", "retrieve", "llm_width", "encoder_dim"):
+        widths = ("llm_width", "encoder_dim", "prompt_width")
+        for name in ("user_tokens", "task_tokens", "quote_tokens", "lora", "retrieve", *widths):
             if int(getattr(self, name)) < 0:
                 raise ConfigError(f"{name}={getattr(self, name)!r} must not be negative")
         if not 0 <= self.fixed_scale < float("inf"):
@@ -200,6 +203,11 @@ class PlugConfig:
     def quotes(self) -> int:
         """Quoted positions of this plug: none for labels, whose scores read the user's answers directly."""
         return self.quote_tokens if self.answers is None and self.user_tokens else 0
+
+    @property
+    def judges(self) -> bool:
+        """Whether this plug has an answers head: for labels alone, and where soft tokens know the user."""
+        return self.answer_head and bool(self.answers) and self.user_tokens > 0
 
     @property
     def remembers(self) -> bool:
@@ -291,7 +299,7 @@ def _one_of(name: str, value: str, allowed: tuple[str, ...]) -> None:
 
 
 # Fields that the models or the data decide on.
-_DECIDED = {"llm", "llm_fingerprint", "llm_width", "encoder", "encoder_fingerprint", "encoder_dim"}
+_DECIDED = {"llm", "llm_fingerprint", "llm_width", "encoder", "encoder_fingerprint", "encoder_dim", "prompt_width"}
 _DECIDED |= {"prompt_digest", "template", "answers", "format_version"}
 SETTABLE = tuple(f.name for f in dataclasses.fields(PlugConfig) if f.name not in _DECIDED)
 """Fields that a user may set."""

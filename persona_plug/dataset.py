@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -11,8 +11,8 @@ from torch.utils.data import Dataset
 
 from persona_plug.data.history import Example
 from persona_plug.embedder.batch import HistoryBatch
-from persona_plug.embedder.contract import Embedder
 from persona_plug.errors import DataError
+from persona_plug.heads.answers import PARTS, AnswersHead, combine
 from persona_plug.model import PlugModel
 from persona_plug.splice.prompts import AnswerTree, PromptParts
 
@@ -27,8 +27,7 @@ class Batch:
         trees: B trees of candidate answers.
         gold: (B,) int64, the number of each gold answer.
         lengths: (B,) int64, the tokens of each gold answer, its end token included.
-        offset: (B, C) float32, scores of the answer head by heads that did not see the row's user; None outside
-            training and for plugs without a head.
+        folds: (B,) int64, in training: which answers head has not seen the row's user; None for the head itself.
     """
 
     history: HistoryBatch
@@ -36,7 +35,7 @@ class Batch:
     trees: list[AnswerTree]
     gold: Tensor
     lengths: Tensor
-    offset: Tensor | None = None
+    folds: Tensor | None = None
 
     def to(self, device: torch.device) -> Batch:
         """Return the batch on a device."""
@@ -45,22 +44,22 @@ class Batch:
             history=self.history.to(device),
             gold=self.gold.to(device),
             lengths=self.lengths.to(device),
-            offset=None if self.offset is None else self.offset.to(device),
+            folds=None if self.folds is None else self.folds.to(device),
         )
 
     def loss(
         self,
         output: tuple[Tensor, Tensor, Tensor | None],
-        embedder: Embedder,
+        head: AnswersHead | None,
         token_weight: float,
         tokens: Tensor | None = None,
     ) -> Tensor:
         """Return the loss of a plug's output (see `PlugModel.forward`); for free text the token loss alone.
 
         Args:
-            output: Log-likelihoods (B, C) of the answers, (B,) of the gold's end token, and the answers' bias (B, C) or
-                None.
-            embedder: The plug's embedder.
+            output: Log-likelihoods (B, C) of the answers, (B,) of the gold's end token, and what the head adds (B, C)
+                or None.
+            head: The plug's answers head, if it has one.
             token_weight: Weight of the token loss beside that over the answers' scores.
             tokens: Answer tokens that the token loss is divided by; default those of the batch.
         """
@@ -71,7 +70,7 @@ class Batch:
         token: Tensor = -(gold_loglik + end).sum() / (batch.lengths.sum() if tokens is None else tokens)
         if loglik.shape[1] == 1:
             return token
-        scores = embedder.combine(loglik, bias if batch.offset is None else batch.offset)
+        scores = combine(head, loglik, bias)
         loss = torch.nn.functional.cross_entropy(scores, batch.gold)
         return loss + token_weight * token if token_weight else loss
 
@@ -93,7 +92,7 @@ class PlugDataset(Dataset[int]):
             raise DataError("there are no samples to train on")
         self.examples = list(examples)
         self.table = plug.table(examples)
-        self.offsets: Tensor | None = None  # (N, C) scores of the answer head in training
+        self.folds: Tensor | None = None  # (N,) see `Batch.folds`
         prompter, answers = plug.prompter, plug.config.answers
         self.parts = plug.prompts(self.examples)
         self.cut = sum(p.cut > 0 for p in self.parts)
@@ -125,13 +124,17 @@ class PlugDataset(Dataset[int]):
             trees,
             torch.tensor(gold),
             torch.tensor(lengths),
-            None if self.offsets is None else self.offsets[list(indices)],
+            None if self.folds is None else self.folds[list(indices)],
         )
 
 
 @torch.no_grad()
 def score_outputs(
-    plug: PlugModel, examples: Sequence[Example], personal: bool = True, head: bool = True, batch_size: int = 32
+    plug: PlugModel,
+    examples: Sequence[Example],
+    personal: bool = True,
+    parts: Collection[str] = PARTS,
+    batch_size: int = 32,
 ) -> Tensor:
     """Return scores (N, C) of the plug's own answers; for free text log-likelihoods (N, 1) of what the users wrote.
 
@@ -139,20 +142,17 @@ def score_outputs(
         plug: The plug.
         examples: N requests with their histories, and for free text their outputs, whose end token counts.
         personal: False for the plain LLM, without all that the plug adds.
-        head: Whether the answer head counts beside the LLM.
+        parts: What of the plug counts for labels, see `PlugModel.score`.
         batch_size: Rows at a time.
     """
-    prompter, answers = plug.prompter, plug.config.answers
-    if answers:
-        trees = [AnswerTree.build(prompter.candidates(answers), prompter.eos)] * len(examples)
-    else:
-        trees = [AnswerTree.build([prompter.answer(e.output)], prompter.eos) for e in examples]
+    prompter = plug.prompter
+    if plug.config.answers:
+        return plug.score(examples, personal=personal, parts=parts, batch_size=batch_size)
     table = plug.table(examples) if personal else None
     rows = []
     for start in range(0, len(examples), batch_size):
         batch = examples[start : start + batch_size]
-        parts = plug.prompts(batch, personal)
+        trees = [AnswerTree.build([prompter.answer(e.output)], prompter.eos) for e in batch]
         history, readers = (table.batch(batch), plug.readers(batch)) if table else (None, None)
-        loglik, _, bias = plug(history, parts, trees[start : start + batch_size], readers)
-        rows.append(plug.embedder.combine(loglik, bias if head else None).float().cpu())
+        rows.append(plug(history, plug.prompts(batch, personal), trees, readers)[0].float().cpu())
     return torch.cat(rows)

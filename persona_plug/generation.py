@@ -20,6 +20,8 @@ from persona_plug.splice.prompts import Prompter, PromptParts
 from persona_plug.splice.soft import Soft
 from persona_plug.store.batches import StoredExample
 
+COUNTS = ("max_new_tokens", "num_beams", "num_return_sequences")
+
 
 @dataclass(frozen=True, slots=True)
 class Generation:
@@ -46,12 +48,9 @@ class Generation:
 
 
 def greedy(options: Mapping[str, object]) -> dict[str, object]:
-    """Return options of the LLM's `generate` that are greedy unless they sample."""
-    options = {"do_sample": False, **options}
+    """Return options of the LLM's `generate` that are greedy unless they sample; a count of None is its default."""
+    options = {"do_sample": False, **{k: v for k, v in options.items() if k not in COUNTS or v is not None}}
     return options if options["do_sample"] else {**options, "temperature": None, "top_p": None, "top_k": None}
-
-
-COUNTS = ("max_new_tokens", "num_beams", "num_return_sequences")
 
 
 @contextmanager

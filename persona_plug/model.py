@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, Literal, Self, overload
 
 import torch
@@ -15,6 +15,7 @@ from persona_plug.embedder.batch import HistoryBatch, VectorTable
 from persona_plug.embedder.contract import Embedded, Embedder
 from persona_plug.errors import ConfigError
 from persona_plug.generation import Generation, details, mark_texts, write_texts
+from persona_plug.heads.answers import PARTS, AnswersHead, combine, counted, judge
 from persona_plug.heads.recollection import Recollection
 from persona_plug.heads.states import StateMap
 from persona_plug.heads.words import SIZE, WordsHead, WordsReader
@@ -23,7 +24,7 @@ from persona_plug.models.caching import uncached
 from persona_plug.models.encoder import HistoryEncoder, RequestEncoder
 from persona_plug.models.fingerprint import llm_fingerprint
 from persona_plug.models.llm import Limits, embedding_norm, freeze, sample_embeddings
-from persona_plug.pairing import History, Requests, nearest, pair
+from persona_plug.pairing import History, Requests, candidates_of, nearest, pair
 from persona_plug.splice.base import Splicer
 from persona_plug.splice.families import end_with, splicer_for, splicer_of_copy
 from persona_plug.splice.prompts import AnswerTree, Prompter, PromptParts, Turns, template_day
@@ -41,8 +42,8 @@ STATE_BUDGET = 4 << 30  # bytes of frozen states cached across epochs
 class PlugModel(nn.Module):
     """What a plug does with its parts: embed, score, choose, generate.
 
-    Only `embedder`, `words` and `adapters` are registered submodules: the parameters of this module are what is trained
-    and saved, and nothing that moves, saves or trains it can touch the LLM.
+    Only embedder, heads and adapters are registered submodules: the parameters of this module are what is trained and
+    saved, and nothing that moves, saves or trains it can touch the LLM.
 
     Attributes:
         plain_splicer: The LLM as it is, around soft tokens.
@@ -92,6 +93,7 @@ class PlugModel(nn.Module):
             embedder = make_embedder(config, embedding_norm(self.llm), start, reader)
             self.embedder = embedder.to(self.llm.device, torch.float32).eval()
             self.words = WordsHead(StateMap.of(self.llm, SIZE), config.encoder_dim) if config.remembers else None
+        self.answers = AnswersHead.of(config, self.llm.device)
         self.splicer.begin_with(self.prompter.head)
         if config.lora:
             self.adapters = Adapters(self.llm, config.lora, self.seed)
@@ -104,8 +106,9 @@ class PlugModel(nn.Module):
         )
 
     def parts(self) -> dict[str, nn.Module]:
-        """Return what is learned and saved: the embedder; the words head and the adapters where there are some."""
-        parts: dict[str, nn.Module | None] = {"": self.embedder, "words.": self.words, "adapters.": self.adapters}
+        """Return what is learned and saved: the embedder; the heads and the adapters where there are some."""
+        heads: dict[str, nn.Module | None] = {"words.": self.words, "answers.": self.answers}
+        parts = {"": self.embedder, **heads, "adapters.": self.adapters}
         return {name: part for name, part in parts.items() if part is not None}
 
     def _nobodys_tokens(self, requests: Sequence[str]) -> Soft:
@@ -133,6 +136,7 @@ class PlugModel(nn.Module):
         config = config.replace(
             llm_width=int(llm.get_input_embeddings().weight.shape[1]),
             encoder_dim=encoder.dim,
+            prompt_width=splicer_for(llm, StateCache(0)).summary_width,
             llm_fingerprint=llm_fingerprint(llm, quantization),
             encoder_fingerprint=encoder.fingerprint,
             template_day=config.template_day or template_day(tokenizer),
@@ -151,8 +155,7 @@ class PlugModel(nn.Module):
         Args:
             config: Its config; default this plug's.
             seed: Seed of its untrained weights; default this plug's.
-            share_states: Whether both use one cache of frozen states, if their prompts are split and begin alike. A
-                cache of the twin's own has this plug's budget.
+            share_states: Whether both use one cache of frozen states, where their prompts are split and begin alike.
         """
         twin = type(self)(
             config or self.config,
@@ -184,6 +187,7 @@ class PlugModel(nn.Module):
         parts: Sequence[PromptParts],
         trees: Sequence[AnswerTree],
         readers: Sequence[WordsReader] | None = None,
+        folds: Tensor | None = None,
     ) -> tuple[Tensor, Tensor, Tensor | None]:
         """Run the LLM on B prompts and score candidate answers.
 
@@ -192,17 +196,21 @@ class PlugModel(nn.Module):
             parts: The prompts.
             trees: The candidates of each.
             readers: What mixes each user's own words in; None for soft tokens alone.
+            folds: (B,) which answers head judges each row in training, see `AnswersHead.forward`.
 
         Returns:
-            Log-likelihoods (B, C) of the candidates, (B,) of the gold's end token, and the bias (B, C) or None.
+            Log-likelihoods (B, C) of candidates, (B,) of the gold's end token, and what the answers head adds, or None.
         """
-        embedded = self.plain(len(parts)) if history is None else self.embed(history)
+        bias, states = judge(self.answers, self.plain_splicer, history, parts, folds)
         splicer = self.plain_splicer if history is None else self.splicer
-        loglik, end = splicer.loglik(parts, embedded.soft, trees, readers)
-        return loglik, end, embedded.bias
+        states = states if splicer is self.plain_splicer else None  # adapters make states of their own
+        loglik, end = splicer.loglik(parts, self.embed(history, len(parts)).soft, trees, readers, states)
+        return loglik, end, bias
 
-    def embed(self, history: HistoryBatch) -> Embedded:
-        """Return what the embedder makes of a batch."""
+    def embed(self, history: HistoryBatch | None, rows: int = 1) -> Embedded:
+        """Return what the embedder makes of a batch; for None no soft tokens in any of the rows: the plain LLM."""
+        if history is None:
+            return Embedded(torch.zeros(rows, 0, self.config.llm_width, device=self.llm.device), None)
         vocabulary = self.llm.get_input_embeddings().weight if self.config.quotes else None
         return self.embedder(history.to(self.llm.device), vocabulary)
 
@@ -221,8 +229,8 @@ class PlugModel(nn.Module):
         store: HistoryStore | None = None,
     ) -> Tensor:
         """Return the soft tokens of one request, a dense finite float32 tensor (m + T + k, H) on the CPU."""
-        examples = pair(self.config, input, history, user, store)
-        return next(self._batches(examples, True, 1))[1].soft[0].float().cpu()
+        batches = self._batches(pair(self.config, input, history, user, store), True, 1)
+        return self.embed(next(batches)[1]).soft[0].float().cpu()
 
     @torch.no_grad()
     def score(
@@ -234,15 +242,14 @@ class PlugModel(nn.Module):
         user: str | Sequence[str] | None = None,
         store: HistoryStore | None = None,
         personal: bool = True,
-        head: bool = True,
+        parts: Collection[str] = PARTS,
         batch_size: int = 16,
     ) -> Tensor:
         """Return log-scores (B, C) of candidate answers, float32 on the CPU.
 
         A score is the LLM's log-likelihood of the candidate behind the soft tokens; for the plug's own answer space it
-        is weighted, and what request and answer frequencies say without the LLM is added (`head=False` leaves the
-        log-likelihood alone). All candidates of a request share one pass over its prompt. The end token counts where
-        one candidate begins another, or where there is only one.
+        is weighted, and what the answers head says of request and user is added. All candidates of a request share one
+        pass over its prompt. The end token counts where one candidate begins another, or where there is only one.
 
         Args:
             inputs: One request or B of them, or B examples with their histories.
@@ -251,31 +258,30 @@ class PlugModel(nn.Module):
             user: In place of a history, the user in `store` whose history counts, or one user for each request.
             store: Where the users' histories are.
             personal: False for the plain LLM, without all that the plug adds.
-            head: Whether the answer head counts beside the LLM.
+            parts: What of the plug counts, of `PARTS`: `soft` (the LLM behind the soft tokens), `answers` (the head).
             batch_size: Rows at a time.
 
         Raises:
-            ConfigError: There are no candidates.
+            ConfigError: There are no candidates, or a part is not one that the plug has for them.
         """
-        known = self.config.answers or ()
-        candidates = candidates or known
-        if isinstance(candidates, str):
-            raise ConfigError(f"candidates must be a list of texts, not the text {candidates!r:.60}")
-        if not candidates:
-            raise ConfigError("no candidates to score: pass candidates=[...] or fit the plug on a labelling task")
+        candidates, known = candidates_of(self.config, candidates), self.config.answers or ()
         examples = pair(self.config, inputs, history, user, store)
         tree = AnswerTree.build(self.prompter.candidates(candidates), self.prompter.eos)
-        columns = [known.index(c) for c in candidates] if head and all(c in known for c in candidates) else []
+        head = self.answers if all(c in known for c in candidates) else None
+        soft, judged = counted(parts if personal else (), head)
+        splicer = self.splicer if soft else self.plain_splicer
 
-        def scores(batch: list[Example], embedded: Embedded, parts: list[PromptParts]) -> Tensor:
-            readers = self.readers(batch) if personal else None
-            splicer = self.splicer if personal else self.plain_splicer
-            loglik = splicer.loglik(parts, embedded.soft, [tree] * len(batch), readers)[0]
-            bias = embedded.bias
-            return loglik if bias is None or not columns else self.embedder.combine(loglik, bias[:, columns])
+        def scores(batch: list[Example], history: HistoryBatch | None, prompts: list[PromptParts]) -> Tensor:
+            bias, states = judge(head if judged else None, self.plain_splicer, history, prompts)
+            if bias is not None and head is not None:
+                bias = bias[:, [known.index(c) for c in candidates]]
+                if not (soft and head.llm_share):
+                    return bias
+            states = states if splicer is self.plain_splicer else None
+            readers, tokens = self.readers(batch) if soft else None, self.embed(history, len(batch)).soft
+            return combine(head, splicer.loglik(prompts, tokens, [tree] * len(batch), readers, states)[0], bias)
 
-        batches = self._batches(examples, personal, batch_size)
-        return torch.cat([scores(*batch).float().cpu() for batch in batches])
+        return torch.cat([scores(*b).float().cpu() for b in self._batches(examples, soft or judged, batch_size)])
 
     def choose(
         self,
@@ -354,7 +360,8 @@ class PlugModel(nn.Module):
         splicer = self.splicer if personal else self.plain_splicer
         labels = iter(self.choose(examples)[0]) if personal and self.config.answers else None
         results: list[Generation] = []
-        for batch, embedded, parts in self._batches(examples, personal, batch_size):
+        for batch, read, parts in self._batches(examples, personal, batch_size):
+            embedded = self.embed(read, len(batch))
             soft, readers = embedded.soft, self.readers(batch) if personal and labels is None else None
             if labels is not None:
                 written = [[next(labels)] for _ in batch]
@@ -373,15 +380,14 @@ class PlugModel(nn.Module):
 
     def _batches(
         self, examples: Sequence[Example], personal: bool, size: int
-    ) -> Iterator[tuple[list[Example], Embedded, list[PromptParts]]]:
-        """Yield (examples, what the embedder makes of them, prompts) in order."""
+    ) -> Iterator[tuple[list[Example], HistoryBatch | None, list[PromptParts]]]:
+        """Yield (examples, their requests and histories, prompts) in order."""
         if size < 1:
             raise ConfigError(f"batch_size={size} must be at least 1")
         table = self.table(examples) if personal else None
         for start in range(0, len(examples), size):
             batch = list(examples[start : start + size])
-            embedded = self.embed(table.batch(batch)) if table else self.plain(len(batch))
-            yield batch, embedded, self.prompts(batch, personal)
+            yield batch, table.batch(batch) if table else None, self.prompts(batch, personal)
 
     def prompts(self, examples: Sequence[Example], personal: bool = True) -> list[PromptParts]:
         """Return the prompts of examples, the users' turns in them where they are `personal`."""
@@ -392,7 +398,3 @@ class PlugModel(nn.Module):
         """Return the items of each user that stand in the prompt, the nearest to the request last."""
         count = self.config.retrieve
         return nearest(self.encoder, examples, count, self.config.max_history) if count else [[] for _ in examples]
-
-    def plain(self, rows: int) -> Embedded:
-        """Return no soft tokens at all for B rows: the plain LLM."""
-        return Embedded(torch.zeros(rows, 0, self.config.llm_width, device=self.llm.device), None, None)

@@ -77,6 +77,19 @@ def pair(
     ]
 
 
+def candidates_of(config: PlugConfig, candidates: Sequence[str] | None) -> Sequence[str]:
+    """Return the candidate answers to score: those given, or the plug's own.
+
+    Raises:
+        ConfigError: There are none, or one text in place of a list.
+    """
+    if isinstance(candidates, str):
+        raise ConfigError(f"candidates must be a list of texts, not the text {candidates!r:.60}")
+    if not (candidates or config.answers):
+        raise ConfigError("no candidates to score: pass candidates=[...] or fit the plug on a labelling task")
+    return candidates or config.answers or ()
+
+
 def _histories(history: Any, many: bool, count: int) -> list[History]:  # noqa: ANN401
     """Return one history for each request: those that are given, if there may be `many`, or the same one each time."""
     if not many or not history or isinstance(history[0], str):

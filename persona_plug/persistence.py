@@ -11,11 +11,12 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from persona_plug.config import CONFIG_NAME, PlugConfig
+from persona_plug.config import CONFIG_NAME, SMOOTHING, PlugConfig
 from persona_plug.data.rows import local_path
 from persona_plug.embedder.architectures import make_embedder
 from persona_plug.errors import CorruptFileError, MismatchError, PersonaPlugError, first_line
 from persona_plug.files import write_atomically
+from persona_plug.heads.answers import AnswersHead
 from persona_plug.models.adapters import ADAPTER, FILES, Adapters, read_adapters
 from persona_plug.models.encoder import HistoryEncoder
 from persona_plug.models.fingerprint import llm_fingerprint, same_llm
@@ -164,6 +165,7 @@ def apply_weights(
     Raises:
         MismatchError: Names or shapes are not those the config asks for.
     """
+    state = current_names(state)
     try:
         for start, part in parts.items():
             if isinstance(part, Adapters) and lora is not None:
@@ -179,6 +181,20 @@ def apply_weights(
         raise MismatchError(f"{folder}: {WEIGHTS_NAME} and {CONFIG_NAME} do not belong together ({reason})") from exc
 
 
+def current_names(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return weights under today's names: before version 3 the answers head was a part of the embedder.
+
+    That head read the request's vector alone, and counted all items alike.
+    """
+    if "answer_head.weight" not in state:
+        return dict(state)
+    moved = {"answer_head.weight": "weight", "answer_head.bias": "offset", "frequency_weight": "power"}
+    moved |= {"population": "population", "llm_log_weight": "llm_log_weight"}
+    fixed = {"pseudo": SMOOTHING, "sharpness": 0.0, "fading": 0.0, "spread": 0.0, "llm_share": 1.0}
+    now = {f"answers.{moved[name]}" if name in moved else name: tensor for name, tensor in state.items()}
+    return now | {f"answers.{name}": torch.tensor(value) for name, value in fixed.items()}
+
+
 def check_weights(config: PlugConfig, state: dict[str, Tensor], folder: Path) -> None:
     """Refuse weights that are not a plug's of this config, before room is made for it.
 
@@ -186,10 +202,12 @@ def check_weights(config: PlugConfig, state: dict[str, Tensor], folder: Path) ->
         MismatchError: Names, shapes or dtypes are not those the config asks for.
         CorruptFileError: A number is not finite.
     """
-    plain = config.replace(train_request=False)
+    plain, state = config.replace(train_request=False), current_names(state)
     try:
         with torch.device("meta"):  # shapes alone
             expected = make_embedder(plain, 1.0).state_dict()
+            head = AnswersHead.of(config)
+            expected |= {} if head is None else {f"answers.{name}": t for name, t in head.state_dict().items()}
     except (RuntimeError, OverflowError) as exc:
         raise MismatchError(f"{folder / CONFIG_NAME}: no model has such sizes; copy the plug again") from exc
     # What depends on the models themselves is checked when it is loaded.

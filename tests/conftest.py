@@ -129,9 +129,12 @@ def perturb():
         def draw(parameter):
             return torch.randn(parameter.shape, generator=noise).to(parameter.device)
 
+        head = getattr(plug, "answers", None)
         with torch.no_grad():
-            if embedder.has_answer_head:
-                embedder.frequency_weight.fill_(0.7)
+            if head is not None:
+                for name in ("weight", "offset", "llm_log_weight"):
+                    getattr(head, name).add_(draw(getattr(head, name)) * 0.3)
+                head.power.fill_(0.7)
             for name, parameter in embedder.named_parameters():
                 if name == "out.weight":
                     # Offsets as long as the unit vectors that they are added to.

@@ -19,12 +19,12 @@ SAMPLES = [
 def test_a_batch_goes_to_a_device_whole(make_plug, answers):
     """Accelerate moves what has a `to`; a device that holds no data shows it on any machine."""
     samples = PlugDataset(make_plug(answers=answers), SAMPLES)
-    samples.offsets = torch.zeros(2, 2) if answers else None
+    samples.folds = torch.zeros(2, dtype=torch.long) if answers else None
     batch = send_to_device({"batch": samples.collate([1, 0])}, torch.device("meta"))["batch"]
     tensors = [getattr(part, f.name) for part in (batch, batch.history) for f in dataclasses.fields(part)]
     devices = {t.device.type for t in tensors if isinstance(t, torch.Tensor)}
     assert devices == {"meta"}
-    assert sum(isinstance(t, torch.Tensor) for t in tensors) == 7  # offsets or quotes are one of them
+    assert sum(isinstance(t, torch.Tensor) for t in tensors) == 7  # folds or quotes are one of them
 
 
 def test_a_batch_holds_the_samples_that_were_asked_for(make_plug):
@@ -34,4 +34,4 @@ def test_a_batch_holds_the_samples_that_were_asked_for(make_plug):
     assert batch.gold.tolist() == [1, 0]
     assert batch.parts == [plug.prompter.parts(SAMPLES[i].input) for i in (1, 0)]
     assert batch.history.mask.tolist() == [[False, False], [True, True]]
-    assert batch.offset is None
+    assert batch.folds is None

@@ -1,5 +1,6 @@
 """PersonaPlug against an independent reference: plain forward passes, row by row, without caches or padding."""
 
+from contextlib import nullcontext
 from threading import Thread
 
 import pytest
@@ -7,6 +8,8 @@ import torch
 
 from persona_plug.data.history import HistoryItem
 from persona_plug.errors import ConfigError, DataError
+from persona_plug.heads.answers import combine
+from persona_plug.models.caching import uncached
 from persona_plug.models.fingerprint import full_digest
 from persona_plug.models.llm import load_llm
 from persona_plug.pairing import pair
@@ -213,30 +216,89 @@ def test_the_gold_end_token_is_scored_apart(plug, people):
     assert float(end[0]) == pytest.approx(float(logp[-1, plug.prompter.eos]), abs=1e-4)
 
 
-def test_the_answer_head_joins_the_llm(make_plug, people):
-    """Its parts: the LLM's weighted log-likelihood, what the request's words say, and the user's own frequencies."""
+def test_the_answers_head_joins_the_llm(make_plug, people):
+    """A score is the LLM's weighted log-likelihood and what the head says; each part can be had alone."""
     plug = make_plug(answers=("1", "4", "5", "10"), differ=True)
     requests, histories = ["rate this"] * 2, [people.ann, people.bob]
     scores = plug.score(requests, history=histories)
-    loglik = plug.score(requests, history=histories, head=False)
-    embedder = plug.embedder
-    with torch.no_grad():
-        words = embedder.answer_head(plug.encoder.encode(["rate this"])[0])
-        everyone, pseudo = embedder.population, 1.0
-        for row, counts in enumerate(([0, 1, 1, 0], [1, 0, 0, 1])):
-            user = (torch.tensor(counts) + pseudo * everyone) / (2 + pseudo)
-            bias = words + embedder.frequency_weight * (user / everyone).log()
-            expected = embedder.llm_log_weight.exp() * loglik[row] + bias
-            torch.testing.assert_close(scores[row], expected, atol=1e-4, rtol=1e-5)
-    weight = embedder.llm_log_weight.exp().detach()
-    some = plug.score(requests, ("10", "4"), histories, head=False)  # without "1" end tokens do not count
-    expected = weight * some + (scores - weight * loglik)[:, [3, 1]]
+    loglik = plug.score(requests, history=histories, parts=["soft"])
+    judged = plug.score(requests, history=histories, parts=["answers"])
+    weight = plug.answers.llm_log_weight.exp().detach()
+    torch.testing.assert_close(scores, weight * loglik + judged, atol=1e-4, rtol=1e-5)
+    assert (judged[0] - judged[1]).abs().max() > 0.1
+    torch.testing.assert_close(plug.score(requests, history=histories, parts=[]), plain(plug, requests))
+    some = plug.score(requests, ("10", "4"), histories, parts=["soft"])  # without "1" end tokens do not count
+    expected = weight * some + judged[:, [3, 1]]
     torch.testing.assert_close(plug.score(requests, ("10", "4"), histories), expected, atol=1e-4, rtol=1e-5)
     for options in ({"candidates": ("10", "other")}, {"personal": False}):  # not the plug's own answers, or no plug
         candidates = options.get("candidates", plug.config.answers)
         one = plug.score(requests, candidates, histories, personal=options.get("personal", True))
-        other = plug.score(requests, candidates, histories, personal=options.get("personal", True), head=False)
+        other = plug.score(requests, candidates, histories, personal=options.get("personal", True), parts=["soft"])
         torch.testing.assert_close(one, other)
+
+
+def plain(plug, requests):
+    return plug.score(requests, personal=False)
+
+
+@pytest.mark.parametrize(
+    ("settings", "options", "message"),
+    [
+        ({"answers": ("4", "5")}, {"parts": ["words", "soft"]}, "parts='words' is not one of soft, answers"),
+        (
+            {"answers": ("4", "5")},
+            {"parts": ["answers"], "candidates": ("4", "6")},
+            "needs a plug with an answers head",
+        ),
+        (
+            {"answers": ("4", "5"), "answer_head": False},
+            {"parts": ["answers"]},
+            "alone needs a plug with an answers head",
+        ),
+        ({"answers": ("4", "5"), "user_tokens": 0}, {"parts": ["answers"]}, "alone needs a plug with an answers head"),
+    ],
+)
+def test_a_part_that_is_not_there_is_refused(make_plug, settings, options, message):
+    with pytest.raises(ConfigError, match=message):
+        make_plug(**settings).score("a", **options)
+
+
+def test_the_llm_is_left_out_where_calibration_left_it_out(make_plug, people, monkeypatch):
+    plug = make_plug(answers=("4", "5"), differ=True)
+    judged = plug.score(people.requests, history=people.histories, parts=["answers"])
+    plug.answers.llm_share.zero_()
+    monkeypatch.setattr(plug.splicer, "loglik", lambda *_: pytest.fail("the LLM was asked"))
+    torch.testing.assert_close(plug.score(people.requests, history=people.histories), judged)
+
+
+@pytest.mark.parametrize("name", ["tiny-llama", "tiny-t5"])
+@pytest.mark.parametrize("caching", [True, False])
+def test_reading_the_llms_states_runs_no_more_tokens(make_plug, people, monkeypatch, name, caching):
+    """The head's view of a prompt comes out of states that the scores stand on anyway."""
+    plug = make_plug(name, answers=("4", "5"), differ=True)
+    stack = plug.llm.get_encoder() if name == "tiny-t5" else plug.llm
+    ran = []
+
+    def count(*arguments, run=stack.forward, **options):
+        rows = [t for t in (*arguments, options.get("input_ids"), options.get("inputs_embeds")) if t is not None]
+        ran.append(rows[0].shape[0] * rows[0].shape[1])
+        return run(*arguments, **options)
+
+    monkeypatch.setattr(stack, "forward", count)
+
+    def tokens(head_reads):
+        plug.answers.weight[:, plug.config.encoder_dim :] = 0.1 * head_reads
+        assert plug.answers.reads_prompt == head_reads
+        plug.splicer.cache = StateCache(1 << 30)
+        ran.clear()
+        with nullcontext() if caching else uncached():
+            scores = plug.score(["rate the bread of the bakery"], history=people.ann)
+        return sum(ran), scores
+
+    with torch.no_grad():
+        (without, plain_scores), (with_, scores) = tokens(False), tokens(True)
+    assert with_ == without > 0
+    assert (scores - plain_scores).abs().max() > 1e-3
 
 
 def test_choose_names_the_best_candidate(make_plug, people):
@@ -457,11 +519,12 @@ def test_build_takes_names(people):
         PersonaPlug.build("tiny-llama", "tiny-encoder", colour=1)
 
 
-def test_only_the_embedder_is_part_of_the_module(make_plug):
-    plug = make_plug()
-    embedder = {id(p) for p in plug.embedder.parameters()}
-    assert {id(p) for p in plug.parameters()} == embedder
-    assert set(plug.state_dict()) == {f"embedder.{name}" for name in plug.embedder.state_dict()}
+@pytest.mark.parametrize("answers", [None, ("4", "5")])
+def test_only_embedder_and_heads_are_part_of_the_module(make_plug, answers):
+    plug = make_plug(answers=answers)
+    parts = {"embedder": plug.embedder} | ({"answers": plug.answers} if answers else {})
+    assert {id(p) for p in plug.parameters()} == {id(p) for part in parts.values() for p in part.parameters()}
+    assert set(plug.state_dict()) == {f"{name}.{key}" for name, part in parts.items() for key in part.state_dict()}
 
 
 def test_the_seed_draws_the_untrained_plug(make_plug):
@@ -483,7 +546,7 @@ def loss_of(plug, people):
     parts = [plug.prompter.parts(r) for r in people.requests]
     ids = [plug.prompter.answer(a) for a in plug.config.answers]
     loglik, end, bias = plug(batch, parts, [AnswerTree.build(ids, plug.prompter.eos, gold=0)] * len(examples))
-    scores = plug.embedder.combine(loglik, bias)
+    scores = combine(plug.answers, loglik, bias)
     return -(scores.log_softmax(-1)[:, 0] + 0.1 * loglik[:, 0] + 0.1 * end).mean()
 
 
@@ -493,7 +556,7 @@ def test_gradients_reach_every_embedder_parameter_and_nothing_else(make_plug, ll
     loss_of(plug, people).backward()
     learns = {n: p for n, p in plug.embedder.named_parameters() if p.requires_grad and p.numel()}
     fixed = {n for n, p in plug.embedder.named_parameters() if not p.requires_grad}
-    assert fixed <= {"answer_head.weight", "answer_head.bias"}  # fitted before training
+    assert not fixed
     assert [n for n, p in learns.items() if p.grad is None or not p.grad.any()] == []
     assert all(torch.isfinite(p.grad).all() for p in learns.values())
     frozen = [*plug.llm.parameters(), *plug.encoder.model.parameters()]

@@ -64,6 +64,6 @@ def _train(plug: PersonaPlug, adapters: Adapters, question: Example, config: Fit
         batch = samples.collate(torch.randperm(len(samples), generator=draw)[: config.batch_size].tolist())
         output = plug(batch.history, batch.parts, batch.trees)
         optimizer.zero_grad()
-        batch.loss(output, plug.embedder, config.token_weight).backward()
+        batch.loss(output, plug.answers, config.token_weight).backward()
         torch.nn.utils.clip_grad_norm_(adapters, 1.0)
         optimizer.step()

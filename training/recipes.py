@@ -26,7 +26,7 @@ from training.settings import RunSettings
 
 # What every plug of a run has in common, whatever its recipe.
 SHARED = (
-    *("llm_width", "llm_fingerprint", "encoder_dim", "encoder_fingerprint", "template", "answers"),
+    *("llm_width", "prompt_width", "llm_fingerprint", "encoder_dim", "encoder_fingerprint", "template", "answers"),
     *("max_input_tokens", "max_answer_tokens", "chat_template_args", "template_day"),
 )
 FACTS = "fitted.json"

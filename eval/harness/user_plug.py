@@ -78,7 +78,7 @@ class UserPlug:
         for start in tqdm(range(0, len(rows), size), desc=f"persona_plug: {what}", disable=quiet or None):
             part = slice(start, start + size)
             with torch.no_grad():
-                output = self.plug.embed(table.batch(examples[part])) if table else self.plug.plain(len(rows[part]))
+                output = self.plug.embed(table.batch(examples[part]) if table else None, len(rows[part]))
             yield list(rows[part]), [parts for parts, _ in places[part]], output.soft
 
     def place(self, row: Row) -> tuple[PromptParts, str]:

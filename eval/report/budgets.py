@@ -10,8 +10,8 @@ from persona_plug.measure.tables import UNKNOWN, Table, number_text
 REFERENCE = "plug"  # its seconds are what the others are held to
 BUDGET_NOTE = (
     "Trained methods had the same samples, steps, batch size and grid of learning rates (chosen by validation loss). "
-    "Seconds are those of the optimiser steps, as if each method had been trained alone; an answer head is fitted "
-    "before them. The last two columns hold every method to the seconds of {name}: the steps it makes in them, and "
+    "Seconds are those of the optimiser steps and of an answers head's fit, as if each method had been trained alone. "
+    "The last two columns hold every method to the seconds of {name}: the steps it makes in them, and "
     "the validation loss of its last look by then. Losses compare only between methods that answer the same way."
 )
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
@@ -28,6 +29,15 @@ def label_counts(outputs: Sequence[str], limit: int = 32) -> Counter[str] | None
     counts = Counter(label_of(o) for o in outputs)
     labels = 2 <= len(counts) <= min(limit, len(outputs) // 5) and max(len(c) for c in counts) <= 48
     return counts if labels else None
+
+
+def levels_of(answers: Sequence[str] | None) -> list[float] | None:
+    """Return the answers as numbers where all of them are, so that they have an order and errors a size; else None."""
+    try:
+        levels = [float(answer) for answer in answers or ()]
+    except ValueError:
+        return None
+    return levels if levels and all(map(math.isfinite, levels)) else None
 
 
 def detect_answers(outputs: Sequence[str], limit: int = 32) -> tuple[str, ...] | None:

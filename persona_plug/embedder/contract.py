@@ -10,7 +10,6 @@ from torch import Tensor, nn
 
 from persona_plug.config import PlugConfig
 from persona_plug.embedder.batch import HistoryBatch
-from persona_plug.errors import ConfigError
 from persona_plug.splice.soft import Soft
 
 
@@ -20,13 +19,11 @@ class Embedded:
 
     Attributes:
         soft: (B, m + T + k, H) soft tokens [task; quoted; user]; with `uem` B tensors of different lengths.
-        bias: (B, C) what request and answer frequencies add to the scores of the C answers without the LLM, or None.
         weights: (B, n) mean weight of each history item over the heads (quoting is one more), or None where items have
             no weights.
     """
 
     soft: Soft
-    bias: Tensor | None
     weights: Tensor | None
 
 
@@ -36,12 +33,10 @@ class Embedder(nn.Module, ABC):
     Attributes:
         config: Architecture.
         score_temperature: () Divides log-likelihoods of candidate answers; fitted on held-out users.
-        has_answer_head: Whether scores have a part that does not come from the LLM.
         reads_request: Whether the output depends on the frozen encoder's vectors of the requests.
     """
 
     score_temperature: Tensor
-    has_answer_head = False
     reads_request = False
 
     def __init__(self, config: PlugConfig) -> None:
@@ -66,10 +61,6 @@ class Embedder(nn.Module, ABC):
     def soft_count(self, items: int) -> int:
         """Return how many soft tokens a request of a user with `items` history items has."""
 
-    def combine(self, loglik: Tensor, bias: Tensor | None) -> Tensor:
-        """Return scores (B, C) from the LLM's log-likelihoods and the bias of the same answers."""
-        return loglik
-
     def set_dropout(self, history_dropout: float, empty_history: float, dropout: float) -> None:
         """Set what training leaves out; an embedder that reads no history leaves out nothing.
 
@@ -79,16 +70,5 @@ class Embedder(nn.Module, ABC):
             dropout: The share of the projector's features that is set to 0.
         """
 
-    def set_answer_head(self, weight: Tensor, offset: Tensor, frequency_weight: float, population: Tensor) -> None:
-        """Set the answer head, which is fitted before training.
-
-        Args:
-            weight: (C, d) of the linear map of the request's vector.
-            offset: (C,) of that map.
-            frequency_weight: Weight of the user's log answer frequencies.
-            population: (C,) answer frequencies over all users.
-
-        Raises:
-            ConfigError: This embedder has no answer head.
-        """
-        raise ConfigError("this plug has no answer head: build it with answer_head=True and answers")
+    def set_population(self, population: Tensor) -> None:
+        """Start where an empty history stands for how often all users gave each answer, (C,)."""

@@ -24,7 +24,6 @@ class ResampledEmbedder(UserEmbedder):
         """
         if config.quotes:
             raise ConfigError(f"aggregator={config.aggregator!r} quotes nothing: set quote_tokens=0")
-        self.reads_request = self.has_answer_head
         self.resampler = RESAMPLERS[config.aggregator](self._value_width, config)
         self._output(config.projector_hidden, config.llm_width)
 

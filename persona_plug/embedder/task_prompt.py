@@ -11,11 +11,11 @@ from persona_plug.embedder.contract import Embedded, Embedder
 
 
 class NoTokens(Embedder):
-    """No soft tokens and no answer head: what is trained lies inside the LLM, or nothing is."""
+    """No soft tokens: what is trained lies inside the LLM, or nothing is."""
 
     def forward(self, batch: HistoryBatch, vocabulary: Tensor | None = None) -> Embedded:
         """Return no soft tokens (B, 0, H)."""
-        return Embedded(torch.zeros(len(batch.mask), 0, self.config.llm_width, device=batch.mask.device), None, None)
+        return Embedded(torch.zeros(len(batch.mask), 0, self.config.llm_width, device=batch.mask.device), None)
 
     def soft_count(self, items: int) -> int:
         """See `Embedder.soft_count`."""
@@ -48,7 +48,7 @@ class TaskPrompt(Embedder):
     def forward(self, batch: HistoryBatch, vocabulary: Tensor | None = None) -> Embedded:
         """Return the same tokens (B, m, H) for every request; see `Embedder.forward`."""
         check_finite(batch)
-        return Embedded(self.scaled(self.tokens.expand(batch.request.shape[0], -1, -1)), None, None)
+        return Embedded(self.scaled(self.tokens.expand(batch.request.shape[0], -1, -1)), None)
 
     def scaled(self, directions: Tensor) -> Tensor:
         """Return soft tokens (B, S, H) of the learned lengths, in the directions given."""

@@ -8,7 +8,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
-from persona_plug.config import SMOOTHING, PlugConfig
+from persona_plug.config import PlugConfig
 from persona_plug.embedder.batch import HistoryBatch, check_finite, value_dim
 from persona_plug.embedder.contract import Embedded
 from persona_plug.embedder.task_prompt import TaskPrompt
@@ -22,9 +22,6 @@ class UserEmbedder(TaskPrompt):
     At the start the user tokens hardly depend on the user; quoted ones do. `make_embedder` picks the subclass that the
     config's aggregator names.
     """
-
-    frequency_weight: Tensor
-    population: Tensor
 
     def __init__(
         self,
@@ -53,15 +50,6 @@ class UserEmbedder(TaskPrompt):
         text, answers = value_dim(config)
         self.null_value = nn.Parameter(torch.zeros(text))
         self.null_answers = nn.Parameter(torch.zeros(answers))
-        self.has_answer_head = bool(config.answer_head and answers)
-        if self.has_answer_head:
-            # Fitted once before training, so no gradient: the LLM learns what it adds.
-            self.answer_head = nn.Linear(config.encoder_dim, answers).requires_grad_(False)
-            nn.init.zeros_(self.answer_head.weight)
-            nn.init.zeros_(self.answer_head.bias)
-            self.register_buffer("frequency_weight", torch.ones(()))
-            self.register_buffer("population", torch.full((answers,), 1 / answers))
-            self.llm_log_weight = nn.Parameter(torch.tensor([0.1]).log())
         self.build(config)
 
     @abstractmethod
@@ -76,7 +64,7 @@ class UserEmbedder(TaskPrompt):
                 raise DataError("this plug reads requests itself: its batch needs `request_ids`")
             batch = replace(batch, request=self.request_encoder(batch.request_ids))
         soft, weights = self.soft_tokens(batch, self._remaining(batch.mask), vocabulary)
-        return Embedded(soft, self._answer_bias(batch), weights)
+        return Embedded(soft, weights)
 
     @abstractmethod
     def soft_tokens(
@@ -90,24 +78,15 @@ class UserEmbedder(TaskPrompt):
             vocabulary: (V, H) the LLM's input embeddings, needed where the config quotes.
         """
 
-    def combine(self, loglik: Tensor, bias: Tensor | None) -> Tensor:
-        """See `Embedder.combine`."""
-        return loglik if bias is None else self.llm_log_weight.exp() * loglik + bias
-
     def set_dropout(self, history_dropout: float, empty_history: float, dropout: float) -> None:
         """See `Embedder.set_dropout`."""
         self.history_dropout, self.empty_history, self.dropout.p = history_dropout, empty_history, dropout
 
     @torch.no_grad()
-    def set_answer_head(self, weight: Tensor, offset: Tensor, frequency_weight: float, population: Tensor) -> None:
-        """See `Embedder.set_answer_head`."""
-        if not self.has_answer_head:
-            super().set_answer_head(weight, offset, frequency_weight, population)
-        self.answer_head.weight.copy_(weight)
-        self.answer_head.bias.copy_(offset)
-        self.frequency_weight.fill_(frequency_weight)
-        self.population.copy_(population)
-        self.null_answers.copy_(population.log())
+    def set_population(self, population: Tensor) -> None:
+        """See `Embedder.set_population`."""
+        if self.null_answers.numel():
+            self.null_answers.copy_(population.log())
 
     def _output(self, hidden: int, width: int) -> None:
         """Create the projector's last layer, whose output starts near 0."""
@@ -120,18 +99,6 @@ class UserEmbedder(TaskPrompt):
         """Width of what the projector reads of an item."""
         text, answers = value_dim(self.config)
         return text + (answers if self.config.use_answer_counts else 0)
-
-    def _answer_bias(self, batch: HistoryBatch) -> Tensor | None:
-        """Return head(request) + weight * log(p_user / p_all), p_user smoothed by one pseudo-count of p_all.
-
-        A soft token bounds what a long history can say; log frequencies add up, as evidence does.
-        """
-        if not self.has_answer_head:
-            return None
-        text, _ = value_dim(self.config)
-        counts = (batch.values[..., text:] * batch.mask.unsqueeze(-1)).sum(1)
-        user = (counts + SMOOTHING * self.population) / (counts.sum(1, keepdim=True) + SMOOTHING)
-        return self.answer_head(batch.request) + self.frequency_weight * (user / self.population).log()
 
     def _remaining(self, mask: Tensor) -> Tensor:
         """Leave out a random share of each row's items in training, and some rows' whole history.

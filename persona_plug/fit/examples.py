@@ -70,5 +70,5 @@ def few_shot(plug: PlugModel, rows: Sequence[Example]) -> list[str] | list[None]
         return [None] * len(rows)
     shown = nearest(plug.encoder, rows, TURNS, plug.config.max_history)
     parts = [plug.prompter.parts(row.input, shown=turns) for row, turns in zip(rows, shown, strict=True)]
-    written = write_texts(plug.plain_splicer, plug.prompter, parts, plug.plain(len(rows)).soft, None, {})
+    written = write_texts(plug.plain_splicer, plug.prompter, parts, plug.embed(None, len(rows)).soft, None, {})
     return [text for (text,) in written]

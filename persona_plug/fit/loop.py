@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import shutil
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,10 +21,11 @@ from persona_plug.data.splits import FitData
 from persona_plug.dataset import PlugDataset, score_outputs
 from persona_plug.errors import ConfigError
 from persona_plug.files import write_atomically
+from persona_plug.fit.answers import SAMPLES, fit_answers, folds_of
 from persona_plug.fit.config import FitConfig
 from persona_plug.fit.surroundings import undisturbed
-from persona_plug.fit.trainer import PlugTrainer, is_whole, last_checkpoint
-from persona_plug.measure.priors import fit_label_model
+from persona_plug.fit.trainer import PlugTrainer, is_whole, last_checkpoint, step_clock
+from persona_plug.heads.answers import PARTS
 from persona_plug.measure.stats import spread
 from persona_plug.model import PlugModel
 
@@ -68,18 +69,23 @@ def train(
         valid_set = PlugDataset(plug, looks)
     drawn = config.steps * config.batch_size * config.gradient_accumulation * processes.num_processes
     lefts = [p.left for part in (train_set, valid_set) for p in part.parts]
-    plug.splicer.plan(lefts, drawn + len(valid_set))
+    judged = min(SAMPLES, len(train_set)) if plug.answers is not None else 0
+    reader = plug.splicer if plug.answers is None else plug.plain_splicer  # the head reads the LLM as it is
+    reader.plan(lefts, drawn + len(valid_set) + judged)
     if train_set.cut and processes.is_main_process:
         logger.warning("%d of %d requests are longer than max_input_tokens and were cut", train_set.cut, len(train_set))
-    if plug.embedder.has_answer_head:
-        train_set.offsets = _agreed(start_answer_head(plug, data))
+    passed = 0.0
+    if plug.answers is not None:
+        start = step_clock(plug)
+        train_set.folds = start_answers(plug, data)
+        passed = step_clock(plug) - start
     plug.embedder.set_dropout(config.history_dropout, config.empty_history, config.dropout)
     with phase(what, config.steps) as advance:
-        trainer = _trainer(plug, train_set, valid_set, config, folder, advance)
+        trainer = _trainer(plug, train_set, valid_set, config, folder, advance, passed)
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     plug.eval()
     if data.answers:
-        plug.embedder.score_temperature.fill_(_agreed(calibrate(plug, looks, config.batch_size)))
+        _set_scale(plug, *_agreed(calibrate(plug, looks, config.batch_size)))
     processes.wait_for_everyone()
     return list(trainer.state.log_history)
 
@@ -91,6 +97,7 @@ def _trainer(
     config: FitConfig,
     folder: Path,
     advance: Advance,
+    passed: float,
 ) -> PlugTrainer:
     args = TrainingArguments(
         output_dir=str(folder),
@@ -122,7 +129,7 @@ def _trainer(
     if args.n_gpu > 1:  # without a launcher: transformers would copy the embedder, but not the LLM, to each of them
         args._n_gpu = 1
     try:
-        return PlugTrainer(plug, args, train_set, valid_set, config, advance)
+        return PlugTrainer(plug, args, train_set, valid_set, config, advance, passed)
     except RuntimeError as exc:  # transformers' way to say that a tracker is not installed
         if config.report_to == "none" or "installed" not in str(exc):
             raise
@@ -164,26 +171,50 @@ def _agreed(found: Any) -> Any:  # noqa: ANN401
 
 
 @torch.no_grad()
-def start_answer_head(plug: PlugModel, data: FitData) -> Tensor:
-    """Set the answer head to the best LLM-free product of classifier and user frequencies (a convex fit, seconds).
+def start_answers(plug: PlugModel, data: FitData) -> Tensor:
+    """Fit the answers head before the steps; return which of its folds (N,) has not seen each training sample's user.
 
-    Trained jointly, the frequencies explain most answers before the request's words are learned, which ends worse on
-    few users. Fitted first, it leaves to the LLM what the LLM adds. Returned are the scores (N, C) of the training
-    samples by heads that did not see their users: the head's own, seen ones would leave too little to learn.
+    One process fits it, and all take what it found.
     """
-    fitted = fit_label_model(data.train, data.valid, plug.config.answers or (), plug.encoder)
-    weight, offset, population = (torch.from_numpy(a) for a in (fitted.weight, fitted.bias, fitted.population))
-    plug.embedder.set_answer_head(weight, offset, fitted.power, population)
-    return torch.from_numpy(fitted.crossed)
+    head = plug.answers
+    assert head is not None  # noqa: S101 - the caller has looked
+    if PartialState().is_main_process:
+        with phase("fitting the answers head"):
+            fit_answers(plug, data)
+    state, crossed = _agreed((head.state_dict(), head.crossed))
+    head.load_state_dict(state)
+    head.crossed = crossed.to(head.offset.device)
+    plug.embedder.set_population(head.population)
+    return folds_of(data.train)
 
 
 @torch.no_grad()
-def calibrate(plug: PlugModel, samples: Sequence[Example], batch_size: int = 32) -> float:
-    """Fit the temperature of candidate scores on held-back users by a line search on their NLL, and return it."""
-    scores, answers = score_outputs(plug, samples, batch_size=batch_size), list(plug.config.answers or ())
+def calibrate(plug: PlugModel, samples: Sequence[Example], batch_size: int = 32) -> tuple[float, bool]:
+    """Fit how scores become probabilities on held-back users, and set it.
+
+    Returns:
+        The temperature, by a line search on their NLL, and whether the LLM's log-likelihoods count: not where the
+        answers head alone does no worse.
+    """
+    answers = list(plug.config.answers or ())
     gold = torch.tensor([answers.index(e.output.strip()) for e in samples])
-    grid = torch.logspace(-1, 1, 81)
-    nll = torch.stack([torch.nn.functional.cross_entropy(scores / t, gold) for t in grid])
-    best = grid[int(nll.argmin())]
-    plug.embedder.score_temperature.fill_(float(best))
-    return float(best)
+
+    def search(parts: Collection[str]) -> tuple[float, float]:
+        scores, grid = score_outputs(plug, samples, parts=parts, batch_size=batch_size), torch.logspace(-1, 1, 81)
+        nll = torch.stack([torch.nn.functional.cross_entropy(scores / t, gold) for t in grid])
+        return float(nll.min()), float(grid[int(nll.argmin())])
+
+    loss, temperature = search(PARTS)
+    alone = search(["answers"]) if plug.answers is not None else (float("inf"), 1.0)
+    helps = loss < alone[0]
+    if not helps:
+        temperature = alone[1]
+        logger.info("validation users do no better with the LLM's log-likelihoods: the answers head judges alone")
+    _set_scale(plug, temperature, helps)
+    return temperature, helps
+
+
+def _set_scale(plug: PlugModel, temperature: float, llm_helps: bool) -> None:
+    plug.embedder.score_temperature.fill_(temperature)
+    if plug.answers is not None:
+        plug.answers.llm_share.fill_(float(llm_helps))

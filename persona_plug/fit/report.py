@@ -261,7 +261,7 @@ def run_methods(
     """
     questions = data.held_out
 
-    def ask(asked: PlugModel, questions: Sequence[Example], **options: bool) -> Callable[[], Answers]:
+    def ask(asked: PlugModel, questions: Sequence[Example], **options: bool | list[str]) -> Callable[[], Answers]:
         return lambda: _evaluate(asked, questions, generated, notes, options)
 
     def wordless() -> Answers:
@@ -279,8 +279,9 @@ def run_methods(
     methods["plug_empty"] = ask(plug, [replace(e, history=()) for e in questions])
     methods["plug_shuffled"] = ask(plug, with_other_history(questions, seed))
     methods["plug"] = ask(plug, questions)
-    if plug.embedder.has_answer_head:
-        methods["plug: LLM alone"] = ask(plug, questions, head=False)
+    if plug.answers is not None:
+        methods["plug: LLM alone"] = ask(plug, questions, parts=["soft"])
+        methods["plug: answers head alone"] = ask(plug, questions, parts=["answers"])
     result = {}
     with phase("asking the held-out users", len(methods) + 1, "method") as advance:
         for done, (name, method) in enumerate(methods.items(), 1):

@@ -23,7 +23,7 @@ FEW, FEW_LR = 32, 10.0  # parameters of at most so many numbers learn so much fa
 
 
 class _Trained(nn.Module):
-    """What the Trainer sees: embedder and adapters. It would write into `model.config`, which here is PlugConfig.
+    """What the Trainer sees: embedder, answers head, adapters. It would write into `model.config`, here a PlugConfig.
 
     Its forward gives the loss, so that whatever wraps it for several processes sees every trained number in use.
     """
@@ -31,14 +31,14 @@ class _Trained(nn.Module):
     def __init__(self, plug: PlugModel) -> None:
         super().__init__()
         self.embedder = plug.embedder
-        self.adapters = plug.adapters
+        self.answers, self.adapters = plug.answers, plug.adapters
         object.__setattr__(self, "plug", plug)
 
     plug: PlugModel
 
     def forward(self, token_weight: float, tokens: Tensor | None, batch: Batch) -> Tensor:
-        output = self.plug(batch.history, batch.parts, batch.trees)
-        return batch.loss(output, self.embedder, token_weight, tokens)
+        output = self.plug(batch.history, batch.parts, batch.trees, folds=batch.folds)
+        return batch.loss(output, self.answers, token_weight, tokens)
 
 
 class PlugTrainer(Trainer):
@@ -52,12 +52,16 @@ class PlugTrainer(Trainer):
         valid: PlugDataset,
         config: FitConfig,
         advance: Advance = lambda done, remark="": None,
+        passed: float = 0.0,
     ) -> None:
-        """Create the trainer; the LLM is no part of the model the Trainer sees. `advance` hears of every step."""
+        """Create the trainer; the LLM is no part of the model the Trainer sees.
+
+        `advance` hears of every step; `passed` seconds went into what was fitted before the first.
+        """
         self.fit_config = config
         callbacks = [
             EarlyStoppingCallback(config.patience),
-            _JsonLog(Path(str(args.output_dir)) / "log.jsonl", plug),
+            _JsonLog(Path(str(args.output_dir)) / "log.jsonl", plug, passed),
             _MarkComplete(),
             _DrawApart(),
             _Tell(advance),
@@ -126,26 +130,22 @@ def _collator(samples: PlugDataset) -> Callable[[Sequence[int]], dict[str, Batch
 
 
 class _JsonLog(TrainerCallback):
-    """Append every log line to a JSONL file, with the seconds that the steps so far took (see `states.clock`).
+    """Append every log line to a JSONL file, with the seconds that the answers head and the steps so far took.
 
-    Looks at the validation users do not count, and frozen states count as if this training had computed all it used.
+    Looks at the validation users do not count; see `step_clock`.
     """
 
-    def __init__(self, path: Path, plug: PlugModel) -> None:
+    def __init__(self, path: Path, plug: PlugModel, passed: float) -> None:
         self.path, self.plug = path, plug
         lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
-        self.seconds: float = json.loads(lines[-1]).get("seconds", 0.0) if lines else 0.0
+        self.seconds: float = json.loads(lines[-1]).get("seconds", 0.0) if lines else passed
         self.began = 0.0
 
-    def _now(self) -> float:
-        bill = self.plug.splicer.bill
-        return clock(self.plug.llm) - bill.spent + bill.owed
-
     def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:  # noqa: ANN401
-        self.began = self._now()
+        self.began = step_clock(self.plug)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:  # noqa: ANN401
-        self.seconds += self._now() - self.began
+        self.seconds += step_clock(self.plug) - self.began
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:  # noqa: ANN401
         if not state.is_world_process_zero:
@@ -189,6 +189,12 @@ class _Tell(TrainerCallback):
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:  # noqa: ANN401
         self.advance(state.global_step, ", ".join(self.losses.values()))
+
+
+def step_clock(plug: PlugModel) -> float:
+    """Return the seconds of `clock`, as if this training alone had computed the frozen states that it used."""
+    bill = plug.plain_splicer.bill
+    return clock(plug.llm) - bill.spent + bill.owed
 
 
 def is_whole(checkpoint: Path) -> bool:

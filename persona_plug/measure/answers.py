@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from persona_plug.data.history import Example, longest_by_user
+from persona_plug.data.labels import levels_of
 from persona_plug.dataset import score_outputs
+from persona_plug.heads.answers import PARTS
 from persona_plug.measure.overlap import overlaps
-from persona_plug.measure.priors import is_rating, label_priors, rating_priors, text_priors
+from persona_plug.measure.priors import label_priors, rating_priors, text_priors
 from persona_plug.measure.stats import derangement, spread
 
 if TYPE_CHECKING:
@@ -42,7 +44,7 @@ def evaluate(
     questions: Sequence[Example],
     generated: int | Sequence[int] = 48,
     personal: bool = True,
-    head: bool = True,
+    parts: Collection[str] = PARTS,
     write: Writer | None = None,
 ) -> Answers:
     """Return one method's values on each question.
@@ -54,16 +56,16 @@ def evaluate(
         questions: The N questions.
         generated: Most answers of free text that are written, evenly spread; or the indices of the questions to answer.
         personal: Whether with soft tokens.
-        head: Whether an answer head counts.
+        parts: What of the plug counts for labels, see `PlugModel.score`.
         write: Writes texts; default the plug's own `generate`.
     """
     order = np.argsort([len(plug.prompter.parts(e.input, e.prompt)) for e in questions], kind="stable")
     back = np.argsort(order)
     queue = [questions[i] for i in order]
-    scores = score_outputs(plug, queue, personal, head)[back]
+    scores = score_outputs(plug, queue, personal, parts)[back]
     if plug.config.answers:
-        # The temperature was fitted for the plug's scores, not for log-likelihoods of the LLM alone.
-        temperature = plug.embedder.score_temperature.cpu() if personal and head else 1.0
+        # The temperature was fitted for the plug's scores, not for those of a part.
+        temperature = plug.embedder.score_temperature.cpu() if personal and set(parts) == set(PARTS) else 1.0
         return label_answers((scores / temperature).softmax(-1).double().numpy(), questions, plug.config.answers)
     lengths = np.array([len(plug.prompter.answer(e.output)) + 1 for e in questions])  # the end token counts
     values = {"nll": -scores[:, 0].double().numpy() / lengths}
@@ -89,8 +91,8 @@ def label_answers(probabilities: np.ndarray, questions: Sequence[Example], answe
         "nll": -np.log(np.maximum(probabilities[rows, gold], 1e-12)),
         "accuracy": (probabilities.argmax(1) == gold).astype(float),
     }
-    if is_rating(answers):
-        levels = np.array([float(a) for a in answers])
+    if numbers := levels_of(answers):
+        levels = np.array(numbers)
         order = np.argsort(levels)
         cumulative = probabilities[:, order].cumsum(1)
         median = levels[order][(cumulative >= 0.5 - 1e-9).argmax(1)]
@@ -112,7 +114,7 @@ def prior_answers(plug: PlugModel, data: FitData, generated: int) -> dict[str, A
     if data.answers:
         table = label_priors(data.train, data.valid, questions, data.answers, plug.encoder)
         result = {name: label_answers(p, questions, data.answers) for name, p in table.items()}
-        if is_rating(data.answers):
+        if levels_of(data.answers):
             gold = np.array([float(e.output) for e in questions])
             for name, prediction in rating_priors(data.train, data.valid, questions, plug.encoder).items():
                 result[name] = Answers(rating_errors(gold, prediction, prediction))

@@ -162,14 +162,6 @@ def nll(probabilities: np.ndarray, gold: np.ndarray) -> float:
     return float(-np.log(np.maximum(probabilities[np.arange(len(gold)), gold], 1e-12)).mean())
 
 
-def is_rating(answers: Sequence[str] | None) -> bool:
-    """Whether all answers are numbers, so that errors have a size."""
-    try:
-        return answers is not None and all(np.isfinite(float(a)) for a in answers)
-    except ValueError:
-        return False
-
-
 def _frequencies(part: Sequence[Example], index: dict[str, int], population: np.ndarray) -> np.ndarray:
     rows = np.tile(SMOOTHING * population, (len(part), 1))
     for row, example in zip(rows, part, strict=True):

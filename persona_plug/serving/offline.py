@@ -132,7 +132,7 @@ class VllmOffline:
             part = examples[start : start + batch_size]
             parts = plug.prompts(part, personal)
             with torch.no_grad():
-                told = plug.embed(table.batch(part)) if table else plug.plain(len(part))
+                told = plug.embed(table.batch(part) if table else None, len(part))
             readers = plug.readers(part) if personal else None
             memories = [packed_words(reader) for reader in readers or ()]
             adapters = plug.adapters if personal else None

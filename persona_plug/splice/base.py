@@ -106,12 +106,27 @@ class Splicer:
         """Return how many tokens of `left` are the head's (none for an encoder: each of its states sees all tokens)."""
         return 0
 
+    @property
+    def summary_width(self) -> int:
+        """Width of a prompt's summary; 0 where the states of a prompt are not to be had apart from what follows."""
+        return 0
+
+    def summaries(self, lefts: Sequence[tuple[int, ...]], states: Sequence[Tensor]) -> Tensor:
+        """Return what the LLM's middle layers make of prompts, (B, summary_width) float32.
+
+        Args:
+            lefts: The prompts.
+            states: What `states` gives of them: nothing more runs.
+        """
+        raise NotImplementedError
+
     def loglik(
         self,
         parts: Sequence[PromptParts],
         soft: Soft,
         trees: Sequence[AnswerTree],
         readers: Sequence[PathReader] | None = None,
+        states: Sequence[Tensor] | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Return log-likelihoods (B, C) of each row's candidates (-inf where a row has fewer) and (B,) of gold ends.
 
@@ -122,19 +137,21 @@ class Splicer:
             soft: (B, S, H), or B tensors (S_b, H) of different lengths; differentiable; S may be 0 for the plain LLM.
             trees: Candidates of each row.
             readers: What each row's tokens are scored by in place of the LLM's own softmax.
+            states: What `states` gives of each row's `left`, where the caller has it already.
         """
         sizes = [len(s) + len(p.right) + len(t.tokens) for p, s, t in zip(parts, soft, trees, strict=True)]
-        if not self.reuses:
+        if states is None and not self.reuses:
             sizes = [len(p.left) + size for p, size in zip(parts, sizes, strict=True)]
         groups = passes(sizes, pass_tokens(self.llm.device))
         if len(groups) == 1:
-            return self.in_one_pass(parts, soft, trees, readers)
+            return self.in_one_pass(parts, soft, trees, readers, states)
         scores = [
             self.in_one_pass(
                 [parts[i] for i in g],
                 [soft[i] for i in g],
                 [trees[i] for i in g],
                 [readers[i] for i in g] if readers is not None else None,
+                [states[i] for i in g] if states is not None else None,
             )
             for g in groups
         ]
@@ -149,6 +166,7 @@ class Splicer:
         soft: Soft,
         trees: Sequence[AnswerTree],
         readers: Sequence[PathReader] | None = None,
+        states: Sequence[Tensor] | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Return what `loglik` does, of all rows at once."""
         raise NotImplementedError
@@ -185,6 +203,8 @@ class Splicer:
 
     def states(self, lefts: Sequence[tuple[int, ...]]) -> list[Tensor]:
         """Return the frozen states of each `left`, from the cache or computed in length-sorted batches."""
+        if not caching():
+            return self._compute_states(lefts)
         states = {left: state for left in dict.fromkeys(lefts) if (state := self.cache.get(left)) is not None}
         missing = sorted((left for left in dict.fromkeys(lefts) if left not in states), key=len)
         unplanned = [left for left in missing if left not in self.groups]

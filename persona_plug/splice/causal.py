@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Sequence
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from persona_plug.splice.soft import Soft
 from persona_plug.splice.states import StateCache
 
 MIN_SHARED = 8  # a shorter head is not worth a pass of its own
+MIDDLE = (0.4, 0.5, 0.6, 0.7, 0.8)  # shares of the depth at which prompts are summarised
 
 
 class CausalSplicer(Splicer):
@@ -45,6 +47,10 @@ class CausalSplicer(Splicer):
             states.update(zip(group, self._run(start, shared, [left[shared:] for left in group]), strict=True))
         return [states[left] if left else torch.zeros(0) for left in lefts]
 
+    def _head_states(self, lefts: Sequence[tuple[int, ...]]) -> dict[int, Tensor]:
+        """Return the states of as many of the head's tokens as any prompt shares, by their number."""
+        return {shared: self._head_state(shared) for shared in {self.shared(left) for left in lefts} if shared}
+
     def _head_state(self, shared: int) -> Tensor:
         key = (-1, *self.head[:shared])  # no token is -1: a prompt of the same tokens is cached without these positions
         state = self.cache.get(key)
@@ -52,6 +58,28 @@ class CausalSplicer(Splicer):
             state = self._run(None, 0, [self.head[:shared]])[0]
             self.cache.put(key, state)
         return state
+
+    @property
+    def summary_width(self) -> int:
+        """See `Splicer.summary_width`."""
+        return self._summary_width if self.frozen and self.prefix is None else 0
+
+    @cached_property
+    def _summary_width(self) -> int:
+        state = self._run(None, 0, [(0,)])[0]
+        return len(_middle(len(state))) * state.shape[2] * state.shape[4]
+
+    def summaries(self, lefts: Sequence[tuple[int, ...]], states: Sequence[Tensor]) -> Tensor:
+        """See `Splicer.summaries`: the mean over positions of the values that the middle layers have kept."""
+        heads = {shared: _values(state) for shared, state in self._head_states(lefts).items()}
+        rows = []
+        for left, state in zip(lefts, states, strict=True):
+            if not left:
+                rows.append(torch.zeros(self.summary_width, device=state.device))
+                continue
+            total, shared = _values(state), self.shared(left)
+            rows.append((total + heads[shared] if shared else total) / len(left))
+        return torch.stack(rows)
 
     @torch.no_grad()
     def _run(self, start: Tensor | None, offset: int, rows: Sequence[tuple[int, ...]]) -> list[Tensor]:
@@ -85,9 +113,10 @@ class CausalSplicer(Splicer):
         soft: Soft,
         trees: Sequence[AnswerTree],
         readers: Sequence[PathReader] | None = None,
+        states: Sequence[Tensor] | None = None,
     ) -> tuple[Tensor, Tensor]:
         """See `Splicer.loglik`; all candidates of a row share one pass."""
-        logits = self._tree_logits(parts, soft, trees)
+        logits = self._tree_logits(parts, soft, trees, states)
         return gather_paths(logits, trees) if readers is None else read_paths(logits, trees, readers)
 
     def answer_logits(self, parts: Sequence[PromptParts], soft: Soft, trees: Sequence[AnswerTree]) -> list[Tensor]:
@@ -95,14 +124,21 @@ class CausalSplicer(Splicer):
         logits = self._tree_logits(parts, soft, trees)
         return [row[: len(tree.paths[0])] for row, tree in zip(logits, trees, strict=True)]
 
-    def _tree_logits(self, parts: Sequence[PromptParts], soft: Soft, trees: Sequence[AnswerTree]) -> Tensor:
+    def _tree_logits(
+        self,
+        parts: Sequence[PromptParts],
+        soft: Soft,
+        trees: Sequence[AnswerTree],
+        states: Sequence[Tensor] | None = None,
+    ) -> Tensor:
         """Return logits (B, 1 + nodes, V): column 0 is the end of the prompt, column 1 + i is node i of the tree."""
-        if self.reuses:  # something must run that predicts the first answer token: without soft tokens the last of left
+        if states is None and self.reuses:
+            # Something must run that predicts the first answer token: without soft tokens the last of left.
             parts = [
                 p if len(s) or p.right else PromptParts(p.left[:-1], p.left[-1:])
                 for p, s in zip(parts, soft, strict=True)
             ]
-        states = self.states([p.left for p in parts]) if self.reuses else []
+            states = self.states([p.left for p in parts])
         embeds, mask, positions, cache, keep = self._layout(parts, soft, trees, states)
         out = self.llm(
             inputs_embeds=embeds,
@@ -115,20 +151,20 @@ class CausalSplicer(Splicer):
         return out.logits[:, -keep:]
 
     def _layout(
-        self, parts: Sequence[PromptParts], soft: Soft, trees: Sequence[AnswerTree], states: Sequence[Tensor]
+        self, parts: Sequence[PromptParts], soft: Soft, trees: Sequence[AnswerTree], states: Sequence[Tensor] | None
     ) -> tuple[Tensor, Tensor, Tensor, Any, int]:
         """Lay rows out as [pad left | pad soft right | nodes pad], so that each row's nodes begin at one column.
 
-        Where nothing is reused, `left` stands in front of the soft tokens in the second part, and what is past is
+        Without states of `left`, it stands in front of the soft tokens in the second part, and what is past is
         the trained prefix, if there is one.
 
         Returns embeddings of the tail (B, T, H), a boolean mask (B, T, past + T), positions (B, past + T), the cache,
         and how many columns at the end predict answers.
         """
         device, dtype, width = soft[0].device, soft[0].dtype, soft[0].shape[-1]
-        leads = [() if self.reuses else p.left for p in parts]
+        leads = [p.left if states is None else () for p in parts]
         sizes = [len(lead) + len(s) + len(p.right) for lead, s, p in zip(leads, soft, parts, strict=True)]
-        before = [len(p.left) if self.reuses else self.prefix_length for p in parts]
+        before = [self.prefix_length if states is None else len(p.left) for p in parts]
         past, body = max(before), max(sizes)
         nodes = max(len(t.tokens) for t in trees)
         total = body + nodes
@@ -154,22 +190,23 @@ class CausalSplicer(Splicer):
         mask = (allowed & columns.unsqueeze(1)).to(device)
         return embeds, mask, positions.to(device), self._stacked_cache(parts, states, past), nodes + 1
 
-    def _stacked_cache(self, parts: Sequence[PromptParts], states: Sequence[Tensor], past: int) -> Any:  # noqa: ANN401
+    def _stacked_cache(self, parts: Sequence[PromptParts], states: Sequence[Tensor] | None, past: int) -> Any:  # noqa: ANN401
         if past == 0:
             return None
         from transformers import DynamicCache
 
-        if self.prefix is not None:
-            return self._prefix_cache(self.prefix, len(parts))
+        if states is None:  # something trained stands in front
+            return None if self.prefix is None else self._prefix_cache(self.prefix, len(parts))
         some = next(s for s in states if s.numel())
         layers, _, heads, _, head_dim = some.shape
         full = torch.zeros(layers, 2, len(parts), heads, past, head_dim, dtype=some.dtype, device=some.device)
+        heads_of = self._head_states([part.left for part in parts])
         for b, (part, state) in enumerate(zip(parts, states, strict=True)):
             if not part.left:
                 continue
             begin, shared = past - len(part.left), self.shared(part.left)
             if shared:
-                full[:, :, b, :, begin : begin + shared] = self._head_state(shared)
+                full[:, :, b, :, begin : begin + shared] = heads_of[shared]
             full[:, :, b, :, begin + shared :] = state
         return DynamicCache([(full[i, 0], full[i, 1]) for i in range(layers)])
 
@@ -260,6 +297,16 @@ def _continues(tree: AnswerTree, path: Sequence[tuple[int, int]]) -> bool:
     parent, token = path[-1]
     node = tree.gold_end[0] if tree.gold_end is not None else -1
     return node >= 0 and (tree.parents[node], tree.tokens[node]) == (parent, token)
+
+
+def _middle(layers: int) -> list[int]:
+    """Return the layers whose values summarise a prompt: before them words are read, behind them words are chosen."""
+    return sorted({min(layers - 1, round(share * layers)) for share in MIDDLE})
+
+
+def _values(state: Tensor) -> Tensor:
+    """Return the sum over positions of the middle layers' values, flat: (layers, 2, heads, L, d) -> (D,) float32."""
+    return state[_middle(len(state)), 1].float().sum(-2).flatten()
 
 
 def _tree_sight(tree: AnswerTree) -> tuple[Tensor, Tensor]:

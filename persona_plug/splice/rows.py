@@ -39,6 +39,7 @@ class RowSplicer(Splicer):
         soft: Soft,
         trees: Sequence[AnswerTree],
         readers: Sequence[PathReader] | None = None,
+        states: Sequence[Tensor] | None = None,
     ) -> tuple[Tensor, Tensor]:
         """See `Splicer.loglik`; rows run in passes of `batch_size`, padded behind their end only."""
         answers = [(b, chain) for b, tree in enumerate(trees) for chain in chains(tree)]

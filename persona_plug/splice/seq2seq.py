@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -47,10 +48,29 @@ class Seq2SeqSplicer(Splicer):
         hidden = self.llm.get_encoder()(input_ids=ids, attention_mask=mask).last_hidden_state
         return [hidden[i, : len(left)].clone() for i, left in enumerate(lefts)]
 
-    def _encoded(self, parts: Sequence[PromptParts], soft: Soft) -> tuple[Tensor, Tensor]:
+    @property
+    def summary_width(self) -> int:
+        """See `Splicer.summary_width`."""
+        return self._summary_width if self.frozen else 0
+
+    @cached_property
+    @torch.no_grad()
+    def _summary_width(self) -> int:
+        return self._encode([(0,)])[0].shape[1]
+
+    def summaries(self, lefts: Sequence[tuple[int, ...]], states: Sequence[Tensor]) -> Tensor:
+        """See `Splicer.summaries`: the mean of the encoder's states."""
+        return torch.stack(
+            [s.float().mean(0) if len(s) else torch.zeros(self.summary_width, device=s.device) for s in states]
+        )
+
+    def _encoded(
+        self, parts: Sequence[PromptParts], soft: Soft, states: Sequence[Tensor] | None = None
+    ) -> tuple[Tensor, Tensor]:
         """Return encoder states (B, L, H) with the soft tokens in place, and their mask (B, L)."""
-        lefts = [p.left for p in parts]
-        states = self.states(lefts) if self.reuses else self._encode(lefts)
+        if states is None:
+            lefts = [p.left for p in parts]
+            states = self.states(lefts) if self.reuses else self._encode(lefts)
         if any(p.right for p in parts):
             rows = [torch.cat([s, self.embed(p.right).to(s.dtype)]) for p, s in zip(parts, soft, strict=True)]
             if not self.pads:
@@ -72,10 +92,11 @@ class Seq2SeqSplicer(Splicer):
         soft: Soft,
         trees: Sequence[AnswerTree],
         readers: Sequence[PathReader] | None = None,
+        states: Sequence[Tensor] | None = None,
     ) -> tuple[Tensor, Tensor]:
         """See `Splicer.loglik`; each candidate is a decoder row, since relative position biases know no tree."""
         answers = [(b, chain) for b, tree in enumerate(trees) for chain in chains(tree)]
-        logits = self._chain_logits(parts, soft, answers)
+        logits = self._chain_logits(parts, soft, answers, states)
         scores = [
             score_row(row[: len(chain)], chain, None if readers is None else readers[b])
             for row, (b, chain) in zip(logits, answers, strict=True)
@@ -90,10 +111,14 @@ class Seq2SeqSplicer(Splicer):
         return [row[: len(chain)] for row, (_, chain) in zip(logits, answers, strict=True)]
 
     def _chain_logits(
-        self, parts: Sequence[PromptParts], soft: Soft, answers: Sequence[tuple[int, tuple[int, ...]]]
+        self,
+        parts: Sequence[PromptParts],
+        soft: Soft,
+        answers: Sequence[tuple[int, tuple[int, ...]]],
+        states: Sequence[Tensor] | None = None,
     ) -> Tensor:
         """Return logits (rows, L, V) in front of each token of answers, given as (index of the prompt, tokens)."""
-        encoded, mask = self._encoded(parts, soft)
+        encoded, mask = self._encoded(parts, soft, states)
         owner = torch.tensor([b for b, _ in answers], device=encoded.device)
         ids, _ = self._padded_ids([[*self.start, *chain[:-1]] for _, chain in answers])
         out = self.llm(

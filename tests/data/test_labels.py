@@ -1,6 +1,6 @@
 import pytest
 
-from persona_plug.data.labels import detect_answers, label_of
+from persona_plug.data.labels import detect_answers, label_of, levels_of
 from persona_plug.data.splits import prepare
 from persona_plug.errors import DataError
 
@@ -17,6 +17,23 @@ from persona_plug.errors import DataError
 def test_canonical_spelling(output, label):
     assert label_of(output) == label
     assert label_of(label) == label
+
+
+@pytest.mark.parametrize(
+    ("answers", "levels"),
+    [
+        (("1", "2", "5"), [1.0, 2.0, 5.0]),
+        (("-0.5", "1e1"), [-0.5, 10.0]),
+        (("5", "1"), [5.0, 1.0]),
+        (("1", "two"), None),
+        (("1", "nan"), None),
+        (("1", "inf"), None),
+        ((), None),
+        (None, None),
+    ],
+)
+def test_only_numbers_have_levels(answers, levels):
+    assert levels_of(answers) == levels
 
 
 def records(outputs, users=6, items=5):

@@ -66,9 +66,6 @@ def changed(batch, **parts):
 
 def close(a, b, tolerance=1e-5):
     torch.testing.assert_close(a.soft, b.soft, atol=tolerance, rtol=tolerance)
-    assert (a.bias is None) == (b.bias is None)
-    if a.bias is not None:
-        torch.testing.assert_close(a.bias, b.bias, atol=tolerance, rtol=tolerance)
 
 
 # Order and masks
@@ -141,10 +138,7 @@ def test_users_without_history_are_alike(make, recipe):
     torch.testing.assert_close(out.soft[0], out.soft[1], atol=1e-6, rtol=1e-6)
     assert (out.soft[0] - out.soft[2]).abs().max() > 1e-3
     assert not out.weights[:2].any()
-    if out.bias is not None:  # no frequencies: what the request's words say is all
-        torch.testing.assert_close(out.bias[:2], embedder.answer_head(same.request[:2]), atol=1e-5, rtol=1e-5)
-    loss = out.soft.square().sum() if out.bias is None else out.soft.sum() + out.bias.sum()
-    loss.backward()
+    out.soft.square().sum().backward()
     assert all(torch.isfinite(p.grad).all() for p in embedder.parameters() if p.grad is not None)
 
 
@@ -245,27 +239,6 @@ def test_an_item_like_the_request_weighs_most():
     for item in range(6):
         pooled = aggregator(keys[:, item], keys, keys, torch.ones(1, 6, dtype=torch.bool), torch.zeros(DIM))
         assert pooled.weights[0, 1].argmax() == item
-
-
-def test_the_answer_head_adds_words_and_smoothed_frequencies(make):
-    embedder = make()
-    batch = draw_batch(embedder.config, [4, 1])
-    text, answers = value_dim(embedder.config)
-    everyone, pseudo = embedder.population, 1.0
-    counts = (batch.values * batch.mask.unsqueeze(-1))[..., text:].sum(1)
-    for row in range(2):
-        user = (counts[row] + pseudo * everyone) / (counts[row].sum() + pseudo)
-        torch.testing.assert_close(user.sum(), torch.tensor(1.0))
-        words = embedder.answer_head.weight @ batch.request[row] + embedder.answer_head.bias
-        expected = words + embedder.frequency_weight * (user / everyone).log()
-        torch.testing.assert_close(embedder(batch).bias[row], expected)
-    loglik = torch.randn(2, answers)
-    expected = embedder.llm_log_weight.exp() * loglik + 1
-    torch.testing.assert_close(embedder.combine(loglik, torch.ones(2, answers)), expected)
-    for without in (make(answer_head=False), make(answers=None, quote_tokens=0)):
-        assert without(draw_batch(without.config, [1])).bias is None
-        assert not without.has_answer_head
-        torch.testing.assert_close(without.combine(loglik, None), loglik)
 
 
 @pytest.mark.parametrize(
@@ -406,14 +379,15 @@ def test_emptied_rows_equal_rows_without_history(make):
     torch.testing.assert_close(embedder.train()(batch).soft, expected, atol=1e-5, rtol=1e-5)
 
 
-def test_the_head_sees_the_whole_history_in_training(make):
-    """Its fit did, and what the soft tokens lose by dropout is theirs to learn."""
+def test_the_null_item_starts_at_the_population(make):
+    population = torch.tensor([0.7, 0.2, 0.1])
     embedder = make()
-    batch = draw_batch(embedder.config, [6])
-    bias = embedder(batch).bias
-    assert (bias - embedder.answer_head(batch.request)).abs().max() > 1e-3
-    embedder.empty_history = 1.0
-    torch.testing.assert_close(embedder.train()(batch).bias, bias)
+    embedder.set_population(population)
+    torch.testing.assert_close(embedder.null_answers.softmax(0), population)
+    for without in (make(answers=None, quote_tokens=0), make(user_tokens=0, task_tokens=2)):
+        before = {name: tensor.clone() for name, tensor in without.state_dict().items()}
+        without.set_population(population)
+        assert all(torch.equal(tensor, before[name]) for name, tensor in without.state_dict().items())
 
 
 # Quoting

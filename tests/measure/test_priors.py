@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from persona_plug.data.history import Example, HistoryItem
-from persona_plug.measure.priors import is_rating, label_priors, nll, rating_priors, text_priors
+from persona_plug.measure.priors import label_priors, nll, rating_priors, text_priors
 
 RNG = np.random.default_rng(0)
 
@@ -116,21 +116,6 @@ def test_nll_is_the_mean_over_the_gold_and_bounded():
 
 
 # --- ratings
-
-
-@pytest.mark.parametrize(
-    ("answers", "rating"),
-    [
-        (("1", "2", "5"), True),
-        (("-0.5", "1e1"), True),
-        (("1", "two"), False),
-        (("1", "nan"), False),
-        (("1", "inf"), False),
-        (None, False),
-    ],
-)
-def test_is_rating(answers, rating):
-    assert is_rating(answers) is rating
 
 
 def test_user_mean_and_median():

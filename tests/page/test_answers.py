@@ -39,7 +39,7 @@ def test_written_tokens_end_with_the_end_token(open_session, monkeypatch):
     session = open_session()
     plug = session.plug
     ids = plug.llm.generate(
-        **plug.splicer.generation_inputs([plug.prompter.parts("x")], plug.plain(1).soft), max_new_tokens=5,
+        **plug.splicer.generation_inputs([plug.prompter.parts("x")], plug.embed(None).soft), max_new_tokens=5,
         do_sample=False,
     )  # fmt: skip
     monkeypatch.setattr(plug.llm.generation_config, "eos_token_id", int(ids[0, 2]))

@@ -40,7 +40,7 @@ def calls(plug, examples):
         Call(parts, plug.soft_prompt(e.input, e.history), 8)
         for e, parts in zip(examples, plug.prompts(examples), strict=True)
     ]
-    plain = [Call(parts, plug.plain(1).soft[0], 8, plain=True) for parts in plug.prompts(examples, personal=False)]
+    plain = [Call(parts, plug.embed(None).soft[0], 8, plain=True) for parts in plug.prompts(examples, personal=False)]
     return [call for both in zip(own, plain, strict=True) for call in both]
 
 

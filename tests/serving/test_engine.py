@@ -60,7 +60,7 @@ def test_users_in_one_batch_get_what_the_plug_alone_gives_them(engine, calls, pl
 
 
 def test_no_soft_tokens_is_the_plain_llm(engine, plug):
-    call = Call(plug.prompter.parts("rate this"), plug.plain(1).soft[0], 12)
+    call = Call(plug.prompter.parts("rate this"), plug.embed(None).soft[0], 12)
     assert together(engine, [call])[0].text == plug.generate("rate this", personal=False, max_new_tokens=12)
 
 

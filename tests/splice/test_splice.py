@@ -1,14 +1,19 @@
 """Parts of the splicers by themselves: reused states, shared heads, masks of trees, sums along paths."""
 
+from contextlib import nullcontext
+
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from transformers import DynamicCache
 
+from persona_plug.models.caching import uncached
 from persona_plug.splice import passes as parting
 from persona_plug.splice.causal import CausalSplicer, _tree_sight, gather_paths
 from persona_plug.splice.passes import passes
 from persona_plug.splice.prompts import AnswerTree, PromptParts
+from persona_plug.splice.rows import RowSplicer
 from persona_plug.splice.seq2seq import Seq2SeqSplicer
 from persona_plug.splice.states import StateCache
 
@@ -120,6 +125,72 @@ def test_encoder_states_are_reused_too(load_parts):
     assert len(splicer.cache._states) == 3
     assert splicer.cache.hits == 0
     assert [s.numel() for s in splicer.states([(), ()])] == [0, 0]
+
+
+# Summaries of prompts, out of states that are kept anyway
+
+
+@torch.no_grad()
+def test_a_summary_is_the_mean_of_the_middle_layers_values(llm):
+    splicer = causal(llm, HEAD)
+    lefts = [*LEFTS, ()]
+    found = splicer.summaries(lefts, splicer.states(lefts))
+    assert found.shape == (len(lefts), splicer.summary_width)
+    assert found.dtype == torch.float32
+    assert not found[-1].any()
+    layers = llm.config.num_hidden_layers
+    middle = sorted({min(layers - 1, round(share * layers)) for share in (0.4, 0.5, 0.6, 0.7, 0.8)})
+    for left, row in zip(LEFTS, found, strict=False):
+        past = DynamicCache()  # without the config: one of sliding layers would drop what is far
+        llm(torch.tensor([left]), past_key_values=past)
+        kept = past.layers
+        expected = torch.cat([kept[layer].values[0].mean(1).flatten() for layer in middle])
+        torch.testing.assert_close(row, expected, atol=1e-4, rtol=1e-4)
+
+
+@torch.no_grad()
+def test_an_encoder_is_summarised_by_the_mean_of_its_states(load_parts):
+    llm, _ = load_parts("tiny-t5")
+    splicer = Seq2SeqSplicer(llm, StateCache(1 << 30))
+    lefts = [(5, 6, 7, 2), (8, 2), ()]
+    found = splicer.summaries(lefts, splicer.states(lefts))
+    assert found.shape == (3, splicer.summary_width)
+    assert not found[2].any()
+    for left, row in zip(lefts[:2], found, strict=False):
+        expected = llm.get_encoder()(input_ids=torch.tensor([left])).last_hidden_state[0].mean(0)
+        torch.testing.assert_close(row, expected, atol=1e-4, rtol=1e-4)
+
+
+def test_what_is_trained_inside_or_reads_plain_rows_gives_no_summary(load_parts):
+    llm, _ = load_parts("tiny-llama")
+    trained, prefixed = causal(llm), causal(llm)
+    trained.frozen = False
+    prefixed.prefix = torch.zeros(2, 2, 2, 1, 16)
+    rows = RowSplicer(llm, StateCache(0))
+    assert [s.summary_width for s in (trained, prefixed, rows)] == [0, 0, 0]
+    assert causal(llm).summary_width > 0
+
+
+@pytest.mark.parametrize("name", ["tiny-llama", "tiny-t5"])
+@pytest.mark.parametrize("caching", [True, False])
+@torch.no_grad()
+def test_states_in_hand_are_not_computed_again(load_parts, monkeypatch, name, caching):
+    llm, _ = load_parts(name)
+    make = causal if name == "tiny-llama" else lambda llm: Seq2SeqSplicer(llm, StateCache(1 << 30))
+    right = (3,) if name == "tiny-llama" else ()
+    lefts = [(*LEFTS[0],), (*LEFTS[1], 41, 42), (*LEFTS[3],)]
+    parts = [PromptParts(left, right) for left in lefts]
+    soft = torch.randn(3, 2, llm.get_input_embeddings().weight.shape[1])
+    trees = [AnswerTree.build([(5, 6), (7,)], EOS)] * 3
+    expected = make(llm).loglik(parts, soft, trees)[0]
+    splicer = make(llm)
+    with nullcontext() if caching else uncached():
+        states = splicer.states(lefts)
+        assert bool(splicer.cache.used) == caching
+        monkeypatch.setattr(splicer, "_compute_states", lambda *_: pytest.fail("computed again"))
+        monkeypatch.setattr(splicer, "cache", StateCache(0))
+        found = splicer.loglik(parts, soft, trees, states=states)[0]
+    torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
 
 
 def test_generation_inputs_are_padded_on_the_left(llm):

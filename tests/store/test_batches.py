@@ -8,6 +8,7 @@ import torch
 
 from persona_plug.data.history import HistoryItem
 from persona_plug.errors import ConfigError, DataError, MismatchError
+from persona_plug.heads.answers import PARTS
 from persona_plug.models.encoder import HistoryEncoder
 from persona_plug.pairing import pair
 from persona_plug.store.rows import text_hash
@@ -63,9 +64,9 @@ def test_a_batch_of_users_answers_as_their_histories_do(plug, people, filled):
     users = ["ann", "nobody", "eve", "bob", "bob", "eve"]  # as people.histories
     assert plug.generate(people.requests, user=users, store=store) == plug.generate(people.requests, people.histories)
     candidates = None if plug.config.answers else ["yes", "no"]
-    for head in (True, False):
-        scores = plug.score(people.requests, candidates, user=users, store=store, head=head)
-        assert torch.equal(scores, plug.score(people.requests, candidates, people.histories, head=head))
+    for parts in (PARTS, ["soft"], ["answers"] if plug.answers else []):
+        scores = plug.score(people.requests, candidates, user=users, store=store, parts=parts)
+        assert torch.equal(scores, plug.score(people.requests, candidates, people.histories, parts=parts))
     names, probabilities = plug.choose(people.requests, candidates, user="ann", store=store)
     expected = plug.choose(people.requests, candidates, people.ann)
     assert names == expected[0]

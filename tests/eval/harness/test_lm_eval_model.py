@@ -163,7 +163,7 @@ def test_a_chat_is_scored_and_answered_as_by_the_plug_itself(placement, load, ma
     chats = [lm.apply_chat_template([{"role": "user", "content": r}]) for r in requests]
     plug = make_plug("tiny-llama", differ=True, placement=placement)
     candidates = ["5 stars", "no"]  # neither begins the other: scores without end tokens
-    wanted = plug.score(requests, candidates, [ITEMS, ITEMS], head=False)
+    wanted = plug.score(requests, candidates, [ITEMS, ITEMS], parts=["soft"])
     found = [s for s, _ in lm.loglikelihood([asked(c, a) for c in chats for a in candidates], disable_tqdm=True)]
     # The harness counts the header's line break to each continuation.
     assert [found[0] - found[1], found[2] - found[3]] == pytest.approx((wanted[:, 0] - wanted[:, 1]).tolist(), abs=1e-4)
