@@ -14,7 +14,8 @@ from persona_plug.errors import ConfigError, nearest
 from persona_plug.heads.answers import PARTS
 from persona_plug.retrieval import METHODS as RANKINGS
 
-PROMPTS = (*RANKINGS, "graph", "summary", "profile")
+TURNS = "turns"
+PROMPTS = (*RANKINGS, "graph", "summary", "profile", TURNS)
 HISTORIES = ("own", "other", "none")
 
 
@@ -25,8 +26,8 @@ class Method:
     Attributes:
         recipe: What is trained, a name in `training.recipes`; None for nothing.
         prompt: How the history enters the prompt: a ranking of `persona_plug.retrieval`, `graph` (with items of similar
-            users), `summary` (a text the LLM wrote, beside the nearest items) or `profile` (the answers' counts in
-            words); None for not at all.
+            users), `summary` (a text the LLM wrote, beside the nearest items), `profile` (the answers' counts in
+            words) or `turns` (the nearest items as chat turns); None for not at all.
         items: History items in the prompt at most.
         history: Whose history soft tokens and prompt see at the time of the question: `own`, `other`, `none`.
         user_adapter: Whether the adapters are trained further on each user's history.
@@ -55,6 +56,11 @@ class Method:
         """What is trained for the method, "" for nothing; methods that share it share its name."""
         prompt = f"+{self.prompt}-{self.items}" if self.prompt and self.train_prompt else ""
         return self.recipe + prompt if self.recipe else ""
+
+    @property
+    def personal(self) -> bool:
+        """Whether a plug adds something to the LLM's input, scores or text."""
+        return self.recipe is not None or self.prompt == TURNS
 
     @property
     def repeats(self) -> str:
@@ -88,23 +94,28 @@ METHODS: dict[str, Method] = {
     "graph_rag": Method(prompt="graph"),
     "summary": Method(prompt="summary", items=2),
     "summary_profile": Method(prompt="profile", items=2),
+    TURNS: Method(prompt=TURNS),
     "plug_rag": Method("plug", prompt="bm25"),
     "lora": Method("lora"),
     "lora_rag": Method("lora", prompt="bm25"),
+    "lora_turns": Method("lora_turns"),
     "lora_user": Method("lora", user_adapter=True),
     "plug_lora": Method("plug_lora"),
     "words": Method("words"),
+    "words_user": Method("words_user"),
     "words_lora": Method("words_lora"),
+    "words_lora_turns": Method("words_lora_turns"),
     PRIOR: Method(llm=False),
 }
 READ_WITH = {
     "plug": ("plug_shuffled", "plug_empty"),
     "lora_user": ("lora_user_shuffled",),
     "plug_lora": ("plug_lora_shuffled",),
+    TURNS: ("turns_shuffled",),
     "words": ("words_shuffled", "words_empty"),
     "words_lora": ("words_lora_shuffled",),
 }
-CONTROLS = {"_shuffled": "other", "_empty": "none"}  # whose history any trained method is shown, by its name's end
+CONTROLS = {"_shuffled": "other", "_empty": "none"}  # whose history a method is shown, by its name's end
 # Every method, followed by those of its controls that its row is read with.
 ALL = tuple(name for stem in METHODS for name in (stem, *READ_WITH.get(stem, ())))
 
@@ -122,12 +133,12 @@ def find_method(name: str) -> Method:
         return dataclasses.replace(METHODS[stem], items=int(count))
     for ending, history in CONTROLS.items():
         basis = METHODS.get(name.removesuffix(ending))
-        if basis and basis.recipe:
+        if basis and basis.personal:
             return dataclasses.replace(basis, history=history)
     hint = nearest(name, METHODS) or ";"
     raise ConfigError(
         f"no method {name!r}{hint} known are {', '.join(METHODS)}; NAME-K puts K items into the prompt, "
-        "NAME_shuffled and NAME_empty ask a trained one with another user's history, or none"
+        "NAME_shuffled and NAME_empty ask turns or a trained one with another user's history, or none"
     )
 
 

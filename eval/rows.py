@@ -10,9 +10,11 @@ import numpy as np
 from eval.metrics.calibration import expected_calibration_error
 from eval.metrics.lamp import QUESTION_RULES, SET_RULES
 from eval.outcomes import Outcome
+from eval.prompts.lamp import find_query
 from eval.questions import Questions
 from eval.report.results import interval_row
 from persona_plug.measure.contrasts import estimate
+from persona_plug.measure.facts import text_values
 from persona_plug.measure.metrics import find_metric
 from persona_plug.measure.stats import set_bootstrap
 
@@ -33,10 +35,16 @@ COSTS = {
 
 
 def add_official_values(outcome: Outcome, questions: Questions) -> None:
-    """Add the official rules' values per question of free text, which need its texts and no model."""
+    """Add values per question of free text that need its texts and no model: of facts, and of the official rules."""
     texts = outcome.answers.texts
     if texts is None or questions.data.answers:
         return
+    asked = [questions.data.held_out[i] for i in questions.texts]
+    queries = [find_query(questions.task, e.input) or e.input for e in asked]
+    outputs = [[item.output for item in e.history] for e in asked]
+    for metric, found in text_values(texts, questions.references, queries, outputs).items():
+        outcome.answers.values[metric] = np.full(len(questions.data.held_out), np.nan)
+        outcome.answers.values[metric][list(questions.texts)] = found
     for metric in questions.task.metrics:
         if metric in QUESTION_RULES:
             values = np.full(len(questions.data.held_out), np.nan)

@@ -13,11 +13,12 @@ from typing import Any
 import numpy as np
 
 from eval.clock import LLMClock, reading_seconds
-from eval.methods import PRIOR, Method, find_method
+from eval.methods import PRIOR, TURNS, Method, find_method
 from eval.outcomes import Costs, Outcome, read_outcomes, write_outcomes
 from eval.prompts.history import PromptWriter
 from eval.questions import Questions
 from eval.settings import ComparisonSettings
+from persona_plug.config import TURNS_ALONE
 from persona_plug.data.history import Example
 from persona_plug.fit.config import FitConfig
 from persona_plug.measure.answers import Answers, evaluate, prior_answers, with_other_history
@@ -66,7 +67,7 @@ class Session:
 
     def _run(self, method: Method, seed: int) -> Outcome:
         training, notes = self._fit(method, seed) if method.recipe else (None, Counter[str]())
-        plug = training.plug if training else self.base
+        plug = training.plug if training else self._untrained(method)
         examples: list[Example] = list(self.questions.data.held_out)
         if method.history == "other":
             examples = with_other_history(examples, seed)
@@ -81,11 +82,17 @@ class Session:
             beyond = sum(max(0, len(e.history) - plug.config.max_history) for e in examples)
             notes = notes + Counter({f"history items beyond max_history={plug.config.max_history}": beyond})
         costs = replace(
-            _costs(plug, training, prompts.examples, answers),
+            _costs(plug, training, prompts.examples, answers, method.personal),
             seconds=(seconds + prompts.debt) / len(examples),  # what another method has left written counts, too
             outside_llm=None if method.user_adapter else outside,  # its seconds are those of training, too
         )
         return Outcome(answers, costs, dict(notes + prompts.notes))
+
+    def _untrained(self, method: Method) -> PersonaPlug:
+        """Return the plug of a method without training: chat turns alone, or nothing."""
+        if method.prompt != TURNS:
+            return self.base
+        return self.base.twin(self.base.config.replace(**TURNS_ALONE, retrieve=method.items))
 
     def _fit(self, method: Method, seed: int) -> tuple[Training, Counter[str]]:
         """Train what a method needs, and say what was cut from the prompts that training sees."""
@@ -104,8 +111,8 @@ class Session:
     def _answers(self, method: Method, plug: PersonaPlug, examples: Sequence[Example], config: FitConfig) -> Answers:
         if method.user_adapter:
             return self._by_user(plug, examples, config)
-        personal = method.recipe is not None
-        with uncached() if method.prompt and not personal else nullcontext():  # each such prompt is read once
+        personal = method.personal
+        with uncached() if method.prompt and not method.recipe else nullcontext():  # each such prompt is read once
             return evaluate(plug, examples, self.questions.generated, personal, method.parts, self._write)
 
     def _by_user(self, plug: PersonaPlug, examples: Sequence[Example], config: FitConfig) -> Answers:
@@ -148,9 +155,11 @@ class Session:
         return reading_seconds(self.base.encoder, [e.input for e in self.questions.data.held_out])
 
 
-def _costs(plug: PersonaPlug, training: Training | None, examples: Sequence[Example], answers: Answers) -> Costs:
+def _costs(
+    plug: PersonaPlug, training: Training | None, examples: Sequence[Example], answers: Answers, personal: bool
+) -> Costs:
     """Return what a method cost, the seconds of its answers aside."""
-    parts = [plug.prompter.parts(e.input, e.prompt) for e in examples]
+    parts = plug.prompts(examples, personal)
     soft = float(np.mean([plug.embedder.soft_count(len(e.history)) for e in examples])) if training else 0.0
     prefix = plug.splicer.prefix_length  # trained keys and values: positions that nothing runs over
     prompt = float(np.mean([len(p) for p in parts])) + soft + prefix
@@ -173,5 +182,5 @@ def _costs(plug: PersonaPlug, training: Training | None, examples: Sequence[Exam
 
 def _reads_request(method: Method, plug: PersonaPlug) -> bool:
     """Return whether a method needs the history encoder's vector of the request: a plug, or retrieval by nearness."""
-    retrieves = method.prompt in ("dense", "rrf", "graph")
+    retrieves = method.prompt in ("dense", "rrf", "graph") or plug.config.retrieve > 0
     return retrieves or (method.recipe is not None and (plug.embedder.reads_request or plug.answers is not None))

@@ -45,6 +45,8 @@ class Recipe:
     prefix: bool = False
 
 
+LORA_ALONE = {"user_tokens": 0, "task_tokens": 0, "answer_head": False, "lora": RANK}
+TURNS = 2  # items as chat turns in the prompts of a training
 RECIPES: dict[str, Recipe] = {
     "task_prompt": Recipe({"user_tokens": 0, "task_tokens": "all"}),
     "prefix_tuning": Recipe(prefix=True),
@@ -57,10 +59,13 @@ RECIPES: dict[str, Recipe] = {
     "persoma_mlp": Recipe({"recipe": "persoma_mlp"}),
     "persoma_transformer": Recipe({"recipe": "persoma_transformer"}),
     "persoma_lora": Recipe({"recipe": "persoma", "lora": RANK}),
-    "lora": Recipe({"user_tokens": 0, "task_tokens": 0, "answer_head": False, "lora": RANK}),
+    "lora": Recipe(LORA_ALONE),
     "plug_lora": Recipe({"lora": RANK}),
+    "lora_turns": Recipe({**LORA_ALONE, "retrieve": TURNS}),
     "words": Recipe({"recipe": "words"}),
+    "words_user": Recipe({"recipe": "words", "user_tokens": 8, "task_tokens": 8}),
     "words_lora": Recipe({"recipe": "words", "lora": RANK}),
+    "words_lora_turns": Recipe({"recipe": "words", "lora": RANK, "retrieve": TURNS}),
 }
 
 

@@ -26,7 +26,7 @@ class RunSettings(Settings):
         out: Folder of results; a run that was stopped goes on there.
         llm: Short name, folder or Hub id of the frozen LLM.
         encoder: Short name, folder or Hub id of the frozen sentence encoder.
-        dtype: Dtype of the LLM; null takes bfloat16 where the hardware has it, else float32.
+        dtype: Dtype of the LLM; null takes bfloat16 where a GPU has it, else float32. `auto` measures which is faster.
         quantization: `int8` or `nf4` for the LLM's matrices, by bitsandbytes; null for none.
         recipes: What `training.run` trains, names in `training.recipes`.
         seeds: Seeds of weights, order and dropout; every method is trained once per seed.
@@ -47,7 +47,7 @@ class RunSettings(Settings):
     out: str = "runs/compare"
     llm: str = "smollm2-135m"
     encoder: str = "minilm-l6"
-    dtype: Literal["bfloat16", "float16", "float32", "float64"] | None = None
+    dtype: Literal["auto", "bfloat16", "float16", "float32", "float64"] | None = None
     quantization: Literal["int8", "nf4"] | None = None
     recipes: tuple[str, ...] = ("plug",)
     seeds: tuple[int, ...] = (0,)

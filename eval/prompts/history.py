@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from eval.methods import Method
+from eval.methods import TURNS, Method
 from eval.prompts.lamp import find_query, render
 from eval.prompts.summaries import Summaries, fitting, profile_text, with_profile
 from eval.questions import Questions
@@ -41,8 +41,8 @@ class PromptWriter:
         self.task, self.data, self.base, self.folder = questions.task, questions.data, base, folder
 
     def write_prompts(self, method: Method, examples: Sequence[Example], seed: int) -> Prompts:
-        """Return questions with a method's prompts; without `method.prompt` they stay as they are."""
-        if method.prompt is None:
+        """Return questions with a method's prompts; they stay as they are where it has none, or the plug's."""
+        if method.prompt in (None, TURNS):
             return Prompts(list(examples))
         config, tokenizer = self.base.config, self.base.tokenizer
         inputs = [config.template.replace("{input}", e.input) for e in examples]

@@ -20,6 +20,7 @@ class FitConfig:
 
     Attributes:
         steps: Optimiser steps at most; early stopping may end sooner.
+        flops: FLOPs of the steps at most, see `fit.work.sample_flops`: fewer steps may be taken. 0 sets no limit.
         batch_size: Samples per process and step: several processes (`accelerate launch`) take as many each.
         gradient_accumulation: Batches per optimiser step.
         lr: Peak learning rate of AdamW; linear decay after `warmup` (share of the steps).
@@ -38,6 +39,7 @@ class FitConfig:
     """
 
     steps: int = 200
+    flops: float = 0.0
     batch_size: int = 32
     gradient_accumulation: int = 1
     lr: float = 1e-3
@@ -68,7 +70,7 @@ class FitConfig:
                 raise ConfigError(f"{name}={getattr(self, name)!r} must be in [0, 1)")
         if not 0 < self.lr < float("inf"):
             raise ConfigError(f"lr={self.lr!r} must be a positive number")
-        for name in ("weight_decay", "token_weight"):
+        for name in ("weight_decay", "token_weight", "flops"):
             if not 0 <= getattr(self, name) < float("inf"):
                 raise ConfigError(f"{name}={getattr(self, name)!r} must not be negative")
 

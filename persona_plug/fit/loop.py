@@ -25,6 +25,7 @@ from persona_plug.fit.answers import SAMPLES, fit_answers, folds_of
 from persona_plug.fit.config import FitConfig
 from persona_plug.fit.surroundings import undisturbed
 from persona_plug.fit.trainer import PlugTrainer, is_whole, last_checkpoint, step_clock
+from persona_plug.fit.work import affordable
 from persona_plug.heads.answers import PARTS
 from persona_plug.measure.stats import spread
 from persona_plug.model import PlugModel
@@ -67,6 +68,7 @@ def train(
         looks = [data.valid[i] for i in spread(len(data.valid), config.eval_samples)]
         looks.sort(key=lambda e: len(plug.prompter.parts(e.input, e.prompt)))
         valid_set = PlugDataset(plug, looks)
+    config = affordable(config, plug, train_set, processes.num_processes)
     drawn = config.steps * config.batch_size * config.gradient_accumulation * processes.num_processes
     lefts = [p.left for part in (train_set, valid_set) for p in part.parts]
     judged = min(SAMPLES, len(train_set)) if plug.answers is not None else 0

@@ -25,13 +25,15 @@ from persona_plug.fit.loop import calibrate, read_log, train
 from persona_plug.fit.report import FitReport, make_report, noted
 from persona_plug.fit.surroundings import check_launcher, room_on_disk, undisturbed
 from persona_plug.fit.trainer import last_checkpoint
-from persona_plug.fit.words import fit_words, split_users
+from persona_plug.fit.words import TOKENS, fit_words, split_users
+from persona_plug.fit.work import pass_flops
 from persona_plug.measure.stats import spread
 from persona_plug.model import PlugModel
 from persona_plug.models.tensors import write_tensors
 
 WEIGHTS = "fitted.safetensors"  # what a finished training learned, beside its log
 ADAPT = ("train", "none")  # what makes a plug: a training, or nothing but chat turns
+WORDS_SHARE = 0.4  # of `FitConfig.flops`, for fitting the words head
 FEW_USERS = 10  # held-out users, below which a bootstrap over users says little
 
 
@@ -118,11 +120,13 @@ def train_parts(
             (folder / WEIGHTS).unlink(missing_ok=True)
             write_identity(folder, present)
     soft, gate = split_users(data, config.seed) if plug.config.remembers else (data.train, [])
+    steps = dataclasses.replace(config, flops=(1 - WORDS_SHARE) * config.flops) if plug.config.remembers else config
     with room_on_disk(folder):
-        log = train(plug, dataclasses.replace(data, train=soft), config, folder, resume, what)
+        log = train(plug, dataclasses.replace(data, train=soft), steps, folder, resume, what)
         if plug.config.remembers:
             with phase("fitting the memory of users' words"):
-                fit_words(plug, gate, data.valid, config.seed)
+                tokens = WORDS_SHARE * config.flops / pass_flops(plug) if config.flops else TOKENS
+                fit_words(plug, gate, data.valid, config.seed, tokens)
         if processes.is_main_process:
             write_tensors(folder / WEIGHTS, persistence.state_of(plug.parts()), {})
     processes.wait_for_everyone()

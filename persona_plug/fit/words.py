@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 from collections.abc import Iterator, Sequence
 
@@ -20,8 +21,11 @@ from persona_plug.model import PlugModel
 logger = logging.getLogger(__name__)
 
 GATE_SHARE = 1 / 3  # of the training users; the soft tokens are not trained on them, and would be too sure of them
-USERS, VALID_USERS = 64, 24  # whose answers the gate learns from, and is chosen by
-TARGETS = 12  # answers of a user at most
+USERS, VALID_USERS = 64, 24  # whose answers the gate learns from, and is chosen by, at most
+FEWEST = 8  # of them, however long their texts are
+TEXTS = 16  # of a user at most, each an answer whose history the others are
+TOKENS = 100_000  # of all these texts with their prompts
+VALID_SHARE = 0.2  # of these tokens
 MAP_ANSWERS, MAP_REQUESTS = 32, 96  # answers and requests whose states the maps are fitted to
 COMMON_SHARE = 0.1  # a word that stands in more of the requests is no slot
 NOBODY = 0.1  # of the samples with a shortened history have none
@@ -45,7 +49,9 @@ def split_users(data: FitData, seed: int) -> tuple[list[Example], list[Example]]
 
 
 @torch.no_grad()
-def fit_words(plug: PlugModel, train: Sequence[Example], valid: Sequence[Example], seed: int = 0) -> float:
+def fit_words(
+    plug: PlugModel, train: Sequence[Example], valid: Sequence[Example], seed: int = 0, tokens: float = TOKENS
+) -> float:
     """Fit the plug's words head in place, and return its NLL per token on validation users.
 
     Args:
@@ -53,6 +59,7 @@ def fit_words(plug: PlugModel, train: Sequence[Example], valid: Sequence[Example
         train: Samples of users that its soft tokens were not trained on, with their histories.
         valid: Samples of other users.
         seed: Of the draws.
+        tokens: Tokens that the LLM reads at most, about so many; `FEWEST` users are read in any case.
 
     Raises:
         ConfigError: The LLM's output layer cannot be inverted.
@@ -61,7 +68,8 @@ def fit_words(plug: PlugModel, train: Sequence[Example], valid: Sequence[Example
     if head is None or recollection is None:
         raise DataError("this plug has no words head: build it with words=True")
     draw = np.random.default_rng(seed)
-    learned, asked = _by_user(train, USERS, draw), _by_user(valid, VALID_USERS, draw)
+    learned = _by_user(plug, train, USERS, (1 - VALID_SHARE) * tokens, draw)
+    asked = _by_user(plug, valid, VALID_USERS, VALID_SHARE * tokens, draw)
     examples = [e for group in learned for e in group]
     requests = [*dict.fromkeys(text for e in examples for text in (e.input, *(i.input for i in e.history)))]
     head.set_common(sorted(common_words(requests, COMMON_SHARE)))
@@ -107,11 +115,35 @@ def _part(history: Sequence[HistoryItem], draw: np.random.Generator) -> Sequence
     return [history[i] for i in sorted(draw.choice(len(history), count, replace=False))]
 
 
-def _by_user(examples: Sequence[Example], limit: int, draw: np.random.Generator) -> list[list[Example]]:
-    """Return the examples of `limit` users, at most `TARGETS` of each."""
+def _by_user(
+    plug: PlugModel, examples: Sequence[Example], limit: int, tokens: float, draw: np.random.Generator
+) -> list[list[Example]]:
+    """Return the examples of `limit` users at most, within some texts of each, and within so many tokens of all."""
     users: dict[str, list[Example]] = {}
     for example in examples:
         users.setdefault(example.user_id, []).append(example)
-    names = list(users)
-    chosen = sorted(draw.permutation(len(names))[:limit])
-    return [[users[names[i]][at] for at in spread(len(users[names[i]]), TARGETS)] for i in chosen]
+    groups: list[list[Example]] = []
+    names = sorted(users)
+    for at in draw.permutation(len(names))[:limit]:
+        group = _within(users[names[at]], draw)
+        tokens -= _tokens(plug, group)
+        if tokens < 0 and len(groups) >= FEWEST:
+            break
+        groups.append(group)
+    return groups
+
+
+def _within(examples: Sequence[Example], draw: np.random.Generator) -> list[Example]:
+    """Return one user's examples, of answers and histories `TEXTS` texts at most: the answers first."""
+    asked = [examples[i] for i in spread(len(examples), TEXTS)]
+    texts = {(e.input, e.output) for e in asked}
+    others = sorted({(i.input, i.output) for e in asked for i in e.history} - texts)
+    some = draw.permutation(len(others))[: TEXTS - len(texts)]
+    texts |= {others[i] for i in some}
+    return [dataclasses.replace(e, history=tuple(i for i in e.history if (i.input, i.output) in texts)) for e in asked]
+
+
+def _tokens(plug: PlugModel, examples: Sequence[Example]) -> int:
+    """Return how many tokens the LLM reads for one user's texts."""
+    texts = {(e.input, e.output) for e in examples} | {(i.input, i.output) for e in examples for i in e.history}
+    return sum(len(plug.prompter.parts(input_)) + len(plug.prompter.answer(output)) for input_, output in texts)

@@ -33,8 +33,8 @@ class Metric:
         return b - a if self.lower_is_better else a - b
 
 
-# A new metric is a line here, and its rule: in `measure.answers`, or of texts in `measure.overlap` (both in `fit`),
-# or in `eval.metrics.lamp` (LaMP's official ones). Tables show the metrics in this order.
+# A new metric is a line here, and its rule: in `measure.answers`, or of texts in `measure.overlap` (both in `fit`)
+# or `measure.facts`, or in `eval.metrics.lamp` (LaMP's official ones). Tables show the metrics in this order.
 METRICS: dict[str, Metric] = {
     "nll": Metric("negative log-likelihood, in nats: of the right label, or per token of the user's text", True),
     "accuracy": Metric("share of answers that are exactly the user's"),
@@ -43,6 +43,9 @@ METRICS: dict[str, Metric] = {
     "rouge-1": Metric("F-measure of the words shared with the user's text, without stemming"),
     "rouge-L": Metric("F-measure of the longest sequence of words shared with the user's text, without stemming"),
     "chrf": Metric("chrF score, the F-measure of shared character sequences, a mean over texts from 0 to 100"),
+    "length": Metric("mean squared error of the logarithm of an answer's length in words", True),
+    "foreign": Metric("share of an answer's numbers and names that neither request nor user gives", True),
+    "copied": Metric("share of answers that repeat the request", True),
     "lamp-rouge-1": Metric("rouge-1 as LaMP's official script has it: words of the letters a to z and digits alone"),
     "lamp-rouge-L": Metric("rouge-L as LaMP's official script has it: words of the letters a to z and digits alone"),
     "f1": Metric("mean F1 over all answers of the task, also those that never occur"),

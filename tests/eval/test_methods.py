@@ -39,7 +39,7 @@ def compare(folder, shape, names, *more, **data):
 @pytest.fixture(scope="module")
 def everything(tmp_path_factory):
     folder = tmp_path_factory.mktemp("label")
-    return folder, compare(folder, "label", [*EVERY, "bm25-2", "user_prior"])
+    return folder, compare(folder, "label", [*EVERY, "bm25-2", "turns-1", "user_prior"])
 
 
 def test_every_method_has_a_row_with_costs(everything):
@@ -64,6 +64,8 @@ def test_every_method_has_a_row_with_costs(everything):
     assert alone != whole
     assert results["methods"]["bm25"]["prompt_tokens_mean"] > results["methods"]["bm25-2"]["prompt_tokens_mean"]
     assert results["methods"]["none"]["prompt_tokens_mean"] < results["methods"]["bm25-2"]["prompt_tokens_mean"]
+    assert results["methods"]["none"]["prompt_tokens_mean"] < results["methods"]["turns-1"]["prompt_tokens_mean"]
+    assert results["methods"]["turns-1"]["prompt_tokens_mean"] < results["methods"]["turns"]["prompt_tokens_mean"]
 
 
 @pytest.mark.parametrize("name", ["none", "plug", "bm25", "lora_user", "user_prior: majority"])
@@ -138,7 +140,7 @@ def test_a_stopped_run_computes_only_what_is_missing(everything, monkeypatch):
     (folder / "out" / "seed-0" / "bm25.npz").unlink()
     real, asked = Session._run, []
     monkeypatch.setattr(Session, "_run", lambda self, chosen, seed: (asked.append(chosen), real(self, chosen, seed))[1])
-    again = compare(folder, "label", [*EVERY, "bm25-2", "user_prior"])
+    again = compare(folder, "label", [*EVERY, "bm25-2", "turns-1", "user_prior"])
     assert asked == [METHODS["bm25"]]
     for name, row in results["methods"].items():
         assert again["methods"][name]["metrics"] == row["metrics"]
@@ -207,6 +209,8 @@ def test_names_are_checked_and_methods_that_share_a_training_stand_together():
     assert find_method("bm25-8").items == 8
     assert find_method("lora_user_shuffled") == Method("lora", user_adapter=True, history="other")
     assert find_method("plug_rag_empty") == Method("plug", prompt="bm25", history="none")
+    assert find_method("turns-2") == Method(prompt="turns", items=2)
+    assert find_method("turns_shuffled") == Method(prompt="turns", history="other")
     unknown = ("nonsense", "plug-4", "bm25-0", "bm25-x", "bm25_shuffled", "plug_shuffled_empty", "x_shuffled", "_empty")
     for name in unknown:
         with pytest.raises(ConfigError, match="no method"):

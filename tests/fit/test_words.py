@@ -3,6 +3,7 @@
 import math
 import random
 
+import numpy as np
 import pytest
 import torch
 
@@ -11,6 +12,7 @@ from persona_plug.data.history import Example, HistoryItem
 from persona_plug.data.splits import FitData
 from persona_plug.errors import DataError
 from persona_plug.fit import run as fit_module
+from persona_plug.fit import words
 from persona_plug.fit.config import FitConfig
 from persona_plug.fit.report import FitReport
 from persona_plug.fit.words import fit_words, split_users
@@ -266,3 +268,35 @@ def test_shares_are_of_the_written_tokens(plug, data):
 )
 def test_spans_are_joined_over_white_space(text, spans, joined):
     assert join_spans(text, spans) == joined
+
+
+def texts_of(group):
+    return {(e.input, e.output) for e in group} | {(i.input, i.output) for e in group for i in e.history}
+
+
+def test_what_the_gate_reads_is_bounded(plug, data, monkeypatch):
+    """By users, by texts of each, and by tokens; some users are read in any case."""
+    monkeypatch.setattr(words, "FEWEST", 3)
+
+    def drawn(users=18, tokens=1e9):
+        return words._by_user(plug, data.train, users, tokens, np.random.default_rng(0))
+
+    every = drawn()
+    assert len(every) == len({e.user_id for e in data.train}) == 18
+    assert [group[0].user_id for group in drawn(users=5)] == [group[0].user_id for group in every[:5]]
+    assert len(drawn(tokens=1)) == 3
+    assert drawn(tokens=sum(words._tokens(plug, group) for group in every[:7])) == every[:7]
+    monkeypatch.setattr(words, "TEXTS", 3)
+    for group in drawn():
+        assert len(texts_of(group)) == len(group) == 3
+        assert all(len(e.history) == 2 for e in group)
+
+
+def test_few_answers_are_read_with_some_of_the_other_texts(plug, data, monkeypatch):
+    monkeypatch.setattr(words, "TEXTS", 4)
+    one = [e for e in data.train if e.user_id == data.train[0].user_id][:1]
+    (group,) = words._by_user(plug, one, 1, 1e9, np.random.default_rng(0))
+    assert len(group) == 1
+    assert len(texts_of(group)) == 4
+    assert set(group[0].history) < set(one[0].history)
+    assert [i for i in one[0].history if i in group[0].history] == list(group[0].history)  # in their order
