@@ -10,8 +10,8 @@ import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from persona_plug.config import PARTS
 from persona_plug.errors import ConfigError, nearest
-from persona_plug.heads.answers import PARTS
 from persona_plug.retrieval import METHODS as RANKINGS
 
 TURNS = "turns"

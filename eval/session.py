@@ -182,5 +182,5 @@ def _costs(
 
 def _reads_request(method: Method, plug: PersonaPlug) -> bool:
     """Return whether a method needs the history encoder's vector of the request: a plug, or retrieval by nearness."""
-    retrieves = method.prompt in ("dense", "rrf", "graph") or plug.config.retrieve > 0
+    retrieves = method.prompt in ("dense", "rrf", "graph", TURNS) or plug.config.retrieve > 0
     return retrieves or (method.recipe is not None and (plug.embedder.reads_request or plug.answers is not None))

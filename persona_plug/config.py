@@ -49,6 +49,8 @@ RECIPES: dict[str, dict[str, Any]] = {
 }
 
 
+PARTS = ("soft", "answers")  # what of a plug a score may count: the LLM behind soft tokens, and the answers head
+
 # A plug that adds nothing of its own to a prompt but the user's items as chat turns.
 TURNS_ALONE = {**_ALONE, "user_tokens": 0, "task_tokens": 0, "words": False, "lora": 0}
 

@@ -9,10 +9,11 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from persona_plug.config import PARTS
 from persona_plug.data.history import Example
 from persona_plug.embedder.batch import HistoryBatch
 from persona_plug.errors import DataError
-from persona_plug.heads.answers import PARTS, AnswersHead, combine
+from persona_plug.heads.answers import AnswersHead, combine
 from persona_plug.model import PlugModel
 from persona_plug.splice.prompts import AnswerTree, PromptParts
 

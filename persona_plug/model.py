@@ -8,14 +8,14 @@ from typing import TYPE_CHECKING, Any, Literal, Self, overload
 import torch
 from torch import Tensor, nn
 
-from persona_plug.config import PlugConfig
+from persona_plug.config import PARTS, PlugConfig
 from persona_plug.data.history import Example
 from persona_plug.embedder.architectures import make_embedder
 from persona_plug.embedder.batch import HistoryBatch, VectorTable
 from persona_plug.embedder.contract import Embedded, Embedder
 from persona_plug.errors import ConfigError
 from persona_plug.generation import Generation, details, mark_texts, write_texts
-from persona_plug.heads.answers import PARTS, AnswersHead, combine, counted, judge
+from persona_plug.heads.answers import AnswersHead, combine, counted, judge
 from persona_plug.heads.recollection import Recollection
 from persona_plug.heads.states import StateMap
 from persona_plug.heads.words import SIZE, WordsHead, WordsReader

@@ -24,9 +24,9 @@ ROOMS = {
     "pairing": "config data errors models splice store",
     "model": "config data embedder errors generation heads models pairing splice store",
     "persistence": "config data embedder errors files heads models",
-    "dataset": "data embedder errors heads model splice",
+    "dataset": "config data embedder errors heads model splice",
     "export": "data embedder errors files generation model models",
-    "measure": "config data dataset errors heads model models",
+    "measure": "config data dataset errors model models",
     "fit": "clock config data dataset errors files generation heads measure model models pairing persistence",
     "plug": "config data errors fit model models persistence",
     "serving": "data errors export files heads models pairing persistence plug splice store",
@@ -34,8 +34,7 @@ ROOMS = {
     "cli": "clock config data errors export files fit models page persistence plug serving store",
     "__main__": "cli",
     "training": "clock config data dataset embedder errors files fit models plug splice",
-    "eval": "clock config data errors files fit heads measure model models plug retrieval serving splice store "
-    "training",
+    "eval": "clock config data errors files fit measure model models plug retrieval serving splice store training",
 }
 ROOT_MODULES = 12  # modules at the root of persona_plug, at most
 

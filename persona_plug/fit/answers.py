@@ -120,7 +120,7 @@ def read(plug: PlugModel, examples: Sequence[Example]) -> Seen:
         for start in range(0, len(order) if width else 0, ROWS):
             rows = order[start : start + ROWS]
             lefts = [prompts[i] for i in rows]
-            summaries[rows] = splicer.summaries(lefts, splicer.states(lefts)).cpu()
+            summaries[rows] = splicer.summaries(lefts, splicer.states(lefts)).to(summaries)
     gold = torch.tensor([answers.index(e.output.strip()) for e in examples])
     return Seen(torch.cat(requests), summaries, _joined(looks), gold)
 

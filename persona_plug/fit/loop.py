@@ -16,6 +16,7 @@ from torch import Tensor
 from transformers import TrainingArguments
 
 from persona_plug.clock import Advance, phase
+from persona_plug.config import PARTS
 from persona_plug.data.history import Example
 from persona_plug.data.splits import FitData
 from persona_plug.dataset import PlugDataset, score_outputs
@@ -26,7 +27,6 @@ from persona_plug.fit.config import FitConfig
 from persona_plug.fit.surroundings import undisturbed
 from persona_plug.fit.trainer import PlugTrainer, is_whole, last_checkpoint, step_clock
 from persona_plug.fit.work import affordable
-from persona_plug.heads.answers import PARTS
 from persona_plug.measure.stats import spread
 from persona_plug.model import PlugModel
 

@@ -46,13 +46,16 @@ def check_launcher() -> None:
 
 @contextmanager
 def undisturbed() -> Iterator[None]:
-    """Compute with gradients, whatever mode the caller is in, and leave the caller's random numbers as they were."""
+    """Compute with gradients and in float32 whatever the caller has set, and leave their random numbers as they were."""
+    dtype = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float32)
     python, array = random.getstate(), np.random.get_state()  # noqa: NPY002 - the caller's own numbers
     devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()
     try:
         with torch.random.fork_rng(devices), torch.inference_mode(False), torch.enable_grad():
             yield
     finally:
+        torch.set_default_dtype(dtype)
         random.setstate(python)
         np.random.set_state(array)  # noqa: NPY002
 

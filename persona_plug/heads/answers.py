@@ -9,14 +9,12 @@ from typing import Self
 import torch
 from torch import Tensor, nn
 
-from persona_plug.config import SMOOTHING, PlugConfig
+from persona_plug.config import PARTS, SMOOTHING, PlugConfig
 from persona_plug.data.labels import levels_of
 from persona_plug.embedder.batch import HistoryBatch, check_finite
 from persona_plug.errors import ConfigError
 from persona_plug.splice.base import Splicer
 from persona_plug.splice.prompts import PromptParts
-
-PARTS = ("soft", "answers")  # what of a plug a score may count: the LLM behind soft tokens, and the answers head
 
 
 class AnswersHead(nn.Module):
@@ -83,7 +81,7 @@ class AnswersHead(nn.Module):
         width = (
             config.prompt_width if config.placement == "suffix" else 0
         )  # else no request in front of the soft tokens
-        return cls(config.answers or (), config.encoder_dim, width).to(device)
+        return cls(config.answers or (), config.encoder_dim, width).to(device, torch.float32)
 
     @property
     def reads_prompt(self) -> bool:

@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from persona_plug.config import PARTS
 from persona_plug.data.history import Example, longest_by_user
 from persona_plug.data.labels import levels_of
 from persona_plug.dataset import score_outputs
-from persona_plug.heads.answers import PARTS
 from persona_plug.measure.overlap import overlaps
 from persona_plug.measure.priors import label_priors, rating_priors, text_priors
 from persona_plug.measure.stats import derangement, spread

@@ -53,7 +53,14 @@ def test_all_stands_for_every_method_with_its_controls():
     assert found == ("bm25-8", *ALL)
     assert set(METHODS) <= set(found)
     controls = [name for name in found if name.endswith(tuple(CONTROLS))]
-    shuffled = ["plug_shuffled", "lora_user_shuffled", "plug_lora_shuffled", "words_shuffled", "words_lora_shuffled"]
+    shuffled = [
+        "plug_shuffled",
+        "turns_shuffled",
+        "lora_user_shuffled",
+        "plug_lora_shuffled",
+        "words_shuffled",
+        "words_lora_shuffled",
+    ]
     assert sorted(controls) == sorted([*shuffled, "plug_empty", "words_empty"])
     assert all(find_method(name) for name in found)
 

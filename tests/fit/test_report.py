@@ -419,7 +419,15 @@ def fitted(make_plug, labelled, tmp_path_factory):
 def test_the_table_has_every_method(fitted):
     report, folder, plug = fitted
     priors = {f"user_prior: {n}" for n in ("majority", "user_frequency", "classifier", "classifier_x_user")}
-    controls = {"none", "task_prompt", "plug_empty", "plug_shuffled", "plug", "plug: LLM alone"}
+    controls = {
+        "none",
+        "task_prompt",
+        "plug_empty",
+        "plug_shuffled",
+        "plug",
+        "plug: LLM alone",
+        "plug: answers head alone",
+    }
     assert set(report.metrics) == controls | priors
     assert all(set(row) == {"nll", "accuracy"} for row in report.metrics.values())
     text = (folder / "fit_report.md").read_text()

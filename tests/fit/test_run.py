@@ -26,6 +26,7 @@ from persona_plug.fit.config import FitConfig
 from persona_plug.fit.loop import calibrate, train
 from persona_plug.fit.trainer import COMPLETE, PlugTrainer, last_checkpoint
 from persona_plug.models.fingerprint import full_digest
+from persona_plug.persistence import state_of
 
 ROOT = Path(__file__).parents[2]
 QUICK = {"steps": 4, "batch_size": 4, "eval_every": 2, "eval_samples": 8}
@@ -45,7 +46,7 @@ def data():
 
 
 def weights(plug):
-    return {k: v.clone() for k, v in plug.embedder.state_dict().items()}
+    return {k: v.clone() for k, v in state_of(plug.parts()).items()}
 
 
 def same(a, b):
@@ -116,11 +117,14 @@ def test_llm_and_encoder_keep_every_byte(make_plug, data, tmp_path):
     assert not any(m.training for m in plug.modules())
 
 
-def test_checkpoints_hold_the_embedder_alone(make_plug, data, tmp_path):
+def test_checkpoints_hold_what_is_trained_alone(make_plug, data, tmp_path):
     plug = make_plug()
     run(plug, data, tmp_path)
     saved = load_file(last_checkpoint(tmp_path) / "model.safetensors")
-    assert {k.removeprefix("embedder.") for k in saved} == set(plug.embedder.state_dict())
+    trained = {f"embedder.{k}" for k in plug.embedder.state_dict()} | {
+        f"answers.{k}" for k in plug.answers.state_dict()
+    }
+    assert set(saved) == trained
 
 
 def test_plain_generation_is_the_same_before_and_after(make_plug, data, tmp_path):
@@ -223,7 +227,7 @@ def test_early_stopping_brings_back_the_best(make_plug, data, tmp_path, scripted
     assert max(r["step"] for r in log if "eval_loss" in r) == 8
     best = load_file(tmp_path / "checkpoint-4" / "model.safetensors")
     last = load_file(tmp_path / "checkpoint-8" / "model.safetensors")
-    final = weights(plug)
+    final = plug.embedder.state_dict()
     del final["score_temperature"]  # calibrated afterwards
     assert all(torch.equal(v, best[f"embedder.{k}"]) for k, v in final.items())
     assert not all(torch.equal(v, last[f"embedder.{k}"]) for k, v in final.items())
@@ -320,8 +324,9 @@ def test_calibration_lowers_the_validation_nll_to_its_least(make_plug, data):
     def nll(t):
         return float(torch.nn.functional.cross_entropy(scores / t, gold))
 
-    found = calibrate(plug, samples)
+    found, helps = calibrate(plug, samples)
     assert float(plug.embedder.score_temperature) == pytest.approx(found)
+    assert helps == bool(plug.answers.llm_share)
     assert nll(found) < nll(1.0) - 1e-3
     assert nll(found) <= min(nll(1.03**i) for i in range(-70, 71) if 0.1 <= 1.03**i <= 10) + 1e-3
 

@@ -177,7 +177,7 @@ def test_all_contrasts_of_a_report_are_corrected_together():
 
 
 def test_every_metric_is_described_with_its_direction():
-    lower = {"nll", "mae", "rmse", "ece"}
+    lower = {"nll", "mae", "rmse", "ece", "length", "foreign", "copied"}
     assert {name for name, metric in METRICS.items() if metric.lower_is_better} == lower
     assert {name for name, metric in METRICS.items() if metric.transform is not identity} == {"rmse"}
     assert [line.partition(": ")[0] for line in describe([*METRICS, "unknown"])] == list(METRICS)

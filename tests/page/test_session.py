@@ -140,7 +140,7 @@ def test_bad_file_stores_nothing_and_names_file_line_and_field(open_session, tmp
     before = session.items("ann")
     file = tmp_path / "mine.jsonl"
     file.write_text('{"input": "a", "output": "b"}\n{"input": "a", "output": [5]}\n')
-    with pytest.raises(DataError, match=r"^mine\.jsonl:2: field 'output' must be a text, got \[5\]$"):
+    with pytest.raises(DataError, match=r"^mine\.jsonl:2: field 'output' must be a text or a number, got \[5\]$"):
         session.add("ann", "a good line", file)
     assert session.items("ann") == before
 

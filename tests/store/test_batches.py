@@ -6,9 +6,9 @@ import logging
 import pytest
 import torch
 
+from persona_plug.config import PARTS
 from persona_plug.data.history import HistoryItem
 from persona_plug.errors import ConfigError, DataError, MismatchError
-from persona_plug.heads.answers import PARTS
 from persona_plug.models.encoder import HistoryEncoder
 from persona_plug.pairing import pair
 from persona_plug.store.rows import text_hash

@@ -65,7 +65,7 @@ def test_every_recipe_trains_what_it_says_and_leaves_the_llm_alone(base, data, t
     assert fitted.steps == 2
     names = {n for n, p in fitted.plug.named_parameters() if p.requires_grad}
     assert any(n.startswith("adapters.") for n in names) == ("lora" in name)
-    assert ("embedder.tokens" in names) == (name not in ("lora", "prefix_tuning"))
+    assert ("embedder.tokens" in names) == (name not in ("lora", "lora_turns", "prefix_tuning"))
     assert fitted.parameters == sum(p.numel() for p in fitted.plug.parameters() if p.requires_grad)
     scores = fitted.plug.score(data.held_out)
     assert torch.isfinite(scores).all()
@@ -240,7 +240,7 @@ def test_shared_states_are_charged_to_every_training_that_uses_them(base, data, 
     ticks = iter(range(1_000_000))
     monkeypatch.setattr("persona_plug.splice.base.clock", lambda _: float(next(ticks)))
     bills = []
-    for name in ("task_prompt", "plug"):
+    for name in ("plug_mean", "plug"):
         fit(name, base, data, settings(tmp_path), 0)
         bills.append(base.splicer.bill)
     prices = base.splicer.cache.seconds

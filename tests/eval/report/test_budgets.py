@@ -146,7 +146,7 @@ def test_those_that_read_the_requests_vector_are_charged_for_it(make_plug):
     prompted = {"none", "random", "recency", "bm25", "summary", "summary_profile"}
     without_user = {"task_prompt", "prefix_tuning", "lora", "lora_rag", "lora_user"}
     history_alone = {"uem", "persoma", "persoma_mlp", "persoma_transformer", "persoma_lora"}
-    on_the_clock = {"plug_paper_full", "words", "words_lora"}
+    on_the_clock = {"plug_paper_full", "words", "words_lora"}  # they read the request while they answer
     assert free == prompted | without_user | history_alone | on_the_clock
 
 
@@ -156,7 +156,7 @@ def test_what_is_said_to_see_no_request_does_not(make_plug):
     history = [HistoryItem("what was asked", "what was answered"), HistoryItem("a song", "no, thank you")]
     for name in NAMES:
         recipe = find_method(name).recipe
-        if not recipe or find_method(name).prompt:
+        if not recipe or find_method(name).prompt or "turns" in name:  # what is nearest depends on the request
             continue
         plug = make(recipe, base, {}, 0)
         if isinstance(plug.embedder, NoTokens) or plug.config.train_request:
