@@ -46,7 +46,7 @@ def check_launcher() -> None:
 
 @contextmanager
 def undisturbed() -> Iterator[None]:
-    """Compute with gradients and in float32 whatever the caller has set, and leave their random numbers as they were."""
+    """Compute in float32 with gradients, whatever the caller has set; leave their random numbers as they were."""
     dtype = torch.get_default_dtype()
     torch.set_default_dtype(torch.float32)
     python, array = random.getstate(), np.random.get_state()  # noqa: NPY002 - the caller's own numbers
