@@ -73,6 +73,7 @@ def prepare(settings: ComparisonSettings) -> tuple[Questions, PersonaPlug]:
 
 def compare(settings: ComparisonSettings) -> tuple[dict[str, Any], dict[str, Any]]:
     """Run every method for every seed; what is finished is read back from `out`, not computed again."""
+    from eval.decision import decide
     from eval.rows import add_official_values, details, mean_values, method_row
     from eval.session import Session
 
@@ -91,11 +92,13 @@ def compare(settings: ComparisonSettings) -> tuple[dict[str, Any], dict[str, Any
                 for row, outcome in session.outcomes(name, seed).items():
                     add_official_values(outcome, questions)
                     runs.setdefault(row, []).append(outcome)
+        losses = session.validation_losses() if {settings.subject, f"{settings.subject}_shuffled"} <= set(runs) else {}
     order = [*(name for name in names if name in runs), *runs]  # the prior's rows last
     runs = {name: runs[name] for name in order}
     means = {name: mean_values(outcomes) for name, outcomes in runs.items()}
     for name, outcomes in runs.items():
         _write_predictions(Path(settings.out) / "predictions", name, outcomes[0], questions)
+    tokens = {name: outcomes[0].costs.prompt_tokens or 0.0 for name, outcomes in runs.items()}
     pairs = dict.fromkeys([*usual_pairs(means), *settings.pairs])
     results = {
         "task": task.name,
@@ -114,6 +117,7 @@ def compare(settings: ComparisonSettings) -> tuple[dict[str, Any], dict[str, Any
         "data_notes": [*data.notes, *truncation_notes(base, data), *notes],
         "notes": {name: outcomes[0].notes for name, outcomes in runs.items() if outcomes[0].notes},
         "methods": {name: method_row(means[name], outcomes, questions) for name, outcomes in runs.items()},
+        "decision": decide(settings.subject, means, users, losses, tokens) if losses else None,
         "contrasts": [contrast_row(row) for row in contrasts(means, users, pairs)],
     }
     return results, details(means, runs, questions)

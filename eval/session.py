@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections import Counter
 from collections.abc import Sequence
 from contextlib import nullcontext
@@ -13,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from eval.clock import LLMClock, reading_seconds
+from eval.decision import RIVAL, validation_losses
 from eval.methods import PRIOR, TURNS, Method, find_method
 from eval.outcomes import Costs, Outcome, read_outcomes, write_outcomes
 from eval.prompts.history import PromptWriter
@@ -20,6 +22,7 @@ from eval.questions import Questions
 from eval.settings import ComparisonSettings
 from persona_plug.config import TURNS_ALONE
 from persona_plug.data.history import Example
+from persona_plug.files import write_atomically
 from persona_plug.fit.config import FitConfig
 from persona_plug.measure.answers import Answers, evaluate, prior_answers, with_other_history
 from persona_plug.model import PlugModel
@@ -144,6 +147,16 @@ class Session:
         size = self.questions.task.no_repeat_ngram
         options: dict[str, Any] = {"no_repeat_ngram_size": size} if size else {}
         return plug.generate(examples, personal=personal, **options)
+
+    def validation_losses(self) -> dict[str, float]:
+        """Return the validation losses that choose the subject's rival, computed once."""
+        seed = self.settings.seeds[0]
+        file = Path(self.settings.out) / f"seed-{seed}" / "validation.json"
+        if not file.is_file():
+            rival = self._fit(find_method(RIVAL), seed)[0].plug if RIVAL in self.settings.methods else None
+            losses = validation_losses(rival, self.base, self.questions)
+            write_atomically(file, (json.dumps(losses) + "\n").encode())
+        return dict(json.loads(file.read_text(encoding="utf-8")))
 
     def close(self) -> None:
         """End what the session has started."""

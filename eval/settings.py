@@ -22,6 +22,8 @@ class ComparisonSettings(RunSettings):
     Attributes:
         split: Whose questions are asked: `dev` or `test`.
         methods: What is compared, names in docs/benchmark.md; `all` stands for every method with its controls.
+        subject: Method whose two fixed contrasts decide: with another user's history, and against the best of the task
+            prompt and what uses no LLM, which validation users choose. Both need `SUBJECT_shuffled`.
         one_seed: Methods that run with the first seed only, as they are expensive.
         pairs: Further contrasts, each between two methods: `[[lora, lora_user]]`.
         user_steps: Optimiser steps on each user's history for methods that train an adapter per user.
@@ -34,6 +36,7 @@ class ComparisonSettings(RunSettings):
 
     split: Literal["dev", "test"] = "dev"
     methods: tuple[str, ...] = ("none", "task_prompt", "plug", "plug_shuffled", "plug_empty", "user_prior")
+    subject: str = "plug"
     one_seed: tuple[str, ...] = ()
     pairs: tuple[tuple[str, str], ...] = ()
     user_steps: int = 8
@@ -51,7 +54,7 @@ class ComparisonSettings(RunSettings):
             raise ConfigError("methods=[] names none; give at least one, such as methods=[none, plug]")
         each = (name for entry in self.methods for name in (ALL if entry == "all" else (entry,)))
         object.__setattr__(self, "methods", tuple(dict.fromkeys(each)))
-        for name in (*self.methods, *self.one_seed):
+        for name in (*self.methods, *self.one_seed, self.subject):
             find_method(name)
         for name in (name for pair in self.pairs for name in pair):
             if name not in self.methods and not name.startswith(f"{PRIOR}: "):

@@ -67,9 +67,11 @@ def test_all_stands_for_every_method_with_its_controls():
 
 def test_settings_are_recorded_as_they_were_before_they_had_types():
     """The keys of `settings` in results.json."""
-    names = "data task split methods recipes seeds one_seed pairs out llm encoder dtype quantization plug fit lr_grid "
-    names += "lr_steps user_steps valid profile_targets augment questions generated generator vllm beams threads "
-    names += "state_gigabytes"
+    names = "data task split methods recipes seeds subject one_seed pairs out llm encoder dtype quantization plug fit "
+    names += (
+        "lr_grid lr_steps user_steps valid profile_targets augment questions generated generator vllm beams threads "
+    )
+    names += "threads state_gigabytes"
     assert set(dataclasses.asdict(ComparisonSettings(data="x"))) == set(names.split())
 
 
