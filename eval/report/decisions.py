@@ -10,11 +10,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from eval.decision import METRIC
 from eval.methods import PRIOR
 from eval.report.figures import Point, scatter, standalone
 from eval.report.record import BEGIN, END, updated_page
-from eval.report.results import Results, contrasts_of, intervals, read_results
+from eval.report.results import DECIDING, Results, contrasts_of, intervals, read_results
 from persona_plug.errors import DataError
 from persona_plug.files import write_atomically
 from persona_plug.measure.contrasts import Contrast
@@ -25,7 +24,7 @@ from persona_plug.measure.tables import UNKNOWN, Table, cell, interval_text, num
 
 CONTRASTS = ("lift", "gain")
 CONTROLS = ("_shuffled", "_empty")
-TEXT_METRICS = ("rouge-1", "length", "foreign", "copied")
+TEXTS = ("rouge-1", "length", "foreign", "copied")
 POWER = 1.96 + 0.84  # standard errors of the least difference that is shown four times out of five, at 5%
 WIDTH = 2 * 1.96  # of a 95% interval, in standard errors
 BASELINE = "none"
@@ -67,7 +66,7 @@ def _block(sets: Mapping[str, Results], plot: str) -> str:
         if table.rows:
             lines += [f"## {title}", "", *table.markdown(), ""]
     lines += [f"![Loss saved against tokens added, a point per method and set]({plot})", ""]
-    lines += [*(f"- {line}" for line in describe([METRIC, *TEXT_METRICS])), "", END]
+    lines += [*(f"- {line}" for line in describe([DECIDING, *TEXTS])), "", END]
     return "\n".join(lines) + "\n"
 
 
@@ -75,11 +74,11 @@ def sentence(name: str, results: Results) -> str:
     """Return what a reader should use on a set, and what its lift says."""
     decision, values = results["decision"], intervals(results)
     advice, best = decision["advice"], decision["best"]
-    loss = number_text(values[advice][METRIC].value)
+    loss = number_text(values[advice][DECIDING].value)
     tokens = "no LLM" if advice.startswith(PRIOR) else f"{_added(results, advice):+.0f} tokens"
-    text = f"**{cell(name)}**: use {cell(advice)} ({heading(METRIC)} {loss}, {tokens})."
+    text = f"**{cell(name)}**: use {cell(advice)} ({heading(DECIDING)} {loss}, {tokens})."
     if best != advice:
-        text += f" {cell(best)} ({number_text(values[best][METRIC].value)}) is not better beyond chance."
+        text += f" {cell(best)} ({number_text(values[best][DECIDING].value)}) is not better beyond chance."
     lift = _contrast(decision["lift"])
     subject = cell(decision["subject"])
     if lift.low > 0:
@@ -111,7 +110,7 @@ def decision_table(sets: Mapping[str, Results]) -> Table:
 
 def loss_table(sets: Mapping[str, Results]) -> Table:
     """Return the loss of each main method on each set, the best LLM-free prior's in one row."""
-    values = {name: {m: row[METRIC] for m, row in _main(results).items()} for name, results in sets.items()}
+    values = {name: {m: row[DECIDING] for m, row in _main(results).items()} for name, results in sets.items()}
     methods = list(dict.fromkeys(m for row in values.values() for m in row))
     rows = [[m, *(interval_text(row.get(m)) for row in values.values())] for m in methods]
     best = set()
@@ -127,8 +126,8 @@ def text_table(sets: Mapping[str, Results]) -> Table:
     for name, results in sets.items():
         for method, row in intervals(results).items():
             if "foreign" in row and not method.endswith(CONTROLS):
-                rows.append([name, method, *(interval_text(row.get(m)) for m in TEXT_METRICS)])
-    return Table(("set", "method", *map(heading, TEXT_METRICS)), rows)
+                rows.append([name, method, *(interval_text(row.get(m)) for m in TEXTS)])
+    return Table(("set", "method", *map(heading, TEXTS)), rows)
 
 
 def cost_table(sets: Mapping[str, Results]) -> Table:
@@ -153,16 +152,16 @@ def picture(sets: Mapping[str, Results]) -> str:
             continue
         for method, row in values.items():
             if method != BASELINE and not method.startswith(PRIOR):
-                saved = values[BASELINE][METRIC].value - row[METRIC].value
+                saved = values[BASELINE][DECIDING].value - row[DECIDING].value
                 points.append(Point(f"{name}, {method}: {saved:+.3f}", _added(results, method), saved, method))
-    return standalone(scatter(points, "Loss saved", "tokens added to a prompt", f"{METRIC} saved against {BASELINE}"))
+    return standalone(scatter(points, "Loss saved", "tokens added to a prompt", f"{DECIDING} saved against {BASELINE}"))
 
 
 def _main(results: Results) -> dict[str, dict[str, Interval]]:
     """Return the values of main methods that have the metric: no controls, and of the priors the best."""
-    values = {m: dict(row) for m, row in intervals(results).items() if METRIC in row and not m.endswith(CONTROLS)}
+    values = {m: dict(row) for m, row in intervals(results).items() if DECIDING in row and not m.endswith(CONTROLS)}
     priors = [m for m in values if m.startswith(PRIOR)]
-    best = min(priors, key=lambda m: values[m][METRIC].value, default=None)
+    best = min(priors, key=lambda m: values[m][DECIDING].value, default=None)
     kept = {m: row for m, row in values.items() if m not in priors}
     return kept if best is None else {**kept, PRIOR: values[best]}
 

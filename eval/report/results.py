@@ -16,6 +16,7 @@ from persona_plug.measure.contrasts import Contrast
 from persona_plug.measure.stats import Interval
 
 DIGITS = 9  # that a number keeps: far more than any interval tells apart, half of what Python prints
+DECIDING = "nll"  # the metric that a comparison decides by
 Results = Mapping[str, Any]  # the JSON object
 
 
