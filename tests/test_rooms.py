@@ -33,7 +33,7 @@ ROOMS = {
     "page": "config data errors fit generation measure persistence plug store",
     "cli": "clock config data errors export files fit models page persistence plug serving store",
     "__main__": "cli",
-    "training": "clock config data dataset embedder errors files fit models plug splice",
+    "training": "clock config data dataset embedder errors files fit measure models plug splice",
     "eval": "clock config data errors files fit measure model models plug retrieval serving splice store training",
 }
 ROOT_MODULES = 12  # modules at the root of persona_plug, at most

@@ -32,8 +32,9 @@ def claim(settings: RunSettings, keys: Sequence[str], task: Task, parts: Sequenc
         ConfigError: Something differs; the first difference is named.
     """
     mine: dict[str, Any] = {"task": dataclasses.asdict(task)}
+    data = Path(settings.data)
     for part in parts:
-        files = [Path(settings.data) / f"{part}_{kind}.json" for kind in ("questions", "outputs")]
+        files = [data] if data.is_file() else [data / f"{part}_{kind}.json" for kind in ("questions", "outputs")]
         mine[f"data ({part})"] = hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()
     mine = json.loads(json.dumps({**mine, **{key: getattr(settings, key) for key in keys}}))
     out = Path(settings.out)

@@ -1,4 +1,4 @@
-"""A LaMP-shaped folder as samples for training and validation, and as the questions of a comparison."""
+"""A LaMP-shaped folder or a file of events as training samples, and as the questions of a comparison."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from persona_plug.data.history import Example
 from persona_plug.data.lamp import LampData, leave_one_out_profiles, read_lamp
 from persona_plug.data.splits import FitData
 from persona_plug.errors import DataError
+from training.events import read_file
 from training.settings import RunSettings
 from training.tasks import Task
 
@@ -20,7 +21,10 @@ logger = logging.getLogger(__name__)
 
 
 def load_data(settings: RunSettings, task: Task, split: str = "", questions: int | None = None) -> FitData:
-    """Read the training questions, and leave-one-out samples of their profiles; hold out the questions of a split.
+    """Read training samples, and hold out the questions of a split.
+
+    Of a LaMP-shaped folder these are its questions, and leave-one-out samples of their profiles. See
+    `training.events.read_file` for a file of events.
 
     Args:
         settings: The run's.
@@ -31,6 +35,8 @@ def load_data(settings: RunSettings, task: Task, split: str = "", questions: int
     Raises:
         DataError: A file is missing or not LaMP-shaped, or the task lacks an answer of the split.
     """
+    if Path(settings.data).is_file():
+        return _of_events(settings, task, split, questions)
     train = _read(settings.data, "train", task)
     possible = leave_one_out_profiles(train.examples)
     targets = _draw(possible, settings.profile_targets)
@@ -55,6 +61,14 @@ def load_data(settings: RunSettings, task: Task, split: str = "", questions: int
     if split:
         notes.append(f"{len(held_out)} of {len(asked)} {split} questions asked")
     return FitData(augment(learned, settings.augment), validation, held_out, train.template, task.answers, notes)
+
+
+def _of_events(settings: RunSettings, task: Task, split: str, questions: int | None) -> FitData:
+    data, leaks = read_file(Path(settings.data), task, split, settings.valid, settings.profile_targets)
+    held_out = sample_questions(data.held_out, questions)
+    notes = [*data.notes, *([leaks] if leaks else []), f"{len(held_out)} {split} questions asked"]
+    train = augment(data.train, settings.augment)
+    return dataclasses.replace(data, train=train, held_out=held_out, notes=notes)
 
 
 def augment(examples: Sequence[Example], times: int, seed: int = 0) -> list[Example]:

@@ -21,8 +21,9 @@ class RunSettings(Settings):
     """Settings of `python -m training.run [CONFIG] [key=value ...]`; fit.steps=40 changes one entry of a mapping.
 
     Attributes:
-        data: Folder with `train_questions.json` and `train_outputs.json`; a comparison reads the split's, too. Needed.
-        task: Name of a task in `configs/tasks`, or path of a YAML file; null takes the data folder's name.
+        data: Folder with `train_questions.json` and `train_outputs.json`, in a comparison also the split's; or a file
+            of events. Needed.
+        task: Name of a task in `configs/tasks`, or path of a YAML file; null takes the name of the data.
         out: Folder of results; a run that was stopped goes on there.
         llm: Short name, folder or Hub id of the frozen LLM.
         encoder: Short name, folder or Hub id of the frozen sentence encoder.
@@ -65,7 +66,8 @@ class RunSettings(Settings):
         """Refuse values that cannot work, naming the field."""
         if not self.data:
             raise ConfigError(
-                "data=DIR is missing: a folder with train_questions.json, train_outputs.json and the split's"
+                "data=DIR is missing: a folder with train_questions.json, train_outputs.json and the split's, or a file"
+                " of events"
             )
         if not self.seeds or len(set(self.seeds)) < len(self.seeds) or min(self.seeds) < 0:
             raise ConfigError(f"seeds={list(self.seeds)} must be one or more different numbers from 0 up")
@@ -99,7 +101,7 @@ class RunSettings(Settings):
     @property
     def task_name(self) -> str:
         """Name or path of the task."""
-        return self.task or Path(self.data).name
+        return self.task or Path(self.data).name.partition(".")[0]
 
     def fit_config(self, seed: int) -> FitConfig:
         """Return how to train with a seed."""

@@ -50,6 +50,8 @@ class Task:
         max_answer_tokens: Tokens of a generated answer.
         no_repeat_ngram: No run of this many tokens occurs twice in a generated answer; 0 allows any. Long answers
             decoded greedily fall into loops without it.
+        leak: A history item leaves a sample where more than this share of its words stands in the sample's input or
+            output; 1 lets all stay. For files of events.
         source: Where the definition comes from, for the report.
     """
 
@@ -67,6 +69,7 @@ class Task:
     max_input_tokens: int = 256
     max_answer_tokens: int = 64
     no_repeat_ngram: int = 0
+    leak: float = 1.0
     source: str = ""
 
     def __post_init__(self) -> None:
@@ -98,6 +101,8 @@ class Task:
                 raise ConfigError(f"task {self.name}: {field} must be at least 1")
         if self.no_repeat_ngram < 0:
             raise ConfigError(f"task {self.name}: no_repeat_ngram must be 0 or more")
+        if not 0 < self.leak <= 1:
+            raise ConfigError(f"task {self.name}: leak={self.leak:g} must be a share above 0 and up to 1")
         try:
             re.compile(self.query)
         except re.error as exc:
@@ -142,7 +147,7 @@ def _from_mapping(path: Path, raw: dict[str, Any]) -> Task:
         raise ConfigError(f"{path}: unknown field {unknown[0]!r}; known are {', '.join(sorted(fields))}")
     if missing := sorted({"version", "kind"} - set(raw)):
         raise ConfigError(f"{path}: field {missing[0]!r} is missing")
-    words = {"int": "a whole number", "str": "a text"}
+    words = {"int": "a whole number", "float": "a share such as 0.5", "str": "a text"}
     for name, value in raw.items():
         wanted = str(fields[name].type)  # annotations are kept as they are written
         if wanted in words:

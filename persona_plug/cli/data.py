@@ -84,6 +84,23 @@ def data_debian(
     say_json(made.meta, indent=2)
 
 
+@data_app.command("rfc")
+@one_line_errors
+def data_rfc(
+    out: Annotated[Path, typer.Option(help="JSONL to write.")],
+    users: Annotated[int | None, typer.Option(help="First authors at most; default all.")] = None,
+    per_user: Annotated[int, typer.Option(help="Documents of one author at most, the latest.")] = 40,
+    least: Annotated[int, typer.Option(help="Documents of one author at least.")] = 5,
+    force: Force = False,
+) -> None:
+    """Make a set of titles and abstracts of RFCs from Debian's packages (270 MB, section non-free)."""
+    from persona_plug.data import rfc
+
+    made = rfc.build(least=least, max_users=users, max_per_user=per_user)
+    made.write(out, force)
+    say_json(made.meta, indent=2)
+
+
 @data_app.command("synthetic")
 @one_line_errors
 def data_synthetic(

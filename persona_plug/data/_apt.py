@@ -5,13 +5,17 @@ the lists are read from there and the folder is removed. The system's hooks arou
 off.
 """
 
+import gzip
 import logging
 import os
 import re
 import shutil
 import signal
 import subprocess
+import tarfile
 import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -26,6 +30,7 @@ FREE_COMPONENTS = ("main", "contrib", "universe")
 Target = dict[str, str]
 """One paragraph of `apt-get indextargets`, field names lower-cased."""
 
+_KEYS = Path("/usr/share/keyrings/debian-archive-keyring.gpg")  # where Debian's own package puts them
 _REMEDY = "use `persona-plug data synthetic` instead"
 _PARTIAL_SUITE = re.compile(r"-(security|updates|backports|backports-sloppy|proposed(-updates)?|debug)$")
 _CONFIG = r"""
@@ -102,6 +107,29 @@ def choose_targets(targets: list[Target], release: str | None, architecture: str
     return sorted(fit[max(sorted(fit), key=lambda key: sizes[key])], key=lambda target: target["filename"])
 
 
+@contextmanager
+def _private() -> Iterator[tuple[Path, list[str]]]:
+    """Yield a temporary folder, and the arguments that keep apt's state, cache and settings in it.
+
+    Raises:
+        DataError: No apt client.
+    """
+    if shutil.which("apt-get") is None or shutil.which("apt-config") is None:
+        raise DataError(f"no apt client (apt-get) on this machine; run on Debian or a derivative, or {_REMEDY}")
+    with tempfile.TemporaryDirectory(prefix="persona-plug-apt-", ignore_cleanup_errors=True) as name:
+        folder = Path(name)
+        folder.chmod(0o755)  # apt downloads as the user _apt when started by root
+        for part in ("state/lists/partial", "cache/archives/partial"):
+            (folder / part).mkdir(parents=True)
+        config = folder / "apt.conf"
+        lines = [f'Dir::State "{folder}/state";', f'Dir::Cache "{folder}/cache";']
+        reachable = all(parent.stat().st_mode & 0o001 for parent in folder.resolve().parents)
+        if os.geteuid() == 0 and not reachable:
+            lines.append('APT::Sandbox::User "root";')  # _apt could not reach the folder
+        config.write_text(_CONFIG + "\n".join(lines) + "\n", encoding="utf-8")
+        yield folder, ["-c", str(config)]
+
+
 def fetch(release: str | None = None, timeout: float = 300.0) -> ArchiveText:
     """Download the package lists of a release with a private `apt-get update`.
 
@@ -115,23 +143,10 @@ def fetch(release: str | None = None, timeout: float = 300.0) -> ArchiveText:
     Raises:
         DataError: No apt client, nothing downloaded, no such release, or the time ran out.
     """
-    client, settings = shutil.which("apt-get"), shutil.which("apt-config")
-    if client is None or settings is None:
-        raise DataError(f"no apt client (apt-get) on this machine; run on Debian or a derivative, or {_REMEDY}")
-    with tempfile.TemporaryDirectory(prefix="persona-plug-apt-", ignore_cleanup_errors=True) as name:
-        folder = Path(name)
-        folder.chmod(0o755)  # apt downloads as the user _apt when started by root
-        for part in ("state/lists/partial", "cache/archives/partial"):
-            (folder / part).mkdir(parents=True)
-        config = folder / "apt.conf"
-        lines = [f'Dir::State "{folder}/state";', f'Dir::Cache "{folder}/cache";']
-        reachable = all(parent.stat().st_mode & 0o001 for parent in folder.resolve().parents)
-        if os.geteuid() == 0 and not reachable:
-            lines.append('APT::Sandbox::User "root";')  # _apt could not reach the folder
-        config.write_text(_CONFIG + "\n".join(lines) + "\n", encoding="utf-8")
-        complaints = _run([client, "-c", str(config), "-q", "update"], timeout)[1]
-        listing = _run([client, "-c", str(config), "indextargets"], 60.0)[0]
-        architecture = _run([settings, "-c", str(config), "shell", "A", "APT::Architecture"], 60.0)[0]
+    with _private() as (folder, options):
+        complaints = _run(["apt-get", *options, "-q", "update"], timeout)[1]
+        listing = _run(["apt-get", *options, "indextargets"], 60.0)[0]
+        architecture = _run(["apt-config", *options, "shell", "A", "APT::Architecture"], 60.0)[0]
         targets = [t for t in parse_stanzas(listing) if Path(t.get("filename", "")).is_file()]
         if not targets:
             raise DataError(
@@ -163,6 +178,78 @@ def fetch(release: str | None = None, timeout: float = 300.0) -> ArchiveText:
     return ArchiveText(texts["Packages"], texts["Translations"], facts)
 
 
+@contextmanager
+def download(packages: Sequence[str], component: str, timeout: float) -> Iterator[tuple[list[Path], dict[str, str]]]:
+    """Download packages of one component of the Debian release that apt knows, without touching the system.
+
+    Args:
+        packages: Their names.
+        component: The component, such as `non-free`; apt's sources need not name it.
+        timeout: Seconds that the download may take.
+
+    Yields:
+        The packages' files, which go with the block, and facts of the release.
+
+    Raises:
+        DataError: No apt client, no Debian release among apt's sources, or the download failed.
+    """
+    with _private() as (folder, options):
+        _run(["apt-get", *options, "-q", "update"], timeout)
+        targets = parse_stanzas(_run(["apt-get", *options, "indextargets"], 60.0)[0])
+        sources = folder / "sources.list"
+        sources.write_text(source_line(targets, component) + "\n", encoding="utf-8")
+        options = [*options, "-o", f"Dir::Etc::sourcelist={sources}", "-o", "Dir::Etc::sourceparts=-"]
+        _run(["apt-get", *options, "-q", "update"], timeout)
+        files = folder / "packages"
+        files.mkdir(mode=0o777)
+        _run(["apt-get", *options, "-q", "download", *packages], timeout, files)
+        states = sorted((folder / "state/lists").glob("*Release"))
+        facts = parse_release(states[0].read_text(encoding="utf-8", errors="replace")) if states else {}
+        found = sorted(files.glob("*.deb"))
+        yield found, {**facts, "component": component, "packages": " ".join(file.stem for file in found)}
+
+
+def source_line(targets: Sequence[Target], component: str) -> str:
+    """Return the line of a source list that names a component of the Debian release among configured lists.
+
+    Args:
+        targets: Paragraphs of `apt-get indextargets`, field names lower-cased.
+        component: The component.
+
+    Raises:
+        DataError: No configured list is of a whole Debian release.
+    """
+    for target in targets:
+        release = target.get("release", "")
+        whole = target.get("origin") == "Debian" and release and not _PARTIAL_SUITE.search(release)
+        if whole and target.get("component") == "main" and target.get("created-by") == "Packages":
+            keys = f"[signed-by={_KEYS}] " if _KEYS.is_file() else ""
+            return f"deb {keys}{target['repo-uri']} {release} {component}"
+    raise DataError(f"apt's sources name no whole Debian release; run on Debian, or {_REMEDY}")
+
+
+def unpack(file: Path, ending: str) -> Iterator[bytes]:
+    """Yield the contents of a package's files with this ending, compressed by gzip or not.
+
+    Raises:
+        DataError: It is no Debian package.
+    """
+    command = [shutil.which("dpkg-deb") or "dpkg-deb", "--fsys-tarfile", str(file)]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    try:
+        with tarfile.open(fileobj=process.stdout, mode="r|") as archive:
+            for member in archive:
+                stream = archive.extractfile(member) if member.isfile() else None
+                if stream is not None and member.name.removesuffix(".gz").endswith(ending):
+                    content = stream.read()
+                    yield gzip.decompress(content) if member.name.endswith(".gz") else content
+    except tarfile.TarError as error:
+        raise DataError(f"{file.name}: no Debian package; download it again") from error
+    finally:
+        process.kill()
+        process.communicate()
+
+
 def _read(file: Path) -> str:
     """Read a list, compressed or not."""
     if not re.search(r"\.(gz|xz|bz2|lz4|lzma|zst)$", file.name):
@@ -176,8 +263,8 @@ def _cause(complaints: str) -> str:
     return re.sub(r"://[^/@\s]*@", "://", lines[0])[:200] if lines else "it gave no reason"
 
 
-def _run(command: list[str], timeout: float) -> tuple[str, str]:
-    """Run `command`, return its output and complaints; DataError on failure or after `timeout` seconds."""
+def _run(command: list[str], timeout: float, folder: Path | None = None) -> tuple[str, str]:
+    """Run `command` in a folder, return its output and complaints; DataError on failure or after `timeout` seconds."""
     try:
         process = subprocess.Popen(
             command,
@@ -189,6 +276,7 @@ def _run(command: list[str], timeout: float) -> tuple[str, str]:
             errors="replace",
             env={**os.environ, "LC_ALL": "C"},
             start_new_session=True,
+            cwd=folder,
         )
     except OSError as error:
         raise DataError(f"cannot start {command[0]}: {error.strerror}; install apt, or {_REMEDY}") from error

@@ -191,7 +191,7 @@ def _known(part: list[Example], answers: tuple[str, ...], name: str, notes: list
 
 
 @dataclass(frozen=True, slots=True)
-class _Sidecar:
+class Sidecar:
     """What comes with the data: where it stands, the prompt template, users to hold out and to validate with."""
 
     name: str = ""
@@ -206,17 +206,17 @@ def _samples(
     skip_bad: bool,
     columns: Mapping[str, str] | None,
     notes: list[str],
-) -> tuple[dict[str, list[Example]], _Sidecar]:
+) -> tuple[dict[str, list[Example]], Sidecar]:
     """Return each user's samples and what the data brings beside them."""
-    sidecar = _Sidecar()
+    sidecar = Sidecar()
     if isinstance(data, str | os.PathLike):
         path = local_path(data)
         if path.is_dir():
             lamp = read_lamp(path / "train_questions.json", path / "train_outputs.json")
             notes.extend(lamp.repairs)
             examples = [*lamp.examples, *leave_one_out_profiles(lamp.examples)]
-            return _group(examples), _Sidecar(path.name, lamp.template)
-        result, sidecar = read_events(path, skip_bad, columns=columns), _sidecar(path)
+            return _group(examples), Sidecar(path.name, lamp.template)
+        result, sidecar = read_events(path, skip_bad, columns=columns), read_sidecar(path)
     elif is_splits(data):
         result, sidecar = _join_splits(data, skip_bad, columns, notes)
     else:
@@ -238,7 +238,7 @@ def _samples(
 
 def _join_splits(
     splits: Mapping[str, Any], skip_bad: bool, columns: Mapping[str, str] | None, notes: list[str]
-) -> tuple[ReadResult, _Sidecar]:
+) -> tuple[ReadResult, Sidecar]:
     """Return the records of all splits, and the users that only a test or validation split has."""
     results = {}
     for name, part in splits.items():
@@ -257,7 +257,7 @@ def _join_splits(
     )
     events = [event for result in results.values() for event in result.events]
     skipped = [line for result in results.values() for line in result.skipped]
-    return ReadResult(events, skipped), _Sidecar("the test split", None, test, validation)
+    return ReadResult(events, skipped), Sidecar("the test split", None, test, validation)
 
 
 def _record(event: Event) -> dict[str, Any]:
@@ -313,16 +313,16 @@ def _group(examples: Sequence[Example]) -> dict[str, list[Example]]:
 
 def held_out_users(path: Path) -> tuple[str, ...]:
     """Return the users that the file beside these events holds out of training, if it names any."""
-    return _sidecar(path).held_out
+    return read_sidecar(path).held_out
 
 
-def _sidecar(path: Path) -> _Sidecar:
+def read_sidecar(path: Path) -> Sidecar:
     """Read the template and the held-out users that `persona-plug data` writes beside its files."""
     import json
 
     file = path.with_suffix(".meta.json")
     if not file.is_file():
-        return _Sidecar()
+        return Sidecar()
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
     except (UnicodeDecodeError, json.JSONDecodeError) as exc:
@@ -330,4 +330,4 @@ def _sidecar(path: Path) -> _Sidecar:
     content = content if isinstance(content, dict) else {}
     template, meta = content.get("template"), content.get("meta")
     held_out = meta.get("held_out", ()) if isinstance(meta, dict) else ()
-    return _Sidecar(file.name, template if isinstance(template, str) else None, tuple(map(str, held_out)))
+    return Sidecar(file.name, template if isinstance(template, str) else None, tuple(map(str, held_out)))

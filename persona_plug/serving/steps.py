@@ -13,6 +13,7 @@ from torch.nn.functional import pad
 from persona_plug.serving.calls import Job
 from persona_plug.splice.base import Splicer
 from persona_plug.splice.causal import CausalSplicer
+from persona_plug.splice.passes import last
 
 CHUNK = 128  # tokens of a prompt that are read before others get their tokens
 NEAR = 64  # tokens by which calls that share a pass may always differ
@@ -200,7 +201,7 @@ class BatchedSteps:
             attention_mask=mask,
             position_ids=positions,
             use_cache=True,
-            logits_to_keep=1,
+            logits_to_keep=last(1, next(iter(inputs.values()))),
             **{argument: cache},
         )
         logits: Tensor = out.logits[:, -1]

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from persona_plug.splice.base import PathReader, Splicer
+from persona_plug.splice.passes import last
 from persona_plug.splice.prompts import AnswerTree, PromptParts
 from persona_plug.splice.soft import Soft
 from persona_plug.splice.states import StateCache
@@ -99,7 +100,7 @@ class CausalSplicer(Splicer):
             attention_mask=seen,
             position_ids=positions,
             use_cache=True,
-            logits_to_keep=1,
+            logits_to_keep=last(1, ids),
             **{self.cache_argument: past},
         )
         both = [tensor for layer in past.layers for tensor in (layer.keys, layer.values)]
@@ -145,7 +146,7 @@ class CausalSplicer(Splicer):
             attention_mask=self._mask_for_model(mask, positions, embeds.dtype),
             position_ids=positions[:, -embeds.shape[1] :],
             use_cache=cache is not None,
-            logits_to_keep=keep,
+            logits_to_keep=last(keep, embeds),
             **{self.cache_argument: cache},
         )
         return out.logits[:, -keep:]

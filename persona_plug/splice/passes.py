@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
+from torch import Tensor
 
 # In tokens. Some tens on a CPU (SmolLM2-135M), since each pass reads all weights. Elsewhere a guess, so high that rows
 # are parted only where very much is padding: a GPU waits for its launches.
@@ -38,3 +39,12 @@ def passes(sizes: Sequence[int], fixed: int) -> list[list[int]]:
         groups.append(order[cut[end] : end])
         end = cut[end]
     return groups[::-1]
+
+
+def last(count: int, rows: Tensor) -> Tensor:
+    """Return the indices of the last `count` positions of rows (B, L, ...), for `logits_to_keep`.
+
+    A number would do, but makes transformers take a slice. It is not contiguous, and torch then copies the whole output
+    layer for each row.
+    """
+    return torch.arange(rows.shape[1] - count, rows.shape[1], device=rows.device)

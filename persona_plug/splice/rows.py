@@ -15,6 +15,7 @@ from torch import Tensor
 
 from persona_plug.splice.base import PathReader, Splicer
 from persona_plug.splice.chains import chains, score_row, sum_chains
+from persona_plug.splice.passes import last
 from persona_plug.splice.prompts import AnswerTree, PromptParts
 from persona_plug.splice.soft import Soft
 from persona_plug.splice.states import StateCache
@@ -78,7 +79,7 @@ class RowSplicer(Splicer):
         rows = [torch.cat([p, self.embed(a[:-1]).to(p.dtype)]) for p, a in zip(prompts, answers, strict=True)]
         embeds = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True).to(self.dtype)
         first = min(len(p) for p in prompts) - 1  # the column that predicts the first answer token of any row
-        options = {"logits_to_keep": embeds.shape[1] - first} if self.cuts_logits else {}
+        options = {"logits_to_keep": last(embeds.shape[1] - first, embeds)} if self.cuts_logits else {}
         logits = self.llm(inputs_embeds=embeds, use_cache=False, **options).logits
         lost = embeds.shape[1] - logits.shape[1]
         starts = [len(prompt) - 1 - lost for prompt in prompts]

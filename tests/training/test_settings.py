@@ -24,7 +24,7 @@ from training.settings import RunSettings
         ("augment=-1", "augment=-1 must be at least 0"),
         ("profile_targets=-1", "profile_targets=-1 must be at least 0"),
         ("state_gigabytes=-1", "state_gigabytes=-1 must be at least 0"),
-        ("dtype=int3", "dtype='int3' is not one of bfloat16, .*, or null"),
+        ("dtype=int3", "dtype='int3' is not one of auto, bfloat16, .*, or null"),
         ("quantization=int3", "quantization='int3' is not one of int8, nf4, or null"),
         ("fit.step=3", r"fit: unknown setting 'step', did you mean 'steps'\? known are"),
         ("fit.steps=x", "fit: steps='x' must be of type int"),

@@ -101,6 +101,27 @@ SHAPES = {
         '"I fear not." is the rewrite of "No."',
         "{item}. Following the given patterns {input}",
     ),
+    "debian_synopsis": (
+        "Write the one-line synopsis of this software package: A tool: it digs.",
+        "A tool: it digs.",
+        {"id": "1", "input": "It sews.", "output": "needle"},
+        '"needle" is the synopsis of "It sews."',
+        "{item}. Following the given patterns {input}",
+    ),
+    "rfc_title": (
+        "Write the title of this document, whose abstract follows. abstract: We define: a header.",
+        "We define: a header.",
+        {"id": "1", "input": "This memo.", "output": "A Memo"},
+        '"A Memo" is a title for "This memo."',
+        "{item}. Following the given patterns {input}",
+    ),
+    "replies": (
+        "Write the reply that this person would send to this message:\nWhere is it? Wei",
+        "Where is it? Wei",
+        {"id": "1", "input": "Is it red? Ben", "output": "Hi Ben, yes."},
+        '"Hi Ben, yes." answers "Is it red? Ben"',
+        "{item}. Following the given patterns {input}",
+    ),
     "LongLaMP_1": (
         "Complete the following email: Subject: Lunch",
         "Subject: Lunch",
