@@ -7,6 +7,8 @@ SHELL := bash
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
 DEMO ?= build/demo
+RUNS ?= runs
+SETS ?= replies replies_control rfc_title debian_synopsis
 ARGS ?=
 JOBS ?= 2
 
@@ -21,7 +23,7 @@ export TOKENIZERS_PARALLELISM ?= false
 # Large pages where the kernel gives them on request: a training step takes some 8% less.
 export THP_MEM_ALLOC_ENABLE ?= 1
 
-.PHONY: help env test test-families test-serve lint format docs demo page serve-demo bench bench-tiny clean
+.PHONY: help env test test-families test-serve lint format docs demo page serve-demo bench bench-tiny decide clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-13s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -87,6 +89,23 @@ bench: env ## measure speed and memory against their floors
 
 bench-tiny: env ## run every method on every task shape with tiny random models
 	$(BIN)/python -m eval.tiny $(ARGS)
+
+# Public sets alone; add further ones by their files: make decide SETS="rfc_title my_own".
+decide: env ## build public sets, compare what decides on each (hours), and render the page (SETS=names, RUNS=folder)
+	mkdir -p $(RUNS)
+	for set in $(SETS); do $(MAKE) --no-print-directory $(RUNS)/$$set.jsonl; \
+		$(BIN)/python -m eval.run configs/decide/text.yaml data=$(RUNS)/$$set.jsonl task=$${set%_control} \
+			out=$(RUNS)/$$set $(ARGS) || exit 1; done
+	$(BIN)/python -m eval.report $(SETS:%=$(RUNS)/%/results.json) --decisions $(RUNS)/decide.md
+
+$(RUNS)/debian_synopsis.jsonl:
+	$(BIN)/persona-plug data debian --users 1000 --out $@
+$(RUNS)/rfc_title.jsonl:
+	$(BIN)/persona-plug data rfc --out $@
+$(RUNS)/replies.jsonl:
+	$(BIN)/persona-plug data synthetic --kind replies --users 144 --items 12 --held-out 0.45 --out $@
+$(RUNS)/replies_control.jsonl:
+	$(BIN)/persona-plug data synthetic --kind replies --users 144 --items 12 --held-out 0.45 --no-personal --out $@
 
 clean: ## remove build products and caches, keep .venv
 	rm -rf build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis

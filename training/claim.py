@@ -41,8 +41,16 @@ def claim(settings: RunSettings, keys: Sequence[str], task: Task, parts: Sequenc
     file = out / FILE
     has_results = (out / "lr").is_dir() or any(out.glob("seed-*"))
     kept = json.loads(file.read_text(encoding="utf-8")) if has_results and file.is_file() else {}
+    if "task" in kept:  # a field that came later had its default then
+        kept["task"] = {**_defaults(), **kept["task"]}
     for key, value in mine.items():
         if kept.get(key, value) != value:
             raise ConfigError(f"{out} holds results made with another {key}; choose another out=, or delete the folder")
     out.mkdir(parents=True, exist_ok=True)
     write_atomically(file, (json.dumps({**kept, **mine}, indent=1) + "\n").encode())
+
+
+def _defaults() -> dict[str, Any]:
+    """Return the defaults of a task's fields, as JSON holds them."""
+    fields = [f for f in dataclasses.fields(Task) if f.default is not dataclasses.MISSING]
+    return dict(json.loads(json.dumps({f.name: f.default for f in fields})))
