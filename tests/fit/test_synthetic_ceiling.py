@@ -45,7 +45,7 @@ def compare(make_plug, folder, users, steps, personal, world=TWO_TOPICS, setting
 
 @pytest.fixture(scope="module")
 def personal(make_plug, tmp_path_factory):
-    return compare(make_plug, tmp_path_factory.mktemp("run"), users=900, steps=450, personal=True)
+    return compare(make_plug, tmp_path_factory.mktemp("run"), users=900, steps=300, personal=True)
 
 
 @pytest.fixture(scope="module")
