@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 from collections.abc import Mapping
@@ -26,6 +27,8 @@ from persona_plug.models.tensors import read_tensors, state_digest, write_tensor
 WEIGHTS_NAME = "model.safetensors"
 CARD_NAME = "README.md"
 REPORT_NAME = "fit_report.json"
+# Where models were found, and what the settings were called: other names make no other plug.
+_NAMES = ("llm", "encoder", "recipe", "format_version")
 
 
 class Report(Protocol):
@@ -193,6 +196,32 @@ def current_names(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     fixed = {"pseudo": SMOOTHING, "sharpness": 0.0, "fading": 0.0, "spread": 0.0, "llm_share": 1.0}
     now = {f"answers.{moved[name]}" if name in moved else name: tensor for name, tensor in state.items()}
     return now | {f"answers.{name}": torch.tensor(value) for name, value in fixed.items()}
+
+
+def begin_with(start: str | os.PathLike[str], config: PlugConfig, parts: Mapping[str, nn.Module]) -> str:
+    """Give the parts of a plug the weights of a saved one, to train them further; return a digest of these.
+
+    Args:
+        start: The saved plug's folder or Hub id.
+        config: The config of the plug that is to be trained.
+        parts: Its parts, see `save`.
+
+    Raises:
+        CorruptFileError: A file is missing or damaged.
+        MismatchError: The saved plug is another one; the first difference is named.
+    """
+    folder = local_folder(start)
+    saved = PlugConfig.load(folder)
+    for field in dataclasses.fields(PlugConfig):
+        there, here = getattr(saved, field.name), getattr(config, field.name)
+        if field.name not in _NAMES and there != here:
+            raise MismatchError(
+                f"{folder} cannot be trained further as this plug: {field.name} {there!r:.60} there, {here!r:.60} here;"
+                " build with its settings, or fit without start"
+            )
+    state, lora = read_weights(folder), read_lora(saved, folder)
+    apply_weights(parts, state, folder, lora)
+    return state_digest({**state, **{f"lora.{name}": tensor for name, tensor in lora.items()}})[:16]
 
 
 def check_weights(config: PlugConfig, state: dict[str, Tensor], folder: Path) -> None:

@@ -42,6 +42,7 @@ def fit(
         str, typer.Option(help="default, words (free text: reads users' own words), mean, paper, or another.")
     ] = "default",
     adapt: Annotated[str, typer.Option(help="train, or none: the items of --retrieve alone.")] = "train",
+    start: Annotated[str | None, typer.Option(help="Saved plug whose weights are trained further.")] = None,
     columns: Columns = None,
     skip_bad: Annotated[bool, typer.Option(help="Skip bad records and count them.")] = False,
     template: Annotated[str | None, typer.Option(help="The LLM's instruction, with {input}.")] = None,
@@ -104,7 +105,7 @@ def fit(
     with tell_stopped(f"the same command with --resume goes on from the newest checkpoint in {folder}"):
         result = plug.fit(
             made, output_dir=folder, resume=resume, report=report, report_samples=report_samples, generated=generated,
-            examples=examples, keep_texts=keep_texts, adapt=adapt, **training,
+            examples=examples, keep_texts=keep_texts, adapt=adapt, start=start, **training,
         )  # fmt: skip
     if as_json:
         say_json(result.to_json())

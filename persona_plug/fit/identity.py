@@ -22,11 +22,20 @@ _PLACES = ("llm", "encoder", "recipe", "format_version")
 _SHOWN = 3  # differences that a refusal names
 
 
-def identity(plug: PlugModel, data: FitData, config: FitConfig, processes: int = 1) -> dict[str, Any]:
-    """Return what decides the weights that a training ends with, as plain JSON."""
+def identity(plug: PlugModel, data: FitData, config: FitConfig, processes: int = 1, start: str = "") -> dict[str, Any]:
+    """Return what decides the weights that a training ends with, as plain JSON.
+
+    Args:
+        plug: What is trained.
+        data: Its samples.
+        config: How it is trained.
+        processes: How many processes train it.
+        start: Digest of the weights that it begins with; "" for untrained ones.
+    """
     fields = {name: value for name, value in asdict(plug.config).items() if name not in _PLACES}
     settings = {name: value for name, value in asdict(config).items() if name != "report_to"}
     run = {"llm_dtype": str(plug.llm.dtype).removeprefix("torch."), "processes": processes}
+    run |= {"start": start} if start else {}
     samples = {"training samples": _digest(data.train), "validation samples": _digest(data.valid)}
     row: dict[str, Any] = json.loads(json.dumps({**fields, **settings, **run, **samples}))
     return row

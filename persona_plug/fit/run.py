@@ -88,6 +88,7 @@ def train_parts(
     folder: Path,
     resume: bool = False,
     what: str = "training the plug",
+    start: str = "",
 ) -> list[dict[str, float]]:
     """Train soft tokens and adapters, then the words head on users of its own; returns the Trainer's log.
 
@@ -98,6 +99,7 @@ def train_parts(
         folder: Checkpoints, the log and what was learned go here, and what was trained (`run.json`).
         resume: Go on with an interrupted training of the same models, data and settings; read a finished one back.
         what: What the progress calls it.
+        start: Digest of the weights that the plug has from another one.
 
     Raises:
         MismatchError: The training that is to go on is another one.
@@ -106,7 +108,7 @@ def train_parts(
     """
     check_launcher()
     processes = PartialState(cpu=plug.llm.device.type == "cpu")
-    present = identity(plug, data, config, processes.num_processes)
+    present = identity(plug, data, config, processes.num_processes, start)
     finished = resume and (folder / WEIGHTS).is_file()
     if finished or (resume and last_checkpoint(folder)):
         check_identity(folder, present)
@@ -171,6 +173,7 @@ def fit(
     adapt: str = "train",
     lora: int | None = None,
     retrieve: int | None = None,
+    start: str | os.PathLike[str] | None = None,
     **settings: Any,  # noqa: ANN401
 ) -> FitReport:
     """Train, calibrate, and tell on held-out users whether the output became theirs.
@@ -179,7 +182,7 @@ def fit(
     on standard error; the caller's random numbers stay as they are.
 
     Args:
-        plug: The plug; it is trained from its untrained state.
+        plug: The plug; it is trained from its untrained state, or from `start`.
         data: See `persona_plug.data.splits.prepare`, also for the next eight arguments.
         samples: `auto`, `leave_one_out` or `time`.
         valid: Share of users for early stopping and calibration [0.1].
@@ -201,14 +204,17 @@ def fit(
         adapt: `train`, or `none`: the plug then is the user's nearest items as chat turns, and nothing is trained.
         lora: Rank of LoRA adapters that are trained beside the soft tokens; default the plug's own setting.
         retrieve: The user's nearest items in the prompt, as chat turns; default the plug's own setting.
+        start: Folder or Hub id of a saved plug of the same settings: its weights are trained further.
         settings: Fields of `FitConfig`.
 
     Raises:
         DataError: The data cannot be used; file, line and field are named.
         ConfigError: A setting is unknown or out of range, or variables of a launcher are left over.
-        MismatchError: The run that is to go on was another one.
+        MismatchError: The run that is to go on was another one, or `start` is another plug.
     """
     config = FitConfig.of(settings, ARGUMENTS)
+    if start is not None and adapt == "none":
+        raise ConfigError("adapt='none' trains nothing: leave start out")
     if keep_texts and output_dir is None:
         raise ConfigError("keep_texts=True writes into output_dir; name that folder, too")
     check_launcher()
@@ -235,7 +241,8 @@ def fit(
         plug.reset(plug.config.replace(**_changes(plug, made, adapt, lora, retrieve)))
         log: list[dict[str, float]] = []
         if adapt == "train":
-            log = train_parts(plug, made, config, folder / "plug", resume)
+            begun = "" if start is None else persistence.begin_with(start, plug.config, plug.parts())
+            log = train_parts(plug, made, config, folder / "plug", resume, start=begun)
         elif made.answers and made.valid:
             calibrate(plug, made.valid)
         with room_on_disk(folder):

@@ -147,7 +147,9 @@ class WordsReader:
 
     def look(self, logits: Tensor, written: Sequence[int], offset: int = 0) -> Sight:
         """Return what the gate sees of positions offset, offset + 1, ... whose logits (L, V) are given."""
-        logp = logits.float().log_softmax(-1)
+        return self._sight(logits, logits.float().log_softmax(-1), written, offset)
+
+    def _sight(self, logits: Tensor, logp: Tensor, written: Sequence[int], offset: int) -> Sight:
         return look(logp, self.head.states(logits), written, offset, self.memory, self.request, self.end)
 
     def mix(self, logits: Tensor, written: Sequence[int], offset: int = 0) -> tuple[Tensor, Tensor]:
@@ -158,10 +160,10 @@ class WordsReader:
             written: The answer's tokens so far, at least offset + L - 1 of them.
             offset: Tokens in front of the first position.
         """
-        sight = self.look(logits, written, offset)
+        logp = logits.float().log_softmax(-1)
+        sight = self._sight(logits, logp, written, offset)
         mixed, rest, weights = self.head.gate(sight)
-        logp = logits.float().log_softmax(-1) + rest.unsqueeze(1)
-        return logp.index_copy(1, sight.tokens, mixed), weights
+        return (logp + rest.unsqueeze(1)).index_copy(1, sight.tokens, mixed), weights
 
     def score(self, logits: Tensor, tokens: Sequence[int]) -> Tensor:
         """Return the log-probability (n,) of each token of an answer, whose logits (n, V) are given."""

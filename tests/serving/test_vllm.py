@@ -596,14 +596,24 @@ def test_a_comparison_written_by_vllm_has_the_texts_of_transformers(tmp_path):
 # --- a user's own words in vLLM
 
 
-@pytest.fixture(scope="module")
-def words_plug(tmp_path_factory):
+ADAPTED = [0, 4]
+LORA = {"enable_lora": True, "max_lora_rank": 8}
+
+
+@pytest.fixture(scope="module", params=ADAPTED, ids=["frozen", "with adapters"])
+def words_plug(tmp_path_factory, request):
     """A saved and loaded plug with a words memory, fitted on a few generated replies, and its folder."""
     made = replies.build(10, 5, held_out=0.0)
     data = prepare(made.records, template=made.template, held_out=0.0, valid=0.3, answers=None)
     plug = PersonaPlug.build(
-        "smollm2-135m", "minilm-l6", device="cpu", recipe="words", max_answer_tokens=32, template=data.template
-    )
+        "smollm2-135m", "minilm-l6", device="cpu", recipe="words", max_answer_tokens=32, template=data.template,
+        lora=request.param,
+    )  # fmt: skip
+    if request.param:
+        torch.manual_seed(0)
+        with torch.no_grad():
+            for matrix in plug.adapters.parameters():  # an untrained adapter changes nothing
+                matrix.normal_(std=0.02)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("persona_plug.heads.fitting.STEPS", 75)
         fit_words(plug, data.train, data.valid)
@@ -631,6 +641,7 @@ def test_words_are_mixed_in_vllm_as_in_the_process(words_plug, replies_asked):
         assert sum(a != b for a, b in zip(plug.generate(replies_asked), expected, strict=True)) >= 3
     os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
     options = {"dtype": "float32", "max_model_len": 1024, "enforce_eager": True}
+    options |= LORA if plug.config.lora else {}
     with VllmOffline("smollm2-135m", words=folder, **options) as made:
         assert made.answer(plug, replies_asked) == expected
         assert made.answer(plug, replies_asked, personal=False) == plug.generate(replies_asked, personal=False)
@@ -651,7 +662,10 @@ def test_a_server_mixes_each_requests_words(words_plug, replies_asked):
         engine = VllmEngine(plug, server)
         return await asyncio.gather(*(engine.generate(call) for call in calls))
 
-    with served("--logits-processors", WORDS_LOGITS, **{WORDS_FOLDER: str(folder)}) as url:
+    more = ["--logits-processors", WORDS_LOGITS]
+    if plug.config.lora:
+        more += ["--enable-lora", "--max-lora-rank", "8", "--lora-modules", f"mine={folder}/adapter"]
+    with served(*more, **{WORDS_FOLDER: str(folder)}) as url:
         answers = ask(VllmServer(url, "smollm", "secret", width=576), use)
     assert [answer.text for answer in answers] == expected
 
