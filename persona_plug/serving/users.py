@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import time
-from collections import Counter
 from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -14,7 +13,6 @@ from persona_plug.serving.errors import ApiError
 from persona_plug.serving.gateway import Gateway
 from persona_plug.store.format import StoredHistory
 from persona_plug.store.history_store import Forgotten, HistoryFull
-from persona_plug.store.rows import with_id
 
 PAGE = 25  # events in memory at a time for one listing or export
 TOGETHER = 8  # events that are encoded before others get their turn
@@ -40,10 +38,8 @@ async def add(gateway: Gateway, key: str, items: Sequence[Mapping[str, Any]], mo
     _check_length(gateway, items)
     if moment is None:
         moment = await threads.run("read", store.moment)
-    seen: Counter[bytes] = Counter()
-    named = [with_id(HistoryItem.of(item), seen) for item in items]
     try:
-        missing = await threads.run("read", store.missing, key, named, limits.events)
+        missing = await threads.run("read", store.missing, key, items, limits.events)
         made: list[Any] = []
         for start in range(0, len(missing.items), TOGETHER):
             made += await threads.run("encode", store.encode, missing.items[start : start + TOGETHER])

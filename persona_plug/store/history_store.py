@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import sys
-import uuid
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
@@ -18,7 +18,7 @@ from persona_plug.store import answers, words
 from persona_plug.store.database import StoreUnavailable, transaction
 from persona_plug.store.deleting import ErasableStore
 from persona_plug.store.format import ForgetResult, ImportResult, StoredHistory, UserRow
-from persona_plug.store.rows import Entry, check_id, entries, exported_row, rows
+from persona_plug.store.rows import Entry, check_id, entries, exported_row, rows, with_id
 from persona_plug.store.tables import Forgotten, HistoryFull, User
 
 if TYPE_CHECKING:
@@ -71,7 +71,8 @@ class HistoryStore(ErasableStore):
 
         Args:
             user: The user's id, any text without a NUL character.
-            items: Items as in `history=`; one without an id gets one, one whose id is there already is left as it is.
+            items: Items as in `history=`. One without an id gets one of its content, so that a call that is made again
+                adds nothing; equal items of one call differ by their number. One whose id is there is left as it is.
             moment: `moment()` when this was begun; default now.
             limit: Items that the user may have at most.
 
@@ -98,7 +99,8 @@ class HistoryStore(ErasableStore):
         if isinstance(items, str | Mapping):
             raise DataError("items must be a list; put a single item into a list")
         made = [HistoryItem.of(item) for item in items]
-        named = [item if item.id is not None else dataclasses.replace(item, id=uuid.uuid4().hex) for item in made]
+        seen: Counter[bytes] = Counter()
+        named = [with_id(item, seen) for item in made]
         check_id("user id", user)
         for item in named:
             check_id("item id", item.id)

@@ -133,9 +133,12 @@ def test_adding_again_changes_nothing(make_store, encoder):
 
 def test_items_without_id_are_events_of_their_own(make_store):
     store = make_store()
-    assert store.append("ann", ["yes", "yes", HistoryItem("again?", "yes")]) == 3
-    assert store.append("ann", ["yes"]) == 1
-    assert len(set(store.read("ann").ids)) == 4
+    items = ["yes", "yes", HistoryItem("again?", "yes")]
+    assert store.append("ann", items) == 3
+    assert store.append("ann", items) == 0  # the call was made again
+    assert store.append("ann", ["yes"] * 3) == 1
+    assert store.append("ann", [HistoryItem("again?", "yes", timestamp=3.0)]) == 1
+    assert len(set(store.read("ann").ids)) == 5
 
 
 @pytest.mark.parametrize("user", ODD)
