@@ -146,7 +146,7 @@ class RequestWords:
 
 
 def token_slots(
-    slots: Sequence[Slot], answer: str, offsets: Sequence[tuple[int, int]], states: Tensor
+    slots: Sequence[Slot], answer: str, offsets: Sequence[tuple[int, int]], begins: Tensor, ends: Tensor
 ) -> tuple[SlotTokens, ...]:
     """Return slots in tokens.
 
@@ -154,17 +154,18 @@ def token_slots(
         slots: Slots of an answer.
         answer: The answer.
         offsets: (start, end) characters of each of its tokens.
-        states: (W, d) unit vectors of the request's words.
+        begins: (W, d) unit vectors of the request's words, where a slot begins there.
+        ends: (W, d) the same where it ends there.
     """
     rows: list[SlotTokens] = []
     for slot in slots:
         touched = [i for i, (start, end) in enumerate(offsets) if start < slot.end and end > slot.start]
-        if not touched or slot.last >= len(states) or (rows and touched[0] < rows[-1].end):
+        if not touched or slot.last >= len(ends) or (rows and touched[0] < rows[-1].end):
             continue
         begin, end = touched[0], touched[-1] + 1
         before = answer[min(offsets[begin][0], slot.start) : slot.start]
         after = answer[slot.end : max(offsets[end - 1][1], slot.end)]
-        rows.append(SlotTokens(begin, end, before, after, slot.form, states[slot.first], states[slot.last]))
+        rows.append(SlotTokens(begin, end, before, after, slot.form, begins[slot.first], ends[slot.last]))
     return tuple(rows)
 
 

@@ -15,6 +15,7 @@ from torch import nn
 from persona_plug.data.history import Example, HistoryItem
 from persona_plug.heads.memory import ItemWords, WordMemory, recall
 from persona_plug.heads.packing import pack_item, unpack_item
+from persona_plug.heads.slots import SHAPE_WEIGHTS, SHAPES
 from persona_plug.heads.words import SIZE, TokenEncoder, WordsHead, WordsReader
 from persona_plug.splice.base import Splicer
 from persona_plug.splice.prompts import AnswerTree, Prompter, PromptParts, Turns
@@ -99,7 +100,7 @@ class Recollection:
             config = self.prompter.config
             limits = [config.max_input_tokens, config.max_answer_tokens]
             known = [config.llm_fingerprint, config.encoder_fingerprint, self.prompter.digest, config.template]
-            digest = hashlib.sha256(repr([*known, *limits]).encode())
+            digest = hashlib.sha256(repr([*known, *limits, SHAPES, SHAPE_WEIGHTS]).encode())
             for part in self._parts().values():
                 for name, tensor in part.state_dict().items():
                     if not name.startswith("gate."):

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from persona_plug.heads.gate import PARTS, Sight, WordGate, look
 from persona_plug.heads.memory import ItemWords, RequestWords, WordMemory, facts_of, token_slots
-from persona_plug.heads.slots import find_slots, split_words
+from persona_plug.heads.slots import SHAPES, find_slots, split_words, word_shapes
 from persona_plug.heads.states import StateMap, softcap
 
 SIZE = 48  # numbers of a kept state: 40 answers of 20 tokens fit into 64 kB
@@ -34,7 +34,8 @@ class WordsHead(nn.Module):
     Attributes:
         states: Logits -> states.
         gate: The mixture.
-        word_map: (encoder's d, SIZE) directions in which requests' words are compared.
+        word_map: (encoder's d, SIZE) directions in which requests' words are compared; the words' shapes take the place
+            of the last ones.
         topic_map: (encoder's d + 1, SIZE) directions in which requests are compared; the last row is their mean's.
         fitted: () whether the head may be used.
         common: (COMMON,) hashes of words that stand in many requests, 0 where there is none.
@@ -96,7 +97,8 @@ class WordsHead(nn.Module):
             topic = nn.functional.normalize(tokens.mean(0) @ self.topic_map[:-1] + self.topic_map[-1], dim=0)
         common = self.common_words(request)
         allowed = [request[start:end].casefold() not in common for start, end in spans]
-        states = nn.functional.normalize(states @ self.word_map, dim=-1)
+        meaning = nn.functional.normalize(states @ self.word_map[:, : -len(SHAPES)], dim=-1)
+        states = nn.functional.normalize(torch.cat([meaning, word_shapes(request, spans, common)], -1), dim=-1)
         return RequestWords(request, spans, states, topic, allowed)
 
     def item_words(
@@ -120,7 +122,7 @@ class WordsHead(nn.Module):
         """
         words = self.request_words(encoder, request)
         slots = find_slots(request, answer, self.common_words(request))
-        kept = token_slots(slots, answer, offsets, words.states.half())
+        kept = token_slots(slots, answer, offsets, *(_without(words.states, edge).half() for edge in (-1, -2)))
         states = self.states(logits).half().cpu()
         return ItemWords(tuple(tokens), states, words.topic.half(), kept, facts_of(answer, offsets, kept))
 
@@ -176,6 +178,13 @@ class WordsReader:
         written = torch.tensor(list(tokens), device=logits.device).unsqueeze(1)
         at = written == sight.tokens.unsqueeze(0)  # a token that memory cannot bring is none of the sight's
         return (self.head.gate.memory_share(sight) * at).sum(-1)
+
+
+def _without(states: Tensor, shape: int) -> Tensor:
+    """Return unit vectors (W, d) without a shape: where a slot begins, its right edge says nothing."""
+    mask = torch.ones(states.shape[1])
+    mask[shape] = 0.0
+    return nn.functional.normalize(states * mask, dim=-1)
 
 
 def _hash(word: str) -> int:

@@ -31,7 +31,7 @@ def item(answer, request="", states=None, common=frozenset(), topic=None):
     offsets = [(i, i + 1) for i in range(len(answer))]
     slots = ()
     if states is not None:
-        slots = token_slots(find_slots(request, answer, common), answer, offsets, states)
+        slots = token_slots(find_slots(request, answer, common), answer, offsets, states, states)
     tokens = (*tokenise(answer), END)
     kept = torch.nn.functional.one_hot(torch.arange(len(tokens)) % 16, 16).float()
     return ItemWords(
@@ -99,7 +99,8 @@ def test_a_number_that_closes_an_answer_is_the_writers():
 def test_a_slot_keeps_what_its_tokens_hold_besides():
     """Tokens may reach over a word's ends: a space in front belongs to most."""
     answer = "hi Ben."
-    (slot,) = token_slots(find_slots("Ben", answer, frozenset()), answer, [(0, 2), (2, 6), (6, 7)], torch.eye(2))
+    states, offsets = torch.eye(2), [(0, 2), (2, 6), (6, 7)]
+    (slot,) = token_slots(find_slots("Ben", answer, frozenset()), answer, offsets, states, states)
     assert isinstance(slot, SlotTokens)
     assert (slot.begin, slot.end, slot.before, slot.after) == (1, 2, " ", "")
 

@@ -3,7 +3,17 @@
 import pytest
 import torch
 
-from persona_plug.heads.slots import SPAN_WORDS, common_words, find_slots, place, shape, split_words
+from persona_plug.heads.slots import (
+    SHAPE_WEIGHTS,
+    SHAPES,
+    SPAN_WORDS,
+    common_words,
+    find_slots,
+    place,
+    shape,
+    split_words,
+    word_shapes,
+)
 
 COMMON = frozenset({"the", "my", "is"})
 
@@ -65,3 +75,43 @@ def test_a_slot_goes_to_the_nearest_words_in_order():
 
 def test_words_are_found_in_any_script():
     assert [w.folded for w in split_words("Don't stop, Привет мир 12")] == ["don't", "stop", "привет", "мир", "12"]
+
+
+@pytest.mark.parametrize(
+    ("word", "digits", "capital", "left", "right"),
+    [
+        ("Is", 0, 1, 1, 1),  # at the beginning, in front of a common word
+        ("desk", 0, 0, 1, 0),  # behind a common word
+        ("lamp", 0, 0, 0, 1),  # in front of a mark
+        ("R2", 1, 0, 1, 1),
+        ("Goran", 0, 1, 1, 0),
+        ("Gray", 0, 1, 0, 1),
+    ],
+)
+def test_shapes_say_what_a_word_looks_like_and_where_its_name_ends(word, digits, capital, left, right):
+    text = "Is the desk lamp, R2, in here? Goran Gray"
+    spans = [(w.start, w.end) for w in split_words(text)]
+    shapes = word_shapes(text, spans, {"the", "in"}) / torch.tensor(SHAPE_WEIGHTS)
+    rows = dict(zip((text[slice(*span)] for span in spans), shapes.tolist(), strict=True))
+    assert rows[word] == [digits, capital, left, right]
+
+
+def test_shapes_of_nothing_are_nothing():
+    assert word_shapes("", [], ()).shape == (0, len(SHAPES))
+
+
+def test_a_slot_takes_a_name_of_two_words_whole():
+    """By meaning alone it takes the one that is nearer."""
+    text, common = "Where is the travel backpack now?", {"the", "is", "now"}
+    spans = [(w.start, w.end) for w in split_words(text)]
+    meaning = torch.zeros(len(spans), 2)
+    meaning[3:5] = torch.tensor([[0.6, 0.8], [1.0, 0.0]])  # travel, backpack
+    meaning[[0, 1, 2, 5], 1] = -1.0
+    allowed = [text[slice(*span)] not in common for span in spans]
+    lamp = torch.tensor([1.0, 0.0])
+    assert place(lamp, lamp, meaning, allowed)[:2] == (4, 4)
+    states = torch.nn.functional.normalize(torch.cat([meaning, word_shapes(text, spans, common)], -1), dim=-1)
+    edges = SHAPE_WEIGHTS[-1]
+    begin, end = (torch.tensor([1.0, 0.0, 0.0, 0.0, *edge]) for edge in ((edges, 0.0), (0.0, edges)))
+    begin, end = (torch.nn.functional.normalize(state, dim=0) for state in (begin, end))
+    assert place(begin, end, states, allowed)[:2] == (3, 4)
