@@ -16,7 +16,7 @@ from persona_plug.data.history import Example
 from persona_plug.errors import ConfigError
 from persona_plug.export import dense
 from persona_plug.models import zoo
-from persona_plug.models.adapters import Adapters
+from persona_plug.models.adapters import TARGETS, Adapters
 from persona_plug.serving.vllm_request import MEMORY, WORDS_FOLDER, WORDS_LOGITS, Sampling, packed_words, prompt_embeds
 
 if TYPE_CHECKING:
@@ -50,6 +50,9 @@ class VllmOffline:
         from vllm import LLM
 
         chosen = {"enable_prefix_caching": False, "disable_log_stats": True, **options}
+        if chosen.get("enable_lora"):
+            # Else vLLM 0.32 wraps the embeddings, too, and ends where embedded prompts and tokens share a step.
+            chosen.setdefault("lora_target_modules", sorted(TARGETS))
         self.words = words is not None
         if words is not None:
             os.environ[WORDS_FOLDER] = str(Path(words).absolute())

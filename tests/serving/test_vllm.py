@@ -665,6 +665,7 @@ def test_a_server_mixes_each_requests_words(words_plug, replies_asked):
     more = ["--logits-processors", WORDS_LOGITS]
     if plug.config.lora:
         more += ["--enable-lora", "--max-lora-rank", "8", "--lora-modules", f"mine={folder}/adapter"]
+        more += ["--lora-target-modules", "q_proj", "k_proj", "v_proj"]
     with served(*more, **{WORDS_FOLDER: str(folder)}) as url:
         answers = ask(VllmServer(url, "smollm", "secret", width=576), use)
     assert [answer.text for answer in answers] == expected
