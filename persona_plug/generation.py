@@ -11,6 +11,7 @@ from torch import Tensor
 
 from persona_plug.config import PlugConfig
 from persona_plug.data.history import Example, HistoryItem
+from persona_plug.embedder.contract import Embedded
 from persona_plug.errors import ConfigError, first_line, nearest
 from persona_plug.heads.processor import WordsProcessor
 from persona_plug.heads.recollection import Recollection, Span
@@ -163,24 +164,37 @@ def check_wordless(config: PlugConfig, what: str) -> None:
 
 def details(
     config: PlugConfig,
-    text: str,
-    marks: Sequence[Span],
-    example: Example,
-    parts: PromptParts,
-    soft: int,
-    weights: Tensor | None,
-) -> Generation:
-    """Return a generated text with what it was made from.
+    marked: Sequence[Sequence[tuple[str, Sequence[Span]]]],
+    examples: Sequence[Example],
+    parts: Sequence[PromptParts],
+    embedded: Embedded,
+) -> list[Generation]:
+    """Return generated texts with what they were made from.
 
     Args:
         config: The plug's.
-        text: The answer.
-        marks: Its marks.
-        example: The request with its history.
-        parts: Its prompt.
-        soft: Its soft tokens.
-        weights: (n,) of the history's items, or None.
+        marked: Each row's texts with their marks.
+        examples: The rows' requests with their histories.
+        parts: Their prompts.
+        embedded: Their soft tokens and the weights of their histories' items.
     """
+    results = []
+    for i, example in enumerate(examples):
+        weights = None if embedded.weights is None else embedded.weights[i]
+        tokens = len(parts[i]) + len(embedded.soft[i])
+        results += [_details(config, *one, example, parts[i].cut, tokens, weights) for one in marked[i]]
+    return results
+
+
+def _details(
+    config: PlugConfig,
+    text: str,
+    marks: Sequence[Span],
+    example: Example,
+    cut: int,
+    tokens: int,
+    weights: Tensor | None,
+) -> Generation:
     used: Sequence[HistoryItem] = example.history[-config.max_history :]
     total, unquoted = len(example.history), 0
     if isinstance(example, StoredExample):
@@ -188,5 +202,4 @@ def details(
         unquoted = len(used) if config.quotes and example.stored.texts is None else 0
     pairs = [] if weights is None else list(zip(used, weights[: len(used)].tolist(), strict=True))
     pairs.sort(key=lambda pair: -pair[1])
-    tokens = len(parts) + soft
-    return Generation(text, pairs, parts.cut, total - len(used), tokens, unquoted, marks)
+    return Generation(text, pairs, cut, total - len(used), tokens, unquoted, marks)

@@ -20,7 +20,7 @@ ROOMS = {
     "retrieval": "data errors models",
     "store": "config data embedder errors models",
     "heads": "config data embedder errors splice store",
-    "generation": "config data errors heads splice store",
+    "generation": "config data embedder errors heads splice store",
     "pairing": "config data errors models splice store",
     "model": "config data embedder errors generation heads models pairing splice store",
     "persistence": "config data embedder errors files heads models",

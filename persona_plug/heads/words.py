@@ -138,12 +138,14 @@ class WordsReader:
         memory: The user's words, slots filled from this request.
         request: (R,) token ids of the request, which may be copied from.
         end: The end token.
+        strength: How much the head counts; 1 is as fitted.
     """
 
     head: WordsHead
     memory: WordMemory
     request: Tensor
     end: int
+    strength: float = 1.0
 
     def look(self, logits: Tensor, written: Sequence[int], offset: int = 0) -> Sight:
         """Return what the gate sees of positions offset, offset + 1, ... whose logits (L, V) are given."""
@@ -159,7 +161,7 @@ class WordsReader:
             offset: Tokens in front of the first position.
         """
         sight = self.look(logits, written, offset)
-        mixed, rest, weights = self.head.gate(sight)
+        mixed, rest, weights = self.head.gate(sight, self.strength)
         logp = logits.float().log_softmax(-1) + rest.unsqueeze(1)
         return logp.index_copy(1, sight.tokens, mixed), weights
 
@@ -173,7 +175,7 @@ class WordsReader:
         sight = self.look(logits, tokens)
         written = torch.tensor(list(tokens), device=logits.device).unsqueeze(1)
         at = written == sight.tokens.unsqueeze(0)  # a token that memory cannot bring is none of the sight's
-        return (self.head.gate.memory_share(sight) * at).sum(-1)
+        return (self.head.gate.memory_share(sight, self.strength) * at).sum(-1)
 
 
 def _hash(word: str) -> int:

@@ -141,7 +141,8 @@ class Request(Strict):
     Attributes:
         model: Name of the plug, as /v1/models lists it.
         user: Whose history is used; without it the request is answered as for somebody new.
-        personal: False for the plain LLM without soft tokens.
+        personal: False for the plain LLM, without all that the plug adds.
+        strength: How much the user's history counts: 1 as trained, less nearer to nobody, 0 as `personal` false.
         n: Answers to each prompt.
         temperature: 0, the default here, takes the most probable token.
         repetition_penalty: Above 1 makes tokens of the answer so far less probable: their logits are divided by it.
@@ -153,6 +154,7 @@ class Request(Strict):
     model: str
     user: Identifier | None = None
     personal: bool = True
+    strength: Annotated[float, Field(ge=0, le=1)] = 1.0
     stream: bool = False
     stream_options: StreamOptions | None = None
     n: Annotated[int, Field(ge=1, le=MAX_CHOICES)] | None = None
@@ -199,6 +201,11 @@ class Request(Strict):
             "presence_penalty": self.presence_penalty or 0.0,
             "logit_bias": tuple(sorted(biases.items())),
         }
+
+    @property
+    def counts(self) -> bool:
+        """Whether the plug takes part at all."""
+        return self.personal and self.strength > 0
 
     @property
     def usage_in_stream(self) -> bool:
