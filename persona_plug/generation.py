@@ -6,8 +6,11 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
+import torch
 from torch import Tensor
+from transformers import StoppingCriteria, StoppingCriteriaList
 
 from persona_plug.config import PlugConfig
 from persona_plug.data.history import Example, HistoryItem
@@ -22,6 +25,8 @@ from persona_plug.splice.soft import Soft
 from persona_plug.store.batches import StoredExample
 
 COUNTS = ("max_new_tokens", "num_beams", "num_return_sequences")
+LOOP_TOKENS = 8  # of a run, at least
+LOOP_TIMES = 3
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,6 +57,27 @@ def greedy(options: Mapping[str, object]) -> dict[str, object]:
     """Return options of the LLM's `generate` that are greedy unless they sample; a count of None is its default."""
     options = {"do_sample": False, **{k: v for k, v in options.items() if k not in COUNTS or v is not None}}
     return options if options["do_sample"] else {**options, "temperature": None, "top_p": None, "top_k": None}
+
+
+def is_loop(written: Sequence[int]) -> bool:
+    """Return whether tokens end with the same run of at least `LOOP_TOKENS`, `LOOP_TIMES` times in a row."""
+    for size in range(LOOP_TOKENS, len(written) // LOOP_TIMES + 1):
+        run = written[-size:]
+        if all(written[-(i + 1) * size : -i * size] == run for i in range(1, LOOP_TIMES)):
+            return True
+    return False
+
+
+class LoopStop(StoppingCriteria):
+    """Ends each row of a batch that repeats itself."""
+
+    def __init__(self, start: int) -> None:
+        """Take how many tokens stand in front of every answer in the ids that `generate` hands on."""
+        self.start = start
+
+    def __call__(self, input_ids: Tensor, scores: Tensor, **_: object) -> Tensor:
+        """Return (rows,) which rows end."""
+        return torch.tensor([is_loop(ids[self.start :].tolist()) for ids in input_ids], device=input_ids.device)
 
 
 @contextmanager
@@ -107,10 +133,19 @@ def write_texts(
         parts: B prompts.
         soft: Their soft tokens.
         readers: What reads each user's words, or None.
-        generation: Options of the LLM's `generate`.
+        generation: Options of the LLM's `generate`, and `stop_loops`.
+
+    Raises:
+        ConfigError: An option is unknown or out of range, or the LLM cannot generate so.
     """
     tokenizer = prompter.tokenizer
     options = {"max_new_tokens": prompter.config.max_answer_tokens, **greedy(generation)}
+    stop_loops = options.pop("stop_loops", False)
+    if not isinstance(stop_loops, bool):
+        raise ConfigError(f"stop_loops={stop_loops!r:.40} must be True or False")
+    if stop_loops:
+        others: Any = options.get("stopping_criteria") or []
+        options["stopping_criteria"] = StoppingCriteriaList([*others, LoopStop(len(splicer.start))])
     options["pad_token_id"] = prompter.eos if tokenizer.pad_token_id is None else tokenizer.pad_token_id
     if options.get("stop_strings"):
         options["tokenizer"] = tokenizer

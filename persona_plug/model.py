@@ -356,7 +356,7 @@ class PlugModel(nn.Module):
             return_details: Return `Generation` objects in place of texts: text, item weights, marks, what was cut.
             batch_size: Rows at a time.
             generation: Passed to the LLM's `generate`, where it writes: `max_new_tokens`, `num_beams`, `do_sample`,
-                `temperature`, `streamer` (one request only). Greedy by default.
+                `temperature`, `streamer` (one request only). Greedy by default. `stop_loops=True` ends repetitions.
 
         Raises:
             DataError: Inputs and histories differ in number, or an item is malformed.

@@ -29,7 +29,7 @@ ROOMS = {
     "measure": "config data dataset errors model models",
     "fit": "clock config data dataset errors files generation heads measure model models pairing persistence",
     "plug": "config data errors fit model models persistence",
-    "serving": "data errors export files heads models pairing persistence plug splice store",
+    "serving": "data errors export files generation heads models pairing persistence plug splice store",
     "page": "config data errors fit generation measure persistence plug store",
     "cli": "clock config data errors export files fit models page persistence plug serving store",
     "__main__": "cli",

@@ -149,10 +149,13 @@ class Request(Strict):
         frequency_penalty: Taken from a token's logit for each time it is in the answer so far.
         presence_penalty: Taken from the logit of each token that is in the answer so far.
         logit_bias: Token id -> what is added to its logit; -100 bans it.
+        stop_loops: Whether an answer ends that says the same run of 8 tokens or more three times in a row; default
+            yes, where the engine can.
     """
 
     model: str
     user: Identifier | None = None
+    stop_loops: bool | None = None
     personal: bool = True
     strength: Annotated[float, Field(ge=0, le=1)] = 1.0
     stream: bool = False
@@ -200,6 +203,7 @@ class Request(Strict):
             "frequency_penalty": self.frequency_penalty or 0.0,
             "presence_penalty": self.presence_penalty or 0.0,
             "logit_bias": tuple(sorted(biases.items())),
+            "stop_loops": self.stop_loops,
         }
 
     @property

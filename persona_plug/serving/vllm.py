@@ -272,7 +272,7 @@ class VllmServer:
 
 
 class VllmEngine:
-    """The gateway's `Engine` on a vLLM server; batching and queueing are the server's."""
+    """The gateway's `Engine` on a vLLM server; batching and queueing are the server's. It ends no loops."""
 
     def __init__(self, plug: PersonaPlug, server: VllmServer, adapter: str = "") -> None:
         """Join a plug, whose LLM serves for the embeddings of ids alone, and a server of the same LLM.
@@ -312,6 +312,8 @@ class VllmEngine:
         return embeds
 
     async def _sampling(self, call: Call) -> Sampling:
+        if call.stop_loops:
+            raise DataError("stop_loops is not to be had behind vLLM; leave it out, or send a repetition_penalty")
         if not (self._adapter_found or call.plain):
             self.adapter, self._adapter_found = await self.server.find_adapter(self.adapter), True
         return Sampling(
