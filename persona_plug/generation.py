@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -59,13 +59,25 @@ def greedy(options: Mapping[str, object]) -> dict[str, object]:
     return options if options["do_sample"] else {**options, "temperature": None, "top_p": None, "top_k": None}
 
 
-def is_loop(written: Sequence[int]) -> bool:
-    """Return whether tokens end with the same run of at least `LOOP_TOKENS`, `LOOP_TIMES` times in a row."""
+Written = TypeVar("Written", list[int], str)
+
+
+def end_runs(written: Written) -> Iterator[Written]:
+    """Yield the runs of at least `LOOP_TOKENS` tokens or characters that end a text `LOOP_TIMES` times in a row."""
     for size in range(LOOP_TOKENS, len(written) // LOOP_TIMES + 1):
         run = written[-size:]
         if all(written[-(i + 1) * size : -i * size] == run for i in range(1, LOOP_TIMES)):
-            return True
-    return False
+            yield run
+
+
+def is_loop(written: list[int]) -> bool:
+    """Return whether tokens end with the same run of at least `LOOP_TOKENS`, `LOOP_TIMES` times in a row."""
+    return next(end_runs(written), None) is not None
+
+
+def is_text_loop(text: str, tokenizer: Any) -> bool:  # noqa: ANN401
+    """Return what `is_loop` does, where the text alone is known."""
+    return any(len(tokenizer(run, add_special_tokens=False)["input_ids"]) >= LOOP_TOKENS for run in end_runs(text))
 
 
 class LoopStop(StoppingCriteria):

@@ -149,13 +149,12 @@ class Request(Strict):
         frequency_penalty: Taken from a token's logit for each time it is in the answer so far.
         presence_penalty: Taken from the logit of each token that is in the answer so far.
         logit_bias: Token id -> what is added to its logit; -100 bans it.
-        stop_loops: Whether an answer ends that says the same run of 8 tokens or more three times in a row; default
-            yes, where the engine can.
+        stop_loops: Whether an answer ends that says the same run of 8 tokens or more three times in a row.
     """
 
     model: str
     user: Identifier | None = None
-    stop_loops: bool | None = None
+    stop_loops: bool = True
     personal: bool = True
     strength: Annotated[float, Field(ge=0, le=1)] = 1.0
     stream: bool = False

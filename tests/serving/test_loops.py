@@ -1,15 +1,13 @@
 """The gateway ends answers that repeat themselves, unless told not to."""
 
 import asyncio
+from dataclasses import replace
 
 import pytest
 
-from persona_plug.errors import DataError
-from persona_plug.serving.engine import Call
-from persona_plug.serving.gateway import Backend
+from persona_plug.serving.engine import Answer, Call, Delta
 from persona_plug.serving.vllm import VllmEngine, VllmServer
 from persona_plug.serving.writing import Writer
-from persona_plug.store.history_store import HistoryStore
 
 
 def ask(http, route="completions", **fields):
@@ -29,12 +27,13 @@ def test_a_loop_ends_the_answer(http, route):
     forced = {"logit_bias": {"70": 100}}
     whole = ask(http, route, **forced, stop_loops=False).raise_for_status().json()
     assert (whole["choices"][0]["finish_reason"], whole["usage"]["completion_tokens"]) == ("length", 60)
-    for fields in ({}, {"stop_loops": True}, {"stop_loops": None}):
+    for fields in ({}, {"stop_loops": True}):
         told = ask(http, route, **forced, **fields).raise_for_status().json()
         assert (told["choices"][0]["finish_reason"], told["usage"]["completion_tokens"]) == ("stop", 24)
     streamed = ask(http, route, **forced, stream=True).raise_for_status().text
     assert '"finish_reason":"stop"' in streamed.replace(" ", "")
-    assert ask(http, route, stop_loops=1).status_code == 400
+    for value in (1, None):
+        assert ask(http, route, stop_loops=value).status_code == 400
 
 
 def test_an_answer_without_a_loop_is_untouched(http, serving_plug, people):
@@ -59,28 +58,45 @@ def test_a_stream_adds_up_to_the_whole_that_ended():
     assert written(True) == written(False) == ("ab" + "cdefghijk" * 3, "stop")
 
 
-def test_behind_vllm_it_is_refused_by_name(make_plug, start, tmp_path):
+class Server(VllmServer):
+    """A vLLM server that writes words, whole or piece by piece, and notes how many it was left to write."""
+
+    def __init__(self, words):
+        super().__init__("http://127.0.0.1:1", "m")
+        self.words, self.written = words, 0
+
+    async def complete(self, embeds, sampling, salt=""):
+        return Answer("".join(self.words).strip(), len(self.words), "length")
+
+    async def stream(self, embeds, sampling, salt=""):
+        for i, word in enumerate(self.words):
+            self.written += 1
+            yield Delta(word, 1, "length" if i == len(self.words) - 1 else None)
+
+
+@pytest.mark.parametrize("run", ["Thank you. ", "ha", "Let me check that for you, and come back to you. "])
+def test_behind_vllm_the_text_is_watched(make_plug, run):
     plug = make_plug()
-
-    class Server(VllmServer):
-        async def complete(self, embeds, sampling, salt=""):
-            raise AssertionError("nothing may be sent")
-
-    engine = VllmEngine(plug, Server("http://127.0.0.1:1", "m"))
+    server = Server(list("Hi Ben. " + run * 60))
+    engine = VllmEngine(plug, server)
     call = Call(plug.prompter.parts("x"), plug.soft_prompt("x"), 8, stop_loops=True)
-    with pytest.raises(DataError, match=r"stop_loops is not to be had behind vLLM.*repetition_penalty"):
-        asyncio.run(engine.generate(call))
 
-    def load():
-        store = HistoryStore(f"sqlite:///{tmp_path}/users.db", plug.encoder, keep_text=True)
-        return Backend(plug, store, engine)
+    async def streamed():
+        return [delta async for delta in engine.stream(call)]
 
-    server = start(load=load)
-    try:
-        with server.http() as http:
-            answer = ask(http, stop_loops=True)
-            assert answer.status_code == 400
-            assert "stop_loops" in answer.json()["error"]["message"]
-            assert ask(http, stop_loops=True, stream=True).status_code == 400
-    finally:
-        server.close()
+    answer, pieces = asyncio.run(engine.generate(call)), asyncio.run(streamed())
+    assert answer.finish == pieces[-1].finish == "stop"
+    assert answer.text == "".join(piece.text for piece in pieces)
+    assert answer.text.count(run.strip(" .")) in range(3, 13)
+    assert answer.tokens == len(pieces) < len(server.words) / 2
+    assert server.written == 2 * len(pieces)
+    whole = asyncio.run(engine.generate(replace(call, stop_loops=False)))
+    assert (whole.text, whole.finish) == ("".join(server.words).strip(), "length")
+
+
+def test_behind_vllm_an_answer_without_a_loop_is_untouched(make_plug):
+    plug = make_plug()
+    engine = VllmEngine(plug, Server(list("Hi Ben. Thank you. Thank you. Goodbye, and thank you.")))
+    call = Call(plug.prompter.parts("x"), plug.soft_prompt("x"), 8)
+    answers = [asyncio.run(engine.generate(replace(call, stop_loops=stops))) for stops in (True, False)]
+    assert answers[0] == answers[1]
