@@ -6,11 +6,15 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any, TypeVar
 
+import torch
 from torch import Tensor
+from transformers import StoppingCriteria, StoppingCriteriaList
 
 from persona_plug.config import PlugConfig
 from persona_plug.data.history import Example, HistoryItem
+from persona_plug.embedder.contract import Embedded
 from persona_plug.errors import ConfigError, first_line, nearest
 from persona_plug.heads.processor import WordsProcessor
 from persona_plug.heads.recollection import Recollection, Span
@@ -21,6 +25,8 @@ from persona_plug.splice.soft import Soft
 from persona_plug.store.batches import StoredExample
 
 COUNTS = ("max_new_tokens", "num_beams", "num_return_sequences")
+LOOP_TOKENS = 8  # of a run, at least
+LOOP_TIMES = 3
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,6 +57,39 @@ def greedy(options: Mapping[str, object]) -> dict[str, object]:
     """Return options of the LLM's `generate` that are greedy unless they sample; a count of None is its default."""
     options = {"do_sample": False, **{k: v for k, v in options.items() if k not in COUNTS or v is not None}}
     return options if options["do_sample"] else {**options, "temperature": None, "top_p": None, "top_k": None}
+
+
+Written = TypeVar("Written", list[int], str)
+
+
+def end_runs(written: Written) -> Iterator[Written]:
+    """Yield the runs of at least `LOOP_TOKENS` tokens or characters that end a text `LOOP_TIMES` times in a row."""
+    for size in range(LOOP_TOKENS, len(written) // LOOP_TIMES + 1):
+        run = written[-size:]
+        if all(written[-(i + 1) * size : -i * size] == run for i in range(1, LOOP_TIMES)):
+            yield run
+
+
+def is_loop(written: list[int]) -> bool:
+    """Return whether tokens end with the same run of at least `LOOP_TOKENS`, `LOOP_TIMES` times in a row."""
+    return next(end_runs(written), None) is not None
+
+
+def is_text_loop(text: str, tokenizer: Any) -> bool:  # noqa: ANN401
+    """Return what `is_loop` does, where the text alone is known."""
+    return any(len(tokenizer(run, add_special_tokens=False)["input_ids"]) >= LOOP_TOKENS for run in end_runs(text))
+
+
+class LoopStop(StoppingCriteria):
+    """Ends each row of a batch that repeats itself."""
+
+    def __init__(self, start: int) -> None:
+        """Take how many tokens stand in front of every answer in the ids that `generate` hands on."""
+        self.start = start
+
+    def __call__(self, input_ids: Tensor, scores: Tensor, **_: object) -> Tensor:
+        """Return (rows,) which rows end."""
+        return torch.tensor([is_loop(ids[self.start :].tolist()) for ids in input_ids], device=input_ids.device)
 
 
 @contextmanager
@@ -106,10 +145,19 @@ def write_texts(
         parts: B prompts.
         soft: Their soft tokens.
         readers: What reads each user's words, or None.
-        generation: Options of the LLM's `generate`.
+        generation: Options of the LLM's `generate`, and `stop_loops`.
+
+    Raises:
+        ConfigError: An option is unknown or out of range, or the LLM cannot generate so.
     """
     tokenizer = prompter.tokenizer
     options = {"max_new_tokens": prompter.config.max_answer_tokens, **greedy(generation)}
+    stop_loops = options.pop("stop_loops", False)
+    if not isinstance(stop_loops, bool):
+        raise ConfigError(f"stop_loops={stop_loops!r:.40} must be True or False")
+    if stop_loops:
+        others: Any = options.get("stopping_criteria") or []
+        options["stopping_criteria"] = StoppingCriteriaList([*others, LoopStop(len(splicer.start))])
     options["pad_token_id"] = prompter.eos if tokenizer.pad_token_id is None else tokenizer.pad_token_id
     if options.get("stop_strings"):
         options["tokenizer"] = tokenizer
@@ -163,24 +211,37 @@ def check_wordless(config: PlugConfig, what: str) -> None:
 
 def details(
     config: PlugConfig,
-    text: str,
-    marks: Sequence[Span],
-    example: Example,
-    parts: PromptParts,
-    soft: int,
-    weights: Tensor | None,
-) -> Generation:
-    """Return a generated text with what it was made from.
+    marked: Sequence[Sequence[tuple[str, Sequence[Span]]]],
+    examples: Sequence[Example],
+    parts: Sequence[PromptParts],
+    embedded: Embedded,
+) -> list[Generation]:
+    """Return generated texts with what they were made from.
 
     Args:
         config: The plug's.
-        text: The answer.
-        marks: Its marks.
-        example: The request with its history.
-        parts: Its prompt.
-        soft: Its soft tokens.
-        weights: (n,) of the history's items, or None.
+        marked: Each row's texts with their marks.
+        examples: The rows' requests with their histories.
+        parts: Their prompts.
+        embedded: Their soft tokens and the weights of their histories' items.
     """
+    results = []
+    for i, example in enumerate(examples):
+        weights = None if embedded.weights is None else embedded.weights[i]
+        tokens = len(parts[i]) + len(embedded.soft[i])
+        results += [_details(config, *one, example, parts[i].cut, tokens, weights) for one in marked[i]]
+    return results
+
+
+def _details(
+    config: PlugConfig,
+    text: str,
+    marks: Sequence[Span],
+    example: Example,
+    cut: int,
+    tokens: int,
+    weights: Tensor | None,
+) -> Generation:
     used: Sequence[HistoryItem] = example.history[-config.max_history :]
     total, unquoted = len(example.history), 0
     if isinstance(example, StoredExample):
@@ -188,5 +249,4 @@ def details(
         unquoted = len(used) if config.quotes and example.stored.texts is None else 0
     pairs = [] if weights is None else list(zip(used, weights[: len(used)].tolist(), strict=True))
     pairs.sort(key=lambda pair: -pair[1])
-    tokens = len(parts) + soft
-    return Generation(text, pairs, parts.cut, total - len(used), tokens, unquoted, marks)
+    return Generation(text, pairs, cut, total - len(used), tokens, unquoted, marks)

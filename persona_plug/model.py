@@ -13,6 +13,7 @@ from persona_plug.data.history import Example
 from persona_plug.embedder.architectures import make_embedder
 from persona_plug.embedder.batch import HistoryBatch, VectorTable
 from persona_plug.embedder.contract import Embedded, Embedder
+from persona_plug.embedder.strength import embed_by_strength
 from persona_plug.errors import ConfigError
 from persona_plug.generation import Generation, details, mark_texts, write_texts
 from persona_plug.heads.answers import AnswersHead, combine, counted, judge
@@ -99,11 +100,10 @@ class PlugModel(nn.Module):
             self.adapters = Adapters(self.llm, config.lora, self.seed)
             self.splicer = splicer_of_copy(self.llm, self.adapters.llm)
             self.splicer.frozen = False  # no state that the adapters made outlives them
-        self.recollection = (
-            Recollection(self.words, self.splicer, self.prompter, self.encoder, self._nobodys_tokens, self.parts)
-            if self.words is not None
-            else None
-        )
+        self.recollection = None
+        if self.words is not None:
+            joined = (self.words, self.splicer, self.prompter, self.encoder)
+            self.recollection = Recollection(*joined, self._nobodys_tokens, self.parts)
 
     def parts(self) -> dict[str, nn.Module]:
         """Return what is learned and saved: the embedder; the heads and the adapters where there are some."""
@@ -212,7 +212,7 @@ class PlugModel(nn.Module):
         if history is None:
             return Embedded(torch.zeros(rows, 0, self.config.llm_width, device=self.llm.device), None)
         vocabulary = self.llm.get_input_embeddings().weight if self.config.quotes else None
-        return self.embedder(history.to(self.llm.device), vocabulary)
+        return embed_by_strength(self.embedder, history.to(self.llm.device), vocabulary)
 
     def table(self, examples: Sequence[Example]) -> VectorTable | StoredTable:
         """Return what makes batches: all texts are encoded once, histories out of a store not at all."""
@@ -242,6 +242,7 @@ class PlugModel(nn.Module):
         user: str | Sequence[str] | None = None,
         store: HistoryStore | None = None,
         personal: bool = True,
+        strength: float = 1.0,
         parts: Collection[str] = PARTS,
         batch_size: int = 16,
     ) -> Tensor:
@@ -258,6 +259,7 @@ class PlugModel(nn.Module):
             user: In place of a history, the user in `store` whose history counts, or one user for each request.
             store: Where the users' histories are.
             personal: False for the plain LLM, without all that the plug adds.
+            strength: See `generate`.
             parts: What of the plug counts, of `PARTS`: `soft` (the LLM behind the soft tokens), `answers` (the head).
             batch_size: Rows at a time.
 
@@ -265,7 +267,7 @@ class PlugModel(nn.Module):
             ConfigError: There are no candidates, or a part is not one that the plug has for them.
         """
         candidates, known = candidates_of(self.config, candidates), self.config.answers or ()
-        examples = pair(self.config, inputs, history, user, store)
+        examples, personal = pair(self.config, inputs, history, user, store, strength), personal and strength > 0
         tree = AnswerTree.build(self.prompter.candidates(candidates), self.prompter.eos)
         head = self.answers if all(c in known for c in candidates) else None
         soft, judged = counted(parts if personal else (), head)
@@ -291,39 +293,40 @@ class PlugModel(nn.Module):
         *,
         user: str | Sequence[str] | None = None,
         store: HistoryStore | None = None,
+        strength: float = 1.0,
     ) -> tuple[list[str], Tensor]:
         """Return the most probable candidate of each request and calibrated probabilities (B, C)."""
         names = list(candidates or self.config.answers or ())
-        scores = self.score(inputs, names or None, history, user=user, store=store)
-        probabilities = (scores / self.embedder.score_temperature.cpu()).softmax(-1)
+        scores = self.score(inputs, names or None, history, user=user, store=store, strength=strength)
+        probabilities = (scores / (self.embedder.score_temperature.cpu() if strength else 1)).softmax(-1)
         return [names[i] for i in probabilities.argmax(-1).tolist()], probabilities
 
     @overload
     def generate(  # type: ignore[overload-overlap]  # a text is itself a sequence of texts
         self, inputs: str, history: History | None = None, *, user: str | None = None,
-        store: HistoryStore | None = None, personal: bool = True, return_details: Literal[False] = False,
-        batch_size: int = 16, **generation: object,
+        store: HistoryStore | None = None, personal: bool = True, strength: float = 1.0,
+        return_details: Literal[False] = False, batch_size: int = 16, **generation: object,
     ) -> str: ...  # fmt: skip
 
     @overload
     def generate(  # type: ignore[overload-overlap]  # a text is itself a sequence of texts
         self, inputs: str, history: History | None = None, *, user: str | None = None,
-        store: HistoryStore | None = None, personal: bool = True, return_details: Literal[True],
-        batch_size: int = 16, **generation: object,
+        store: HistoryStore | None = None, personal: bool = True, strength: float = 1.0,
+        return_details: Literal[True], batch_size: int = 16, **generation: object,
     ) -> Generation: ...  # fmt: skip
 
     @overload
     def generate(
         self, inputs: Sequence[str] | Sequence[Example], history: History | Sequence[History] | None = None, *,
         user: str | Sequence[str] | None = None, store: HistoryStore | None = None, personal: bool = True,
-        return_details: Literal[False] = False, batch_size: int = 16, **generation: object,
+        strength: float = 1.0, return_details: Literal[False] = False, batch_size: int = 16, **generation: object,
     ) -> list[str]: ...  # fmt: skip
 
     @overload
     def generate(
         self, inputs: Sequence[str] | Sequence[Example], history: History | Sequence[History] | None = None, *,
         user: str | Sequence[str] | None = None, store: HistoryStore | None = None, personal: bool = True,
-        return_details: Literal[True], batch_size: int = 16, **generation: object,
+        strength: float = 1.0, return_details: Literal[True], batch_size: int = 16, **generation: object,
     ) -> list[Generation]: ...  # fmt: skip
 
     @torch.no_grad()
@@ -335,6 +338,7 @@ class PlugModel(nn.Module):
         user: str | Sequence[str] | None = None,
         store: HistoryStore | None = None,
         personal: bool = True,
+        strength: float = 1.0,
         return_details: bool = False,
         batch_size: int = 16,
         **generation: object,
@@ -348,15 +352,16 @@ class PlugModel(nn.Module):
             user: In place of a history, the user in `store` whose history counts, or one user for each request.
             store: Where the users' histories are; an unknown user has none.
             personal: False for the plain LLM, without all that the plug adds.
+            strength: How much the history counts: 1 as trained, less nearer to a user nobody knows, 0 is the plain LLM.
             return_details: Return `Generation` objects in place of texts: text, item weights, marks, what was cut.
             batch_size: Rows at a time.
             generation: Passed to the LLM's `generate`, where it writes: `max_new_tokens`, `num_beams`, `do_sample`,
-                `temperature`, `streamer` (one request only). Greedy by default.
+                `temperature`, `streamer` (one request only). Greedy by default. `stop_loops=True` ends repetitions.
 
         Raises:
             DataError: Inputs and histories differ in number, or an item is malformed.
         """
-        examples = pair(self.config, inputs, history, user, store)
+        examples, personal = pair(self.config, inputs, history, user, store, strength), personal and strength > 0
         splicer = self.splicer if personal else self.plain_splicer
         labels = iter(self.choose(examples)[0]) if personal and self.config.answers else None
         results: list[Generation] = []
@@ -368,15 +373,9 @@ class PlugModel(nn.Module):
             else:
                 written = write_texts(splicer, self.prompter, parts, soft, readers, generation)
             marked = mark_texts(self.recollection if return_details else None, readers, parts, soft, written)
-            for i, example in enumerate(batch):
-                weights = None if embedded.weights is None else embedded.weights[i]
-                made = (details(self.config, *m, example, parts[i], len(soft[i]), weights) for m in marked[i])
-                results += made
-        single = isinstance(inputs, str) and len(results) == 1
-        if return_details:
-            return results[0] if single else results
-        texts = [result.text for result in results]
-        return texts[0] if single else texts
+            results += details(self.config, marked, batch, parts, embedded)
+        told = results if return_details else [result.text for result in results]
+        return told[0] if isinstance(inputs, str) and len(results) == 1 else told
 
     def _batches(
         self, examples: Sequence[Example], personal: bool, size: int

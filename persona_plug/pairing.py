@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import nullcontext
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -31,6 +33,7 @@ def pair(
     history: History | Sequence[History] | None = None,
     user: str | Sequence[str] | None = None,
     store: HistoryStore | None = None,
+    strength: float = 1.0,
 ) -> Sequence[Example]:
     """Pair requests with histories; one history or user for a list of requests is every request's.
 
@@ -40,12 +43,26 @@ def pair(
         history: One history, or one for each request.
         user: In place of a history, a user in `store`, or one for each request.
         store: Where the users' histories are.
+        strength: How much the histories count, see `Example`.
 
     Raises:
         DataError: Requests and histories differ in number, or an item is malformed.
-        ConfigError: Histories are given in two ways, or a user without a store.
+        ConfigError: Histories are given in two ways, a user without a store, or a strength that is none.
         MismatchError: The store's vectors come from another encoder than the plug's.
     """
+    if isinstance(strength, bool) or not isinstance(strength, int | float) or not 0 <= strength <= 1:
+        raise ConfigError(f"strength={strength!r:.40} must be a number from 0 to 1")
+    examples = _pair(config, inputs, history, user, store)
+    return examples if strength == 1 else [replace(example, strength=strength) for example in examples]
+
+
+def _pair(
+    config: PlugConfig,
+    inputs: Requests,
+    history: History | Sequence[History] | None,
+    user: str | Sequence[str] | None,
+    store: HistoryStore | None,
+) -> Sequence[Example]:
     if not isinstance(inputs, Iterable):
         raise DataError(f"inputs must be texts, not {inputs!r:.40}")
     requests: list[Any] = [inputs] if isinstance(inputs, str) else list(inputs)
@@ -109,7 +126,7 @@ def nearest(encoder: HistoryEncoder, examples: Sequence[Example], count: int, li
     Args:
         encoder: Says what is near; vectors of stored items come from the store.
         examples: Requests with their histories; those out of a store have texts.
-        count: Items at most.
+        count: Items at most; of an example that counts less, that share of them, rounded up.
         limit: Items of a history that are looked at; the latest are.
     """
     stored = any(isinstance(e, StoredExample) for e in examples)
@@ -124,7 +141,8 @@ def nearest(encoder: HistoryEncoder, examples: Sequence[Example], count: int, li
             items, keys = example.stored.texts or (), _stored_keys(example)
         else:
             keys = torch.stack([vectors[_key(i)] for i in items]) if items else torch.zeros(0, encoder.dim)
-        near = (keys @ vectors[example.input]).topk(min(count, len(keys))).indices.tolist()
+        shown = min(math.ceil(count * example.strength - 1e-9), len(keys))
+        near = (keys @ vectors[example.input]).topk(shown).indices.tolist()
         rows.append([(items[i].input, items[i].output) for i in reversed(near)])
     return rows
 

@@ -55,6 +55,9 @@ app = _Command(
 
 User = Annotated[str | None, typer.Option(help="Take this user's items from the history file or store.")]
 Store = Annotated[str | None, typer.Option(help="URL of the store that holds the user's history.")]
+Strength = Annotated[
+    float, typer.Option(help="How much the history counts: 1 as trained, less nearer to nobody, 0 is the LLM alone.")
+]
 
 
 def show_version(wanted: bool) -> None:
@@ -96,6 +99,7 @@ def generate(
     max_new_tokens: Annotated[int | None, typer.Option(help="Tokens of the answer at most.")] = None,
     beams: Annotated[int, typer.Option(help="Beam search width.")] = 1,
     sample: Annotated[bool, typer.Option(help="Sample instead of taking the most probable token.")] = False,
+    strength: Strength = 1.0,
     plain: Annotated[bool, typer.Option(help="The LLM without the plug.")] = False,
     stream: Annotated[bool, typer.Option(help="Print while generating.")] = False,
     details: Annotated[
@@ -116,13 +120,15 @@ def generate(
     options: dict[str, Any] = {"num_beams": beams, "do_sample": sample}
     if max_new_tokens is not None:
         options["max_new_tokens"] = max_new_tokens
+    plain = plain or strength == 0
     stream = stream and (plain or not loaded.config.answers)
     if stream:
         from transformers import TextStreamer
 
         options["streamer"] = TextStreamer(loaded.tokenizer, skip_prompt=False, skip_special_tokens=True)
     text = sys.stdin.read() if input == "-" else input
-    result = loaded.generate(text, **whose, personal=not plain, return_details=True, **options)
+    how: dict[str, Any] = {"personal": not plain, "strength": strength}
+    result = loaded.generate(text, **whose, **how, return_details=True, **options)
     weights = [{"weight": round(w, 4), "input": i.input, "output": i.output} for i, w in result.weights]
     row = {"text": result.text, "marks": result.marks, "weights": weights, "input_tokens_cut": result.input_tokens_cut,
            "items_dropped": result.items_dropped, "prompt_tokens": result.prompt_tokens}  # fmt: skip
@@ -161,6 +167,7 @@ def score(
     columns: Columns = None,
     user: User = None,
     store: Store = None,
+    strength: Strength = 1.0,
     llm: PlugsLlm = None,
     encoder: PlugsEncoder = None,
     device: Device = None,
@@ -173,7 +180,8 @@ def score(
     whose = _whose(history, user, store, columns)
     loaded = PersonaPlug.from_pretrained(plug, llm=llm, encoder=encoder, device=device)
     names = candidate or list(loaded.config.answers or ())
-    _, probabilities = loaded.choose(sys.stdin.read() if input == "-" else input, names, **whose)
+    text = sys.stdin.read() if input == "-" else input
+    _, probabilities = loaded.choose(text, names, **whose, strength=strength)
     rows = sorted(zip(names, probabilities[0].tolist(), strict=True), key=lambda row: -row[1])
     say_json(dict(rows)) if as_json else say("\n".join(f"{p:.3f}  {name}" for name, p in rows))
 

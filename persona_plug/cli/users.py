@@ -6,9 +6,10 @@ import dataclasses
 import json
 import os
 import sys
+import time
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -28,6 +29,10 @@ from persona_plug.cli.common import (
     say,
     say_json,
 )
+
+if TYPE_CHECKING:
+    from persona_plug.plug import PersonaPlug
+    from persona_plug.store.history_store import HistoryStore
 
 users_app: typer.Typer = typer.Typer(
     help="Users' histories in a store: add, look at, export, delete.", no_args_is_help=True
@@ -85,10 +90,6 @@ def remember(
 
     Run it after `users add`, and again for another plug, LLM or chat template. It goes on where it broke off.
     """
-    import time
-
-    from tqdm.auto import tqdm
-
     from persona_plug.errors import ConfigError
     from persona_plug.plug import PersonaPlug
     from persona_plug.store.history_store import HistoryStore
@@ -97,18 +98,80 @@ def remember(
     made = PersonaPlug.from_pretrained(plug, device=device)
     if made.recollection is None:
         raise ConfigError(f"{plug} has no words memory; fit it with --recipe words")
-    read = known = 0
     start = time.monotonic()
     with HistoryStore(store, encoder=made.encoder) as opened:
         if not opened.keep_text:
             raise ConfigError(f"{opened.name} keeps no texts to read; make a store with --keep-text")
-        with tqdm(desc="remember", unit="event") as bar:
-            for user in opened.users(prefix):
-                words, fresh = made.recollection.restore(opened, opened.read(user.user_id, made.config.max_words))
-                read, known = read + fresh, known + len(words) - fresh
-                bar.update(len(words))
-    rate = read / max(time.monotonic() - start, 1e-9)
-    row = {"read": read, "known": known, "events_per_second": round(rate, 1)}
+        read, known = _remember(made, opened, prefix)
+    _say_work({"read": read, "known": known}, read, start, as_json)
+
+
+@users_app.command("re-encode")
+@one_line_errors
+def re_encode(
+    store: Url,
+    into: Annotated[str, typer.Option(help="URL of the store that is made, or gone on with; it keeps texts, too.")],
+    encoder: Annotated[str | None, typer.Option(help="The new sentence encoder: short name, folder or Hub id.")] = None,
+    plug: Annotated[
+        Path | None, typer.Option(help="Folder of a plug: its encoder, and its LLM reads the texts, as in remember.")
+    ] = None,
+    prefix: Annotated[str, typer.Option(help="Only users whose ids begin so.")] = "",
+    vectors: Annotated[str | None, typer.Option(help="A new store's vectors: fp16 (default) or int8.")] = None,
+    device: Device = None,
+    as_json: Json = False,
+) -> None:
+    """Make another store from a store's texts, for another encoder or plug; the first store is only read.
+
+    It goes on where it broke off. Run it again before you change over: it takes what has come meanwhile. What is
+    deleted meanwhile is to be deleted in both.
+    """
+    from persona_plug.errors import ConfigError
+    from persona_plug.models.encoder import HistoryEncoder
+    from persona_plug.plug import PersonaPlug
+    from persona_plug.store.history_store import HistoryStore
+
+    quiet()
+    if (encoder is None) == (plug is None):
+        raise ConfigError("give --encoder or --plug: one of them says what the vectors are made by")
+    with HistoryStore(store) as source:
+        if not source.keep_text:
+            raise ConfigError(f"{source.name} keeps no texts to make vectors from; add its events to a new store")
+        made = None if plug is None else PersonaPlug.from_pretrained(plug, device=device)
+        reader = HistoryEncoder(encoder or "", device=device) if made is None else made.encoder
+        kind: Any = vectors  # the store checks it
+        start = time.monotonic()
+        with HistoryStore(into, encoder=reader, keep_text=True, vectors=kind) as target:
+            result = target.load_store(source, prefix, progress=True)
+            row = {"new": result.new, "known": result.known}
+            _say_work(row, result.new, start, as_json)
+            if made is not None and made.recollection is not None:
+                start = time.monotonic()
+                read, known = _remember(made, target, prefix)
+                _say_work({"read": read, "known": known}, read, start, as_json)
+            gone = {u.user_id for u in target.users(prefix)} - {u.user_id for u in source.users(prefix)}
+            if gone:
+                what = f"{target.name} holds {len(gone)} users that {source.name} does not hold"
+                sys.stderr.write(f"note: {what}; `users forget` those that were forgotten there\n")
+
+
+def _remember(plug: PersonaPlug, store: HistoryStore, prefix: str) -> tuple[int, int]:
+    """Have a plug's LLM read the texts that it has not read; return how many it read, and how many it knew."""
+    from tqdm.auto import tqdm
+
+    read = known = 0
+    if plug.recollection is None:
+        return read, known
+    with tqdm(desc="remember", unit="event") as bar:
+        for user in store.users(prefix):
+            words, fresh = plug.recollection.restore(store, store.read(user.user_id, plug.config.max_words))
+            read, known = read + fresh, known + len(words) - fresh
+            bar.update(len(words))
+    return read, known
+
+
+def _say_work(row: dict[str, Any], count: int, start: float, as_json: bool) -> None:
+    """Say what was done, and how many events per second since `start`."""
+    row = {**row, "events_per_second": round(count / max(time.monotonic() - start, 1e-9), 1)}
     say(json.dumps(row) if as_json else ", ".join(f"{k.replace('_', ' ')}: {v}" for k, v in row.items()))
 
 

@@ -72,7 +72,8 @@ class Example:
     """A request of a user with what they answered and the history that may be used for it.
 
     `prompt` is what the LLM reads where that is not the template filled with the input (retrieval puts items into it);
-    the request's vector is the input's all the same. `history` is put in order of time, oldest first.
+    the request's vector is the input's all the same. `history` is put in order of time, oldest first. `strength`, above
+    0 up to 1, says how much it counts: 1 is as trained, less is nearer to a user nobody knows.
     """
 
     user_id: str
@@ -81,6 +82,7 @@ class Example:
     history: tuple[HistoryItem, ...] = ()
     id: str = ""
     prompt: str | None = None
+    strength: float = 1.0
 
     def __post_init__(self) -> None:
         """Order the history by time, so that its end is what is latest."""

@@ -31,6 +31,7 @@ class HistoryBatch:
             where the config quotes nothing.
         request_ids: (B, L) int64, the encoder's ids of the requests, -1 beyond their ends; None unless the plug trains
             its own reading of requests.
+        strength: (B,) float32, how much each history counts; None where all count as trained.
     """
 
     request: Tensor
@@ -39,6 +40,7 @@ class HistoryBatch:
     mask: Tensor
     quotes: Tensor | None = None
     request_ids: Tensor | None = None
+    strength: Tensor | None = None
 
     def to(self, device: torch.device) -> HistoryBatch:
         """Return the batch on a device."""
@@ -49,6 +51,7 @@ class HistoryBatch:
             self.mask.to(device),
             None if self.quotes is None else self.quotes.to(device),
             None if self.request_ids is None else self.request_ids.to(device),
+            None if self.strength is None else self.strength.to(device),
         )
 
 
@@ -115,13 +118,15 @@ class VectorTable:
         request = self.vectors[torch.tensor([self.rows.get(e.input, 0) for e in examples], dtype=torch.long)]
         quotes = None if self.quoted is None else self.quoted[outputs]
         batch = collate(self.config, request, self.vectors[inputs], self.vectors[outputs], answers, mask, quotes)
-        return with_request_ids(self.config, self.encoder, batch, examples)
+        return with_requests(self.config, self.encoder, batch, examples)
 
 
-def with_request_ids(
+def with_requests(
     config: PlugConfig, encoder: HistoryEncoder, batch: HistoryBatch, examples: Sequence[Example]
 ) -> HistoryBatch:
-    """Return the batch with the encoder's ids of the requests where the plug reads them itself."""
+    """Return the batch with strengths, and the encoder's ids of the requests where the plug reads them itself."""
+    if any(e.strength != 1 for e in examples):
+        batch = replace(batch, strength=torch.tensor([e.strength for e in examples], dtype=torch.float))
     if not config.train_request:
         return batch
     rows = [torch.tensor(encoder.ids(e.input), dtype=torch.long) for e in examples]

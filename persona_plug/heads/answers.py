@@ -113,7 +113,8 @@ class AnswersHead(nn.Module):
             self.fading,
             neighbourhood(self.gaps, self.spread),
         )
-        return words + self.power * shares
+        power = self.power if batch.strength is None else self.power * batch.strength.unsqueeze(1)
+        return words + power * shares
 
 
 def judge(

@@ -178,8 +178,12 @@ class WordGate(nn.Module):
         self.register_buffer("spread", torch.ones(FEATURES))
         self.register_buffer("mask", torch.tensor([p == "llm" or p in parts for p in PARTS]))
 
-    def forward(self, sight: Sight) -> tuple[Tensor, Tensor, Tensor]:
+    def forward(self, sight: Sight, strength: float = 1.0) -> tuple[Tensor, Tensor, Tensor]:
         """Return the mixture.
+
+        Args:
+            sight: What the gate sees.
+            strength: Share of what the LLM gives up for the other parts; it keeps the rest.
 
         Returns:
             (L, U) log-probabilities of the sight's tokens, (L,) log weight of the LLM, which all other tokens keep, and
@@ -188,15 +192,18 @@ class WordGate(nn.Module):
         memory = self._memory(sight)
         copied, matched = self._copy(sight)
         weights = self._weights(sight, self._features(sight, memory, copied, matched), matched)
+        if strength != 1:
+            others = strength * weights[:, 1:]
+            weights = torch.cat([1 - others.sum(1, keepdim=True), others], 1)
         ending = torch.zeros_like(sight.logp)
         ending[:, 0] = 1.0
         rest = weights[:, 1:2] * memory.probability + weights[:, 2:3] * copied + weights[:, 3:] * ending
         mixed = torch.logaddexp(weights[:, :1].log() + sight.logp, (rest + 1e-30).log())
         return mixed, weights[:, 0].log(), weights
 
-    def memory_share(self, sight: Sight) -> Tensor:
+    def memory_share(self, sight: Sight, strength: float = 1.0) -> Tensor:
         """Return which share of the probability of each of the sight's tokens the memory gives, (L, U)."""
-        mixed, _, weights = self(sight)
+        mixed, _, weights = self(sight, strength)
         return weights[:, 1:2] * self._memory(sight).probability / mixed.exp().clamp(min=1e-30)
 
     def _memory(self, sight: Sight) -> _Recollection:

@@ -59,18 +59,23 @@ def unpack_item(blob: bytes) -> ItemWords:
         raise CorruptFileError(f"words of an item cannot be read ({exc}); remember them anew") from exc
 
 
-def pack_memory(memory: WordMemory, request: Tensor, end: int) -> bytes:
-    """Return all that a reader needs besides the head: what one request reads, its own tokens, and the end token."""
+def pack_memory(memory: WordMemory, request: Tensor, end: int, strength: float = 1.0) -> bytes:
+    """Return what a reader needs besides the head: what one request reads, its tokens, the end token, its strength."""
     fields: dict[str, Any] = {"count": memory.count, "length": memory.length, "end": end, "places": len(memory.tokens)}
-    fields |= {"d": memory.states.shape[1], "request": request.tolist(), "nearness": memory.nearness.tolist()}
+    fields |= {
+        "strength": strength,
+        "d": memory.states.shape[1],
+        "request": request.tolist(),
+        "nearness": memory.nearness.tolist(),
+    }
     text = json.dumps(fields).encode()
     arrays = [getattr(memory, name).numpy().astype(kind).tobytes() for name, kind in _PLACES.items()]
     body = b"".join([struct.pack("<I", len(text)), text, *arrays, _pack_vectors(memory.states)])
     return zlib.compress(body, 1)
 
 
-def unpack_memory(blob: bytes) -> tuple[WordMemory, Tensor, int]:
-    """Return (memory, request, end) that `pack_memory` made bytes of.
+def unpack_memory(blob: bytes) -> tuple[WordMemory, Tensor, int, float]:
+    """Return (memory, request, end, strength) that `pack_memory` made bytes of.
 
     Raises:
         CorruptFileError: The bytes are none of these.
@@ -92,7 +97,8 @@ def unpack_memory(blob: bytes) -> tuple[WordMemory, Tensor, int]:
             length=float(fields["length"]),
             **arrays,
         )
-        return memory, torch.tensor(fields["request"], dtype=torch.long), int(fields["end"])
+        request = torch.tensor(fields["request"], dtype=torch.long)
+        return memory, request, int(fields["end"]), float(fields["strength"])
     except (zlib.error, struct.error, ValueError, KeyError, TypeError, RuntimeError) as exc:
         raise CorruptFileError(f"a memory of words cannot be read ({exc}); use one version on both sides") from exc
 

@@ -7,7 +7,7 @@ import logging
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import nn
@@ -200,7 +200,7 @@ class Recollection:
             return None
         own = [e.history[-self.prompter.config.max_words :] for e in examples]
         self.remember([item for history in own for item in history])  # all in few passes
-        return [self._reader(e, history) for e, history in zip(examples, own, strict=True)]
+        return [replace(self._reader(e, h), strength=e.strength) for e, h in zip(examples, own, strict=True)]
 
     def _reader(self, example: Example, history: Sequence[HistoryItem]) -> WordsReader:
         if not isinstance(example, StoredExample):

@@ -140,12 +140,14 @@ class WordsReader:
         memory: The user's words, slots filled from this request.
         request: (R,) token ids of the request, which may be copied from.
         end: The end token.
+        strength: How much the head counts; 1 is as fitted.
     """
 
     head: WordsHead
     memory: WordMemory
     request: Tensor
     end: int
+    strength: float = 1.0
 
     def look(self, logits: Tensor, written: Sequence[int], offset: int = 0) -> Sight:
         """Return what the gate sees of positions offset, offset + 1, ... whose logits (L, V) are given."""
@@ -164,7 +166,7 @@ class WordsReader:
         """
         logp = logits.float().log_softmax(-1)
         sight = self._sight(logits, logp, written, offset)
-        mixed, rest, weights = self.head.gate(sight)
+        mixed, rest, weights = self.head.gate(sight, self.strength)
         return (logp + rest.unsqueeze(1)).index_copy(1, sight.tokens, mixed), weights
 
     def score(self, logits: Tensor, tokens: Sequence[int]) -> Tensor:
@@ -177,7 +179,7 @@ class WordsReader:
         sight = self.look(logits, tokens)
         written = torch.tensor(list(tokens), device=logits.device).unsqueeze(1)
         at = written == sight.tokens.unsqueeze(0)  # a token that memory cannot bring is none of the sight's
-        return (self.head.gate.memory_share(sight) * at).sum(-1)
+        return (self.head.gate.memory_share(sight, self.strength) * at).sum(-1)
 
 
 def _without(states: Tensor, shape: int) -> Tensor:

@@ -45,6 +45,7 @@ class Call:
         plain: Whether the LLM runs without the LoRA adapters that the plug may have.
         salt: Keyed hash of whose request it is; an engine shares no cache between calls of different salts.
         tenant: Whose turn it is; tenants take turns.
+        stop_loops: Whether an answer that repeats itself ends, see `generation.is_loop`.
     """
 
     parts: PromptParts
@@ -62,6 +63,7 @@ class Call:
     presence_penalty: float = 0.0
     logit_bias: tuple[tuple[int, float], ...] = ()
     tenant: str = ""
+    stop_loops: bool = False
 
     @property
     def penalties(self) -> Penalties:

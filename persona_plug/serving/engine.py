@@ -101,7 +101,7 @@ class TransformersEngine:
             with contextlib.suppress(RuntimeError):  # the loop has ended, and with it whoever waited
                 loop.call_soon_threadsafe(told.put_nowait, what)
 
-        writer = Writer(call.max_tokens, call.stop, streams, self._decode)
+        writer = Writer(call.max_tokens, call.stop, streams, self._decode, call.stop_loops)
         job = Job(call, writer, tell, Sampler.of(call.temperature, call.top_p, call.seed), self.ends)
         self._jobs.put(job)
         try:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from persona_plug.data.history import Example, HistoryItem
+from persona_plug.data.history import Example
 from persona_plug.errors import PersonaPlugError
 from persona_plug.heads.words import WordsReader
 from persona_plug.pairing import pair
@@ -25,6 +25,7 @@ from persona_plug.serving.errors import ApiError
 from persona_plug.serving.limits import Limits, Rates, Slots
 from persona_plug.serving.logs import Hasher, Log, Metrics
 from persona_plug.serving.schema import ChatRequest, CompletionRequest
+from persona_plug.serving.shelf import Shelf, read_shelf
 from persona_plug.serving.threads import Threads
 from persona_plug.store.batches import StoredExample
 from persona_plug.store.format import StoredHistory
@@ -64,37 +65,6 @@ class Backend:
     plug: PersonaPlug
     store: HistoryStore
     engine: Engine
-
-
-class Shelf:
-    """What a store keeps of one user's words, looked up before, so that making soft tokens waits for no database."""
-
-    def __init__(self, blobs: dict[str, bytes]) -> None:
-        """Hold words by items' ids."""
-        self.blobs = blobs
-        self.kept: tuple[str, list[tuple[HistoryItem, bytes]], int] = ("", [], 0)
-
-    @property
-    def made(self) -> bool:
-        """Whether words were made that the store does not have."""
-        return bool(self.kept[1])
-
-    def words(self, user: str, identity: str, items: Sequence[HistoryItem]) -> dict[str, bytes]:
-        """See `HistoryStore.words`."""
-        return dict(self.blobs)
-
-    def keep_words(self, user: str, identity: str, made: Sequence[tuple[HistoryItem, bytes]], moment: int) -> None:
-        """See `HistoryStore.keep_words`; they wait here to be stored."""
-        self.blobs |= {str(item.id): blob for item, blob in made}
-        self.kept = (identity, [*self.kept[1], *made], moment)
-
-
-def _shelf(backend: Backend, held: StoredHistory) -> Shelf:
-    recollection = backend.plug.recollection
-    if recollection is None or not held.texts:
-        return Shelf({})
-    items = held.texts[-backend.plug.config.max_words :]
-    return Shelf(backend.store.words(held.user, recollection.identity, items))
 
 
 @dataclass(frozen=True, slots=True)
@@ -261,9 +231,12 @@ class Gateway:
         held, moment, shelf = None, None, Shelf({})
         if body.user is not None:
             key = store_key(tenant, body.user)
-            if body.personal:
+            if body.counts:
                 held = await self.threads.run("read", backend.store.read, key, backend.plug.config.max_history)
-                moment, shelf = held.moment, await self.threads.run("read", _shelf, backend, held)
+                moment, shelf = (
+                    held.moment,
+                    await self.threads.run("read", read_shelf, backend.plug, backend.store, held),
+                )
             else:
                 moment = await self.threads.run("read", backend.store.moment)
         prepare = partial(self._prepare, backend, body, tenant, held, shelf)
@@ -287,10 +260,10 @@ class Gateway:
         else:
             messages = [("user", prompt)]
         soft, reader, shown = torch.zeros(0, plug.config.llm_width), None, []
-        info: dict[str, Any] = {"personal": body.personal}
-        if body.personal:
+        info: dict[str, Any] = {"personal": body.counts}
+        if body.counts:
             request = messages[plug.prompter.asked(messages)][1]
-            examples = _examples(backend, request, held, shelf)
+            examples = _examples(backend, request, held, shelf, body.strength)
             soft, reader, known = _soft(plug, examples)
             shown = plug.turns(examples)[0]
             info |= known
@@ -302,7 +275,7 @@ class Gateway:
             max_tokens=body.limit or plug.config.max_answer_tokens,
             reader=reader,
             tenant=tenant,
-            plain=not body.personal,
+            plain=not body.counts,
             # Without a user nobody knows whose the next one is: it shares no cache with anything.
             salt="" if body.user is None else self.hash("salt", store_key(tenant, body.user)),
             **body.sampling(),
@@ -376,14 +349,16 @@ def _choice(prepared: Prepared, at: int) -> Prepared:
     return prepared if not at or call.seed is None else replace(prepared, call=replace(call, seed=call.seed + at))
 
 
-def _examples(backend: Backend, request: str, held: StoredHistory | None, shelf: Shelf) -> Sequence[Example]:
+def _examples(
+    backend: Backend, request: str, held: StoredHistory | None, shelf: Shelf, strength: float
+) -> Sequence[Example]:
     """Return a request with its user's history, as a list of one."""
     config = backend.plug.config
     if held is None:
-        return pair(config, request)
+        return pair(config, request, strength=strength)
     if held.total and held.texts is None and (config.quotes or config.remembers):
         backend.store.log_missing_texts()
-    return [StoredExample(held.user, request, "", stored=held, store=shelf)]
+    return [StoredExample(held.user, request, "", strength=strength, stored=held, store=shelf)]
 
 
 @torch.no_grad()

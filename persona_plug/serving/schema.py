@@ -141,18 +141,22 @@ class Request(Strict):
     Attributes:
         model: Name of the plug, as /v1/models lists it.
         user: Whose history is used; without it the request is answered as for somebody new.
-        personal: False for the plain LLM without soft tokens.
+        personal: False for the plain LLM, without all that the plug adds.
+        strength: How much the user's history counts: 1 as trained, less nearer to nobody, 0 as `personal` false.
         n: Answers to each prompt.
         temperature: 0, the default here, takes the most probable token.
         repetition_penalty: Above 1 makes tokens of the answer so far less probable: their logits are divided by it.
         frequency_penalty: Taken from a token's logit for each time it is in the answer so far.
         presence_penalty: Taken from the logit of each token that is in the answer so far.
         logit_bias: Token id -> what is added to its logit; -100 bans it.
+        stop_loops: Whether an answer ends that says the same run of 8 tokens or more three times in a row.
     """
 
     model: str
     user: Identifier | None = None
+    stop_loops: bool = True
     personal: bool = True
+    strength: Annotated[float, Field(ge=0, le=1)] = 1.0
     stream: bool = False
     stream_options: StreamOptions | None = None
     n: Annotated[int, Field(ge=1, le=MAX_CHOICES)] | None = None
@@ -198,7 +202,13 @@ class Request(Strict):
             "frequency_penalty": self.frequency_penalty or 0.0,
             "presence_penalty": self.presence_penalty or 0.0,
             "logit_bias": tuple(sorted(biases.items())),
+            "stop_loops": self.stop_loops,
         }
+
+    @property
+    def counts(self) -> bool:
+        """Whether the plug takes part at all."""
+        return self.personal and self.strength > 0
 
     @property
     def usage_in_stream(self) -> bool:

@@ -9,11 +9,13 @@ from __future__ import annotations
 
 import base64
 import contextlib
+import copy
 import io
 import json
 import secrets
 from collections.abc import AsyncGenerator, AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
+from dataclasses import replace
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
@@ -22,6 +24,7 @@ from torch import Tensor
 
 from persona_plug.errors import ConfigError, DataError, first_line
 from persona_plug.export import dense
+from persona_plug.generation import is_text_loop
 from persona_plug.serving.engine import Answer, Call, Delta, EngineError
 from persona_plug.serving.vllm_request import MEMORY, WORDS_FOLDER, WORDS_LOGITS, Sampling, packed_words, prompt_embeds
 
@@ -287,17 +290,28 @@ class VllmEngine:
         """
         prompt_embeds(plug, [], [])
         self.plug, self.server, self.adapter = plug, server, adapter
+        self.tokenizer = copy.deepcopy(plug.tokenizer)  # a fast tokenizer must not serve two threads
         self._words_checked, self._adapter_found = plug.recollection is None, plug.adapters is None
 
     async def stream(self, call: Call) -> AsyncGenerator[Delta]:
         """See `Engine.stream`."""
         embeds, sampling = await self._embeds(call), await self._sampling(call)
+        text = ""
         async with contextlib.aclosing(self.server.stream(embeds, sampling, call.salt)) as deltas:
             async for delta in deltas:
+                text += delta.text
+                if delta.finish is None and call.stop_loops and is_text_loop(text, self.tokenizer):
+                    yield replace(delta, finish="stop")
+                    return
                 yield delta
 
     async def generate(self, call: Call) -> Answer:
-        """See `Engine.generate`."""
+        """See `Engine.generate`; an answer whose loops are to end is watched while it is written."""
+        if call.stop_loops:
+            async with contextlib.aclosing(self.stream(call)) as deltas:
+                pieces = [delta async for delta in deltas]
+            text, tokens = "".join(piece.text for piece in pieces), sum(piece.tokens for piece in pieces)
+            return Answer(text, tokens, pieces[-1].finish or "stop")
         return await self.server.complete(await self._embeds(call), await self._sampling(call), call.salt)
 
     async def close(self) -> None:

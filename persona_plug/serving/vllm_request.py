@@ -75,7 +75,9 @@ class Sampling:
 
 def packed_words(reader: WordsReader | None) -> str:
     """Return a request's memory as it travels to vLLM: base64, or an empty text where there is none."""
-    return "" if reader is None else base64.b64encode(pack_memory(reader.memory, reader.request, reader.end)).decode()
+    if reader is None:
+        return ""
+    return base64.b64encode(pack_memory(reader.memory, reader.request, reader.end, reader.strength)).decode()
 
 
 @torch.no_grad()

@@ -10,6 +10,8 @@ from typing import Literal, Self
 import torch
 from torch import Tensor
 
+from persona_plug.generation import is_loop
+
 BROKEN = "\ufffd"  # what bytes decode to that are no character yet
 
 
@@ -25,6 +27,7 @@ class Writer:
         stop: Texts that end the answer and do not belong to it.
         streams: Whether deltas are wanted before the end.
         decode: Tokens -> text, special ones left out.
+        stop_loops: Whether an answer that repeats itself ends.
         finish: How it ended, None while it goes on.
     """
 
@@ -32,6 +35,7 @@ class Writer:
     stop: tuple[str, ...]
     streams: bool
     decode: Callable[[Sequence[int]], str]
+    stop_loops: bool = False
     finish: Literal["stop", "length"] | None = None
     _ids: list[int] = field(default_factory=list)
     _sent: int = 0  # characters
@@ -48,7 +52,7 @@ class Writer:
             New text, and how many tokens were added since text was last returned.
         """
         self._ids.append(token)
-        if last:
+        if last or (self.stop_loops and is_loop(self._ids)):
             self.finish = "stop"
         elif len(self._ids) >= self.max_tokens:
             self.finish = "length"

@@ -12,7 +12,7 @@ from torch import Tensor
 from persona_plug.config import PlugConfig
 from persona_plug.data.history import Example, HistoryItem
 from persona_plug.data.labels import label_of
-from persona_plug.embedder.batch import HistoryBatch, Tokenise, collate, first_tokens, with_request_ids
+from persona_plug.embedder.batch import HistoryBatch, Tokenise, collate, first_tokens, with_requests
 from persona_plug.errors import ConfigError, DataError, MismatchError
 from persona_plug.models.caching import uncached
 from persona_plug.models.encoder import HistoryEncoder
@@ -117,7 +117,7 @@ class StoredTable:
             mask[b, :n] = True
         request = self.vectors[torch.tensor([self.rows[e.input] for e in examples], dtype=torch.long)]
         batch = collate(self.config, request, inputs, outputs, answers, mask, self._quotes(histories, shape))
-        return with_request_ids(self.config, self.encoder, batch, examples)
+        return with_requests(self.config, self.encoder, batch, examples)
 
     def _quotes(self, histories: Sequence[StoredHistory], shape: tuple[int, int]) -> Tensor | None:
         """Return the first T token ids of every output (B, n, T): none (-1) where no text is kept."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import sys
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -18,6 +18,7 @@ from persona_plug.store import answers, words
 from persona_plug.store.database import StoreUnavailable, transaction
 from persona_plug.store.deleting import ErasableStore
 from persona_plug.store.format import ForgetResult, ImportResult, StoredHistory, UserRow
+from persona_plug.store.reading import ReadableStore
 from persona_plug.store.rows import Entry, check_id, entries, exported_row, rows, with_id
 from persona_plug.store.tables import Forgotten, HistoryFull, User
 
@@ -185,21 +186,43 @@ class HistoryStore(ErasableStore):
             DataError: The file or a record cannot be used; the records before it are stored.
             Forgotten: A user was deleted meanwhile; the records before are stored.
         """
+        skipped: list[str] = []
+        found = entries(Path(path), skipped if skip_bad else None, columns, self._exported)
+        new, known = self._load_all((dataclasses.replace(e, user=rename(e.user)) for e in found), progress)
+        return ImportResult(new, known, skipped)
+
+    def load_store(self, source: ReadableStore, prefix: str = "", progress: bool | None = None) -> ImportResult:
+        """Add the items of another store, encoded anew from their texts, a few hundred in a transaction.
+
+        Ids, times and the times of adding stay. Running it again goes on where it broke off, and takes what has come
+        meanwhile.
+
+        Args:
+            source: Where the texts are kept; it is only read, and may have another encoder.
+            prefix: Only users whose ids begin so.
+            progress: Show a progress bar; default only on a terminal.
+
+        Raises:
+            ConfigError: The source keeps no texts.
+            Forgotten: A user was deleted here meanwhile; the items before are stored.
+        """
+        return ImportResult(*self._load_all(source.kept(prefix), progress), [])
+
+    def _load_all(self, found: Iterator[Entry], progress: bool | None) -> tuple[int, int]:
+        """Add entries chunk by chunk; return how many are new, and how many were known."""
         from tqdm.auto import tqdm
 
         if self.encoder is None:
             raise ConfigError(f"{self.name} was opened without its encoder: pass encoder= to add items")
         shows = progress if progress is not None else sys.stderr.isatty()
-        skipped: list[str] = []
         read = new = 0
         begun = self.moment()
-        found = entries(Path(path), skipped if skip_bad else None, columns, self._exported)
         with tqdm(desc="store", unit="event", disable=not shows) as bar:
             while chunk := list(islice(found, CHUNK)):
                 read += len(chunk)
-                new += self._load([dataclasses.replace(entry, user=rename(entry.user)) for entry in chunk], begun)
+                new += self._load(chunk, begun)
                 bar.update(len(chunk))
-        return ImportResult(new, read - new, skipped)
+        return new, read - new
 
     def _exported(self, record: Mapping[str, Any], where: str) -> Entry:
         if self.keep_text:
@@ -222,7 +245,9 @@ class HistoryStore(ErasableStore):
         encoded = iter(self.encode([entry.item for entry in wanted if entry.row is None]))
         fresh: dict[str, list[Mapping[str, Any]]] = {}
         for entry in wanted:
-            fresh.setdefault(entry.user, []).append(next(encoded) if entry.row is None else entry.row)
+            columns = next(encoded) if entry.row is None else entry.row
+            added = {} if entry.added is None else {"added": entry.added}
+            fresh.setdefault(entry.user, []).append({**columns, **added})
         if not fresh:
             return 0
         with transaction(self._engine, writes=True) as connection:

@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
+from persona_plug.data.history import HistoryItem
 from persona_plug.data.moments import arrival_order
+from persona_plug.errors import ConfigError
 from persona_plug.store.database import sql, transaction
 from persona_plug.store.format import HASH, StoredHistory, UserRow, to_text, unpack
 from persona_plug.store.opened import OpenStore
-from persona_plug.store.rows import as_base64, vector_fields
+from persona_plug.store.rows import Entry, as_base64, vector_fields
 from persona_plug.store.tables import User
 
 if TYPE_CHECKING:
@@ -76,6 +78,19 @@ class ReadableStore(OpenStore):
         kept = list(zip(*texts, strict=True)) if self.keep_text else None
         labels = [h[2 * HASH :] for h in hashes]
         return StoredHistory(user, list(names), inputs, outputs, kept, list(times), labels, total, moment)
+
+    def kept(self, prefix: str = "") -> Iterator[Entry]:
+        """Yield the items of all users whose ids begin with a prefix, with their texts and the times they were added.
+
+        Raises:
+            ConfigError: The store keeps no texts.
+        """
+        if not self.keep_text:
+            raise ConfigError(f"{self.name} keeps no texts, so nothing can be made anew; add its events again")
+        for user in self.users(prefix):
+            for row in self.export(user.user_id):
+                item = HistoryItem(row["input"], row["output"], row.get("timestamp"), row["id"])
+                yield Entry(user.user_id, item, None, row["added"])
 
     def users(self, prefix: str = "") -> Iterator[UserRow]:
         """Yield the users whose id begins with a prefix, ordered by the bytes of their ids."""

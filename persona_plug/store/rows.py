@@ -27,11 +27,19 @@ LONGEST_ID = 1000  # bytes; an entry of PostgreSQL's indexes is limited to 2.7 k
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """An item on its way into a store: its owner, the item with its id, and its row where it need not be encoded."""
+    """An item on its way into a store.
+
+    Attributes:
+        user: Its owner.
+        item: The item with its id.
+        row: Its row, where it need not be encoded.
+        added: When it was added to the store that it comes from, seconds since 1970; None for now.
+    """
 
     user: str
     item: HistoryItem
     row: Mapping[str, Any] | None = None
+    added: float | None = None
 
 
 def entries(

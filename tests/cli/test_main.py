@@ -316,6 +316,8 @@ def test_generate_gives_text_weights_and_what_was_cut(plug, events):
     assert long["input_tokens_cut"] > 0
     plain = run("generate", folder, "hello", "--plain", "--max-new-tokens", 3).stdout
     assert plain.endswith("\n")
+    assert run("generate", folder, "hello", *options, "--strength", 0).stdout == plain
+    fails("generate", folder, "hello", *options, "--strength", 2, say="strength=2.0 must be a number from 0 to 1")
     assert " -> " in run("generate", folder, "hello", *options, "--details").stdout
 
 

@@ -48,8 +48,8 @@ def test_a_memory_comes_back():
     names = torch.eye(16)
     kept = [item("hi Ben,", "Ben lamp", names[:2]), item("bye x24")]
     before = recall(kept, request_words("lamp Jo", names[[1, 0]]), tokenise)
-    after, request, end = unpack_memory(pack_memory(before, torch.tensor([5, 6]), 2))
-    assert (request.tolist(), end) == ([5, 6], 2)
+    after, request, end, strength = unpack_memory(pack_memory(before, torch.tensor([5, 6]), 2, 0.5))
+    assert (request.tolist(), end, strength) == ([5, 6], 2, 0.5)
     for field in dataclasses.fields(WordMemory):
         one, other = getattr(after, field.name), getattr(before, field.name)
         if isinstance(one, torch.Tensor):

@@ -208,7 +208,14 @@ def test_penalties_end_repetition(served, fields):
     with served.http(served.keys.acme) as http:
 
         def tokens(**more):
-            body = {"model": "tiny", "prompt": "rate this", "user": "ann", "max_tokens": 60, **more}
+            body = {
+                "model": "tiny",
+                "prompt": "rate this",
+                "user": "ann",
+                "max_tokens": 60,
+                "stop_loops": False,
+                **more,
+            }
             return http.post("/v1/completions", json=body).json()["choices"][0]["text"]
 
         plain, changed = tokens(), tokens(**fields)

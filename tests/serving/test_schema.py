@@ -146,6 +146,7 @@ def test_how_tokens_are_chosen_is_bounded(name, value):
 def test_how_tokens_are_chosen_reaches_the_engine():
     body = chat(repetition_penalty=1.2, frequency_penalty=0.5, presence_penalty=-1, logit_bias={"7": -100, "3": 2})
     assert body.sampling() == {
+        "stop_loops": True,
         "temperature": 0.0,
         "top_p": 1.0,
         "seed": None,
