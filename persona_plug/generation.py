@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -25,8 +25,8 @@ from persona_plug.splice.soft import Soft
 from persona_plug.store.batches import StoredExample
 
 COUNTS = ("max_new_tokens", "num_beams", "num_return_sequences")
-LOOP_TOKENS = 8  # of a run, at least
-LOOP_TIMES = 3
+LOOP_TOKENS = 10  # of a run, at least
+LOOP_TIMES = 2
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,6 +73,12 @@ def end_runs(written: Written) -> Iterator[Written]:
 def is_loop(written: list[int]) -> bool:
     """Return whether tokens end with the same run of at least `LOOP_TOKENS`, `LOOP_TIMES` times in a row."""
     return next(end_runs(written), None) is not None
+
+
+def without_loop(written: Written) -> Written:
+    """Return what is written with the run that it ends with once."""
+    run = next(end_runs(written), None)
+    return written if run is None else written[: len(written) - (LOOP_TIMES - 1) * len(run)]
 
 
 def is_text_loop(text: str, tokenizer: Any) -> bool:  # noqa: ANN401
@@ -145,16 +151,21 @@ def write_texts(
         parts: B prompts.
         soft: Their soft tokens.
         readers: What reads each user's words, or None.
-        generation: Options of the LLM's `generate`, and `stop_loops`.
+        generation: Options of the LLM's `generate`, and `stop_loops`: whether a text ends that repeats itself, with
+            what it repeats once. Default True without beams.
 
     Raises:
         ConfigError: An option is unknown or out of range, or the LLM cannot generate so.
     """
     tokenizer = prompter.tokenizer
     options = {"max_new_tokens": prompter.config.max_answer_tokens, **greedy(generation)}
-    stop_loops = options.pop("stop_loops", False)
-    if not isinstance(stop_loops, bool):
+    stop_loops = options.pop("stop_loops", None)
+    if not isinstance(stop_loops, bool | None):
         raise ConfigError(f"stop_loops={stop_loops!r:.40} must be True or False")
+    beams = options.get("num_beams", 1) != 1  # a beam that repeats itself loses to the others, or it is the best
+    if beams and stop_loops:
+        raise ConfigError("stop_loops=True does not go with num_beams: leave one of them out")
+    stop_loops = not beams if stop_loops is None else stop_loops
     if stop_loops:
         others: Any = options.get("stopping_criteria") or []
         options["stopping_criteria"] = StoppingCriteriaList([*others, LoopStop(len(splicer.start))])
@@ -167,11 +178,22 @@ def write_texts(
         own = None if readers is None else [readers[i] for i in rows]
         with _named_options(options):
             out = splicer.llm.generate(**inputs, **with_words(options, own, len(splicer.start)))
-        ids = out if isinstance(out, Tensor) else out.sequences  # return_dict_in_generate
+        ids = (out if isinstance(out, Tensor) else out.sequences).tolist()  # return_dict_in_generate
+        if stop_loops:
+            ends = {options["pad_token_id"], prompter.eos}
+            ids = [without_loop(_before(row, ends)) for row in ids]
         written = [text.strip() for text in tokenizer.batch_decode(ids, skip_special_tokens=True)]
         share = len(written) // len(rows)
         texts |= {i: written[at * share : (at + 1) * share] for at, i in enumerate(rows)}
     return [texts[i] for i in range(len(parts))]
+
+
+def _before(row: list[int], ends: Collection[int]) -> list[int]:
+    """Return a row without the tokens that fill its end."""
+    size = len(row)
+    while size and row[size - 1] in ends:
+        size -= 1
+    return row[:size]
 
 
 def mark_texts(

@@ -356,7 +356,8 @@ class PlugModel(nn.Module):
             return_details: Return `Generation` objects in place of texts: text, item weights, marks, what was cut.
             batch_size: Rows at a time.
             generation: Passed to the LLM's `generate`, where it writes: `max_new_tokens`, `num_beams`, `do_sample`,
-                `temperature`, `streamer` (one request only). Greedy by default. `stop_loops=True` ends repetitions.
+                `temperature`, `streamer` (one request only). Greedy by default. A text that repeats a run
+                of ten tokens or more ends there (`stop_loops=False` lets it go on).
 
         Raises:
             DataError: Inputs and histories differ in number, or an item is malformed.

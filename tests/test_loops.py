@@ -8,24 +8,30 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from persona_plug.errors import ConfigError
-from persona_plug.generation import is_loop
+from persona_plug.generation import is_loop, without_loop
 
-RUN = [70, 71, 72, 73, 74, 75, 76, 77, 78]
+RUN = list(range(70, 81))
 
 
 @given(st.text("ab", max_size=12), st.text("ab", min_size=1, max_size=14), st.integers(1, 5))
-def test_a_loop_is_the_same_run_three_times(start, run, times):
+def test_a_loop_is_the_same_run_twice(start, run, times):
     text = start + run * times
-    assert is_loop([ord(c) for c in text]) == bool(re.search(r"(.{8,})\1\1$", text))
+    assert is_loop([ord(c) for c in text]) == bool(re.search(r"(.{10,})\1$", text))
 
 
-def test_runs_are_eight_tokens_or_more():
-    assert is_loop([1] * 24)
-    assert not is_loop([1] * 23)
-    assert is_loop([5, *RUN * 3])
-    assert not is_loop([*RUN * 3, 5])
-    assert not is_loop([*RUN * 2, *RUN[:-1], 5])
+def test_runs_are_ten_tokens_or_more():
+    assert is_loop([1] * 20)
+    assert not is_loop([1] * 19)
+    assert is_loop([5, *RUN * 2])
+    assert not is_loop([*RUN * 2, 5])
+    assert not is_loop([*RUN, *RUN[:-1], 5])
     assert not is_loop([])
+
+
+def test_a_loop_is_left_once():
+    assert without_loop([5, *RUN * 2]) == [5, *RUN]
+    assert without_loop([5, *RUN]) == [5, *RUN]
+    assert without_loop([]) == []
 
 
 class Forced:
@@ -44,7 +50,7 @@ class Forced:
 
 @pytest.mark.parametrize("llm", ["tiny-llama", "tiny-gpt2", "tiny-t5"])
 @pytest.mark.parametrize("sample", [False, True])
-def test_generate_ends_loops_when_asked(make_plug, people, llm, sample):
+def test_generate_ends_loops_unless_told_not_to(make_plug, people, llm, sample):
     plug = make_plug(llm, differ=True)
     start = len(plug.splicer.start)
 
@@ -53,9 +59,9 @@ def test_generate_ends_loops_when_asked(make_plug, people, llm, sample):
         options = {"max_new_tokens": count, "do_sample": sample, "temperature": 3.0, **more}
         return plug.generate(people.requests, people.histories, logits_processor=[Forced(start)], **options)
 
-    until, whole, ended = write(2 + 3 * len(RUN)), write(40), write(40, stop_loops=True)
-    assert write(40, stop_loops=False) == whole
-    assert ended[0] == until[0] != whole[0]
+    once, whole, ended = write(2 + len(RUN)), write(40, stop_loops=False), write(40)
+    assert write(40, stop_loops=True) == ended
+    assert ended[0] == once[0] != whole[0]
     if sample:  # the others say something new all the time
         assert ended[1:] == whole[1:]
 
@@ -63,3 +69,5 @@ def test_generate_ends_loops_when_asked(make_plug, people, llm, sample):
 def test_other_values_are_refused(make_plug):
     with pytest.raises(ConfigError, match="stop_loops='yes' must be True or False"):
         make_plug().generate("x", stop_loops="yes")
+    with pytest.raises(ConfigError, match="stop_loops=True does not go with num_beams"):
+        make_plug().generate("x", stop_loops=True, num_beams=2)

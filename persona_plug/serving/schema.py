@@ -149,7 +149,7 @@ class Request(Strict):
         frequency_penalty: Taken from a token's logit for each time it is in the answer so far.
         presence_penalty: Taken from the logit of each token that is in the answer so far.
         logit_bias: Token id -> what is added to its logit; -100 bans it.
-        stop_loops: Whether an answer ends that says the same run of 8 tokens or more three times in a row.
+        stop_loops: Whether an answer ends that says the same run of 10 tokens or more twice in a row.
     """
 
     model: str
