@@ -87,7 +87,7 @@ def test_behind_vllm_the_text_is_watched(make_plug, run):
     answer, pieces = asyncio.run(engine.generate(call)), asyncio.run(streamed())
     assert answer.finish == pieces[-1].finish == "stop"
     assert answer.text == "".join(piece.text for piece in pieces)
-    assert answer.text.count(run.strip(" .")) in range(3, 13)
+    assert answer.text.count(run.strip(" .")) in range(2, 13)
     assert answer.tokens == len(pieces) < len(server.words) / 2
     assert server.written == 2 * len(pieces)
     whole = asyncio.run(engine.generate(replace(call, stop_loops=False)))
@@ -96,7 +96,7 @@ def test_behind_vllm_the_text_is_watched(make_plug, run):
 
 def test_behind_vllm_an_answer_without_a_loop_is_untouched(make_plug):
     plug = make_plug()
-    engine = VllmEngine(plug, Server(list("Hi Ben. Thank you. Thank you. Goodbye, and thank you.")))
+    engine = VllmEngine(plug, Server(list("Hi Ben. Thank you. Goodbye, and thank you.")))
     call = Call(plug.prompter.parts("x"), plug.soft_prompt("x"), 8)
     answers = [asyncio.run(engine.generate(replace(call, stop_loops=stops))) for stops in (True, False)]
     assert answers[0] == answers[1]
