@@ -21,11 +21,11 @@ SMOOTHING = 1.0  # pseudo-counts over all answers in a user's label frequencies
 PLACEMENTS = ("suffix", "prefix")
 AGGREGATORS = ("attention", "mean", "paper", "uem", "persoma_mlp", "persoma_transformer", "persoma_perceiver")
 
-_ALONE = {"quote_tokens": 0, "use_request": False, "answer_head": False}
+_ALONE = {"use_request": False, "answer_head": False}
 # A recipe is a named set of choices; explicit keyword arguments of PlugConfig.create win over it.
 RECIPES: dict[str, dict[str, Any]] = {
     "default": {},
-    "mean": {"aggregator": "mean", "quote_tokens": 0},
+    "mean": {"aggregator": "mean"},
     # PPlug as published: eq. 3-5, one user token and one instruction token in front of the input, the label
     # not part of an item, no other input to the projector than the pooled history.
     "paper": {
@@ -33,19 +33,18 @@ RECIPES: dict[str, dict[str, Any]] = {
         "placement": "prefix",
         "user_tokens": 1,
         "task_tokens": 1,
-        "quote_tokens": 0,
         "item_outputs": False,
         "use_request": False,
         "use_answer_counts": False,
         "answer_head": False,
     },
-    # The neighbours of PPlug, on the frozen LLM. They read the history alone: no request, no answer head, no quotes.
+    # The neighbours of PPlug, on the frozen LLM. They read the history alone: no request, no answer head.
     "uem": {**_ALONE, "aggregator": "uem", "max_history": 50},
     "persoma": {**_ALONE, "aggregator": "persoma_perceiver"},
     "persoma_mlp": {**_ALONE, "aggregator": "persoma_mlp"},
     "persoma_transformer": {**_ALONE, "aggregator": "persoma_transformer"},
     # Task tokens that know no user, and for free text the user's own words beside them.
-    "words": {"words": True, "quote_tokens": 0, "user_tokens": 0, "task_tokens": 16},
+    "words": {"words": True, "user_tokens": 0, "task_tokens": 16},
 }
 
 
@@ -75,8 +74,6 @@ class PlugConfig:
         key_dim: Width of the learned request and key views.
         user_tokens: k, soft tokens that depend on the user (`uem` has one per item instead, and one more).
         task_tokens: m, soft tokens shared by all users.
-        quote_tokens: T, for free text: soft tokens made of the LLM's own embeddings of the first T tokens of the
-            user's outputs, position by position, weighted towards the items closest to the request.
         projector_hidden: Width of the projector's hidden layer.
         fixed_scale: Length of every user token, and seven times that of a task token, in place of learned gains; 0 for
             these. PPlug's released code multiplies so, by 539.9738 for FlanT5-XXL, which its paper does not mention;
@@ -117,7 +114,6 @@ class PlugConfig:
     key_dim: int = 64
     user_tokens: int = 4
     task_tokens: int = 4
-    quote_tokens: int = 8
     projector_hidden: int = 256
     fixed_scale: float = 0.0
     item_outputs: bool = True
@@ -160,7 +156,7 @@ class PlugConfig:
             if int(getattr(self, name)) < 1:
                 raise ConfigError(f"{name}={getattr(self, name)!r} must be at least 1")
         widths = ("llm_width", "encoder_dim", "prompt_width")
-        for name in ("user_tokens", "task_tokens", "quote_tokens", "lora", "retrieve", *widths):
+        for name in ("user_tokens", "task_tokens", "lora", "retrieve", *widths):
             if int(getattr(self, name)) < 0:
                 raise ConfigError(f"{name}={getattr(self, name)!r} must not be negative")
         if not 0 <= self.fixed_scale < float("inf"):
@@ -202,11 +198,6 @@ class PlugConfig:
         return cls(**{"llm": llm, "encoder": encoder, "recipe": recipe, **RECIPES[recipe], **changes})
 
     @property
-    def quotes(self) -> int:
-        """Quoted positions of this plug: none for labels, whose scores read the user's answers directly."""
-        return self.quote_tokens if self.answers is None and self.user_tokens else 0
-
-    @property
     def judges(self) -> bool:
         """Whether this plug has an answers head: for labels alone, and where soft tokens know the user."""
         return self.answer_head and bool(self.answers) and self.user_tokens > 0
@@ -223,8 +214,8 @@ class PlugConfig:
 
     @property
     def soft_tokens(self) -> int:
-        """All soft tokens of a request, in their order: task, quoted, user."""
-        return self.task_tokens + self.quotes + self.user_tokens
+        """All soft tokens of a request, in their order: task, user."""
+        return self.task_tokens + self.user_tokens
 
     def replace(self, **changes: Any) -> Self:  # noqa: ANN401
         """Return a validated copy with the given fields changed."""
@@ -254,6 +245,13 @@ class PlugConfig:
             raise ConfigError(
                 f"{source} has format version {version}, this persona_plug reads up to {FORMAT_VERSION}; "
                 "upgrade persona_plug"
+            )
+        # Earlier plugs blended the first words of a user's outputs into soft tokens: for free text, beside user tokens.
+        quoted = raw.pop("quote_tokens", 0)
+        if quoted and raw.get("answers") is None and raw.get("user_tokens") != 0:
+            raise ConfigError(
+                f"{source} asks for quoted tokens (quote_tokens={quoted!r}), which are gone: fit the plug again, with "
+                "words=True for users' own words"
             )
         fields = {f.name: f for f in dataclasses.fields(cls)}
         if unknown := sorted(set(raw) - set(fields)):

@@ -125,6 +125,29 @@ def test_an_unknown_key_warns_and_is_left_out():
     assert config == PlugConfig("l", "e")
 
 
+def test_a_plug_that_quoted_is_refused_in_one_line():
+    with pytest.raises(ConfigError, match=r"^here\.json .*quote_tokens=8.* are gone: fit the plug again.*$"):
+        PlugConfig.from_json(altered(quote_tokens=8), "here.json")
+
+
+@pytest.mark.parametrize(
+    "earlier",
+    [{"quote_tokens": 0}, {"quote_tokens": 8, "answers": ["a", "b"]}, {"quote_tokens": 8, "user_tokens": 0}],
+    ids=str,
+)
+def test_an_earlier_plug_that_quoted_nothing_still_opens(earlier):
+    """Labels and plugs without user tokens were never quoted, whatever the field said."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        config = PlugConfig.from_json(altered(**earlier))
+    assert config == PlugConfig("l", "e", **{k: v for k, v in earlier.items() if k != "quote_tokens"})
+
+
+def test_quoted_tokens_are_an_unknown_setting():
+    with pytest.raises(ConfigError, match=r"^unknown setting 'quote_tokens'"):
+        PlugConfig.create("l", "e", quote_tokens=8)
+
+
 @pytest.mark.parametrize("version", [FORMAT_VERSION + 1, 99, "2", 1.5, None])
 def test_a_newer_format_is_refused(version):
     with pytest.raises(ConfigError, match=f"format version {version}.*upgrade"):

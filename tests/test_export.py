@@ -128,11 +128,11 @@ def test_soft_prompts_that_would_be_one_are_refused(make_plug, tmp_path):
 # --- ONNX
 
 PLUGS = {
-    "quotes": {},
+    "free text": {},
     "labels": {"answers": ("red", "green", "blue")},
     "mean": {"recipe": "mean"},
     "paper": {"recipe": "paper"},
-    "encoder-decoder": {"llm": "tiny-t5", "quote_tokens": 0},
+    "encoder-decoder": {"llm": "tiny-t5"},
 }
 
 
@@ -144,8 +144,6 @@ def test_onnx_gives_the_soft_tokens_of_torch(make_plug, requests, tmp_path, name
     for some in (requests, requests[1:2]):  # mixed users, then one of whom nothing is known
         batch = table.batch(some)
         inputs = {"request": batch.request, "keys": batch.keys, "values": batch.values, "mask": batch.mask}
-        if plug.config.quotes:
-            inputs |= {"quotes": batch.quotes, "vocabulary": plug.llm.get_input_embeddings().weight.detach()}
         with torch.no_grad():
             wanted = plug.embed(batch).soft
         torch.testing.assert_close(run(path, **inputs), wanted, atol=export.TOLERANCE, rtol=0)

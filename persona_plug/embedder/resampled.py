@@ -9,7 +9,6 @@ from persona_plug.config import PlugConfig
 from persona_plug.embedder.batch import HistoryBatch, value_dim
 from persona_plug.embedder.resamplers import RESAMPLERS
 from persona_plug.embedder.user_embedder import UserEmbedder
-from persona_plug.errors import ConfigError
 from persona_plug.splice.soft import Soft
 
 
@@ -17,19 +16,11 @@ class ResampledEmbedder(UserEmbedder):
     """UEM and PERSOMA: their soft tokens depend on the history alone, not on the request."""
 
     def build(self, config: PlugConfig) -> None:
-        """See `UserEmbedder.build`.
-
-        Raises:
-            ConfigError: The config quotes, which these architectures cannot.
-        """
-        if config.quotes:
-            raise ConfigError(f"aggregator={config.aggregator!r} quotes nothing: set quote_tokens=0")
+        """See `UserEmbedder.build`."""
         self.resampler = RESAMPLERS[config.aggregator](self._value_width, config)
         self._output(config.projector_hidden, config.llm_width)
 
-    def soft_tokens(
-        self, batch: HistoryBatch, mask: Tensor, vocabulary: Tensor | None = None
-    ) -> tuple[Soft, Tensor | None]:
+    def soft_tokens(self, batch: HistoryBatch, mask: Tensor) -> tuple[Soft, Tensor | None]:
         """Return the task tokens and a history's resampled ones, each row without padding."""
         m, per_item = self.config.task_tokens, self.resampler.per_item
         text = value_dim(self.config)[0]

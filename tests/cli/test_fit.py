@@ -110,7 +110,7 @@ def test_a_wrong_word_suggests_the_right_one(words, suggested):
 @pytest.mark.parametrize(
     ("call", "named"),
     [
-        (lambda plug, data: plug.fit(data, quote_tokens=4), "quote_tokens is a setting of the plug.*PersonaPlug.build"),
+        (lambda plug, data: plug.fit(data, task_tokens=4), "task_tokens is a setting of the plug.*PersonaPlug.build"),
         (lambda plug, data: plug.fit(data, placement="prefix"), "placement is a setting of the plug"),
         (lambda plug, data: plug.fit(data, heldout=0.5), "unknown setting 'heldout', did you mean 'held_out'"),
         (lambda plug, data: plug.fit(data, batchsize=5), "did you mean 'batch_size'"),
