@@ -270,9 +270,9 @@ def test_a_chat_template_that_raises_is_one_line(chat):
 @pytest.mark.parametrize("placement", ["prefix", "suffix"])
 def test_a_prompt_beyond_the_positions_is_refused(chat, placement):
     made = chat(None, limits=Limits(259, 40), placement=placement, max_input_tokens=100)
-    made.parts("a" * 32)
+    made.parts("a" * 31)
     with pytest.raises(DataError, match="has 40; lower max_input_tokens=100"):
-        made.parts("a" * 33)
+        made.parts("a" * 32)
 
 
 def test_a_tokenizer_with_more_tokens_than_embeddings_is_refused(chat):
