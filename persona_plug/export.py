@@ -108,11 +108,12 @@ def export_onnx(plug: PlugModel, out: Path) -> Path:
         out: File to write; it appears only when the graph has passed the check.
 
     Raises:
-        ConfigError: A package is missing, or the plug has no graph of fixed shape.
+        ConfigError: A package is missing, or the plug has a words memory, shows items, or has no graph of fixed shape.
         MismatchError: The graph's soft tokens differ from torch's.
     """
     if missing := [name for name in ONNX_PACKAGES if find_spec(name) is None]:
         raise ConfigError(f"ONNX export needs {', '.join(missing)}: pip install 'persona-plug[onnx]'")
+    check_wordless(plug.config, "an ONNX graph")
     _check_turnless(plug)
     config, embedder = plug.config, plug.embedder
     if not isinstance(embedder, PooledEmbedder) or config.train_request:

@@ -89,12 +89,28 @@ def test_values_that_cannot_work_are_refused_by_name(settings, message):
 
 
 def test_recipes_set_what_they_promise():
-    assert PlugConfig.create("l", "e") == PlugConfig("l", "e")
+    assert PlugConfig.create("l", "e") == PlugConfig("l", "e", words=True)
     assert PlugConfig.create("l", "e", "mean").aggregator == "mean"
     paper = PlugConfig.create("l", "e", "paper")
     assert (paper.aggregator, paper.placement, paper.user_tokens, paper.task_tokens) == ("paper", "prefix", 1, 1)
     assert not any((paper.item_outputs, paper.use_request, paper.use_answer_counts, paper.answer_head))
     assert paper.recipe == "paper"
+
+
+def test_a_default_plug_remembers_words_for_free_text_alone():
+    text = PlugConfig.create("l", "e")
+    assert (text.remembers, text.shared_tokens, text.user_tokens, text.soft_tokens) == (True, 12, 4, 16)
+    labels = text.replace(answers=("a", "b"))
+    assert (labels.remembers, labels.shared_tokens, labels.user_tokens, labels.soft_tokens) == (False, 4, 4, 8)
+    assert PlugConfig.create("l", "e", words=False).soft_tokens == 8
+    for config in (PlugConfig.create("l", "e", task_tokens=3), PlugConfig.create("l", "e", task_tokens=3, words=False)):
+        assert (config.shared_tokens, config.replace(answers=("a", "b")).shared_tokens) == (3, 3)
+
+
+def test_which_recipes_have_a_memory():
+    assert {name for name in RECIPES if PlugConfig.create("l", "e", name).remembers} == {"default", "words"}
+    words = PlugConfig.create("l", "e", "words")
+    assert (words.user_tokens, words.soft_tokens) == (0, 16)
 
 
 def test_explicit_settings_win_over_the_recipe_and_none_does_not():
@@ -169,6 +185,8 @@ def test_what_is_no_config_is_refused(text):
         {"template": 3},
         {"template": None},
         {"user_tokens": [1]},
+        {"task_tokens": "4"},
+        {"task_tokens": True},
         {"answers": 5},
         {"answers": "yes no"},
         {"answers": [1, 2]},

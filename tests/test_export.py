@@ -219,9 +219,17 @@ def test_adapters_are_exported_beside_the_soft_tokens(make_plug, requests, tmp_p
     assert not (tmp_path / "adapter").exists()
 
 
-@pytest.mark.parametrize(
-    "write", [export_onnx, lambda plug, out: export_soft_prompts(plug, [Example("a", "x", "")], out)]
-)
+WRITERS = [export_onnx, lambda plug, out: export_soft_prompts(plug, [Example("a", "x", "")], out)]
+
+
+@pytest.mark.parametrize("write", WRITERS)
+def test_a_words_memory_cannot_be_exported(make_plug, tmp_path, write):
+    with pytest.raises(ConfigError, match=r"cannot read this plug's words memory.*words=False"):
+        write(make_plug(words=True), tmp_path / "out")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("write", WRITERS)
 def test_turns_cannot_be_exported(make_plug, tmp_path, write):
     with pytest.raises(ConfigError, match=r"cannot put users' items into the prompt.*retrieve=3.*retrieve=0"):
         write(make_plug(retrieve=3), tmp_path / "out")

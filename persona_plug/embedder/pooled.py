@@ -24,7 +24,7 @@ class PooledEmbedder(UserEmbedder):
 
     def soft_tokens(self, batch: HistoryBatch, mask: Tensor) -> tuple[Tensor, Tensor | None]:
         """See `UserEmbedder.soft_tokens`."""
-        b, m = batch.request.shape[0], self.config.task_tokens
+        b, m = batch.request.shape[0], self.config.shared_tokens
         directions = self.tokens.unsqueeze(0).expand(b, -1, -1)
         offset, weights = self._user_offset(batch, mask)
         user = directions[:, m:] + offset.view(b, self.config.user_tokens, -1)

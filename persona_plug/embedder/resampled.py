@@ -22,7 +22,7 @@ class ResampledEmbedder(UserEmbedder):
 
     def soft_tokens(self, batch: HistoryBatch, mask: Tensor) -> tuple[Soft, Tensor | None]:
         """Return the task tokens and a history's resampled ones, each row without padding."""
-        m, per_item = self.config.task_tokens, self.resampler.per_item
+        m, per_item = self.config.shared_tokens, self.resampler.per_item
         text = value_dim(self.config)[0]
         values = batch.values if self.config.use_answer_counts else batch.values[..., :text]
         values = torch.cat([values[..., :text] * self.config.encoder_dim**0.5, values[..., text:]], -1)
@@ -38,4 +38,4 @@ class ResampledEmbedder(UserEmbedder):
         """See `Embedder.soft_count`."""
         if not self.resampler.per_item:
             return super().soft_count(items)
-        return self.config.task_tokens + 1 + min(items, self.config.max_history)
+        return self.config.shared_tokens + 1 + min(items, self.config.max_history)

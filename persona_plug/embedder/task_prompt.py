@@ -42,7 +42,7 @@ class TaskPrompt(Embedder):
         self.tokens = nn.Parameter(nn.functional.normalize(start, dim=-1))
         gain = torch.full((total,), config.fixed_scale or embedding_norm)
         if config.fixed_scale:
-            gain[: config.task_tokens] /= 7
+            gain[: config.shared_tokens] /= 7
         self.log_gain = nn.Parameter(gain.log(), requires_grad=not config.fixed_scale)
 
     def forward(self, batch: HistoryBatch) -> Embedded:
