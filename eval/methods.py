@@ -102,7 +102,6 @@ METHODS: dict[str, Method] = {
     "lora_user": Method("lora", user_adapter=True),
     "plug_lora": Method("plug_lora"),
     "words": Method("words"),
-    "words_user": Method("words_user"),
     "words_lora": Method("words_lora"),
     "words_lora_turns": Method("words_lora_turns"),
     PRIOR: Method(llm=False),

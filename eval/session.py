@@ -136,8 +136,9 @@ class Session:
         return Answers(metrics, [texts[i] for i in sorted(texts)], table)
 
     def _write(self, plug: PlugModel, examples: Sequence[Example], personal: bool) -> list[str]:
-        """Write answers by the generator of the settings; what is trained inside the LLM only transformers can run."""
+        """Write answers by the generator of the settings, which has neither trained parts in the LLM nor memories."""
         plain = plug.llm is self.base.llm and not plug.splicer.prefix_length
+        plain = plain and not (personal and plug.config.remembers)
         if self.settings.generator == "vllm" and plain:
             if self._vllm is None:
                 from persona_plug.serving.offline import VllmOffline

@@ -16,16 +16,17 @@ from persona_plug.errors import ConfigError, CorruptFileError, nearest, unknown_
 
 FORMAT_VERSION = 3
 CONFIG_NAME = "config.json"
+TASK_TOKENS, BESIDE_WORDS = 4, 12  # task tokens by default, and beside a words memory
 SMOOTHING = 1.0  # pseudo-counts over all answers in a user's label frequencies
 
 PLACEMENTS = ("suffix", "prefix")
 AGGREGATORS = ("attention", "mean", "paper", "uem", "persoma_mlp", "persoma_transformer", "persoma_perceiver")
 
-_ALONE = {"quote_tokens": 0, "use_request": False, "answer_head": False}
+_ALONE = {"use_request": False, "answer_head": False}
 # A recipe is a named set of choices; explicit keyword arguments of PlugConfig.create win over it.
 RECIPES: dict[str, dict[str, Any]] = {
-    "default": {},
-    "mean": {"aggregator": "mean", "quote_tokens": 0},
+    "default": {"words": True},
+    "mean": {"aggregator": "mean"},
     # PPlug as published: eq. 3-5, one user token and one instruction token in front of the input, the label
     # not part of an item, no other input to the projector than the pooled history.
     "paper": {
@@ -33,19 +34,18 @@ RECIPES: dict[str, dict[str, Any]] = {
         "placement": "prefix",
         "user_tokens": 1,
         "task_tokens": 1,
-        "quote_tokens": 0,
         "item_outputs": False,
         "use_request": False,
         "use_answer_counts": False,
         "answer_head": False,
     },
-    # The neighbours of PPlug, on the frozen LLM. They read the history alone: no request, no answer head, no quotes.
+    # The neighbours of PPlug, on the frozen LLM. They read the history alone: no request, no answer head.
     "uem": {**_ALONE, "aggregator": "uem", "max_history": 50},
     "persoma": {**_ALONE, "aggregator": "persoma_perceiver"},
     "persoma_mlp": {**_ALONE, "aggregator": "persoma_mlp"},
     "persoma_transformer": {**_ALONE, "aggregator": "persoma_transformer"},
-    # Task tokens that know no user, and for free text the user's own words beside them.
-    "words": {"words": True, "quote_tokens": 0, "user_tokens": 0, "task_tokens": 16},
+    # Task tokens that know no user: for free text the words memory alone does.
+    "words": {"words": True, "user_tokens": 0, "task_tokens": 16},
 }
 
 
@@ -74,9 +74,7 @@ class PlugConfig:
         heads: Attention heads of the default aggregator; head 0 starts as the plain mean.
         key_dim: Width of the learned request and key views.
         user_tokens: k, soft tokens that depend on the user (`uem` has one per item instead, and one more).
-        task_tokens: m, soft tokens shared by all users.
-        quote_tokens: T, for free text: soft tokens made of the LLM's own embeddings of the first T tokens of the
-            user's outputs, position by position, weighted towards the items closest to the request.
+        task_tokens: m, soft tokens shared by all users; by default 4, and 12 beside a words memory.
         projector_hidden: Width of the projector's hidden layer.
         fixed_scale: Length of every user token, and seven times that of a task token, in place of learned gains; 0 for
             these. PPlug's released code multiplies so, by 539.9738 for FlanT5-XXL, which its paper does not mention;
@@ -116,8 +114,7 @@ class PlugConfig:
     heads: int = 2
     key_dim: int = 64
     user_tokens: int = 4
-    task_tokens: int = 4
-    quote_tokens: int = 8
+    task_tokens: int | None = None
     projector_hidden: int = 256
     fixed_scale: float = 0.0
     item_outputs: bool = True
@@ -145,6 +142,8 @@ class PlugConfig:
             value = getattr(self, name)
             if type(value) is not kind:
                 raise ConfigError(f"{name}={value!r} must be of type {kind.__name__}")
+        if self.task_tokens is not None and type(self.task_tokens) is not int:
+            raise ConfigError(f"task_tokens={self.task_tokens!r} must be of type int")
         _one_of("placement", self.placement, PLACEMENTS)
         _one_of("aggregator", self.aggregator, AGGREGATORS)
         _one_of("recipe", self.recipe, tuple(RECIPES))
@@ -160,12 +159,12 @@ class PlugConfig:
             if int(getattr(self, name)) < 1:
                 raise ConfigError(f"{name}={getattr(self, name)!r} must be at least 1")
         widths = ("llm_width", "encoder_dim", "prompt_width")
-        for name in ("user_tokens", "task_tokens", "quote_tokens", "lora", "retrieve", *widths):
-            if int(getattr(self, name)) < 0:
+        for name in ("user_tokens", "task_tokens", "lora", "retrieve", *widths):
+            if int(getattr(self, name) or 0) < 0:
                 raise ConfigError(f"{name}={getattr(self, name)!r} must not be negative")
         if not 0 <= self.fixed_scale < float("inf"):
             raise ConfigError(f"fixed_scale={self.fixed_scale!r} must be 0 or a positive number")
-        if not (self.user_tokens or self.task_tokens or self.lora or self.retrieve):
+        if not (self.soft_tokens or self.lora or self.retrieve):
             raise ConfigError("user_tokens and task_tokens are both 0: a plug needs a soft token, or lora or retrieve")
         if self.train_request and self.answer_head:
             raise ConfigError("train_request=True needs answer_head=False: the head is fitted to frozen vectors")
@@ -202,11 +201,6 @@ class PlugConfig:
         return cls(**{"llm": llm, "encoder": encoder, "recipe": recipe, **RECIPES[recipe], **changes})
 
     @property
-    def quotes(self) -> int:
-        """Quoted positions of this plug: none for labels, whose scores read the user's answers directly."""
-        return self.quote_tokens if self.answers is None and self.user_tokens else 0
-
-    @property
     def judges(self) -> bool:
         """Whether this plug has an answers head: for labels alone, and where soft tokens know the user."""
         return self.answer_head and bool(self.answers) and self.user_tokens > 0
@@ -222,9 +216,14 @@ class PlugConfig:
         return self.user_tokens > 0 or (self.answer_head and self.answers is not None)
 
     @property
+    def shared_tokens(self) -> int:
+        """m, the task tokens that this plug has."""
+        return (BESIDE_WORDS if self.remembers else TASK_TOKENS) if self.task_tokens is None else self.task_tokens
+
+    @property
     def soft_tokens(self) -> int:
-        """All soft tokens of a request, in their order: task, quoted, user."""
-        return self.task_tokens + self.quotes + self.user_tokens
+        """All soft tokens of a request, in their order: task, user."""
+        return self.shared_tokens + self.user_tokens
 
     def replace(self, **changes: Any) -> Self:  # noqa: ANN401
         """Return a validated copy with the given fields changed."""
@@ -254,6 +253,13 @@ class PlugConfig:
             raise ConfigError(
                 f"{source} has format version {version}, this persona_plug reads up to {FORMAT_VERSION}; "
                 "upgrade persona_plug"
+            )
+        # Earlier plugs blended the first words of a user's outputs into soft tokens: for free text, beside user tokens.
+        quoted = raw.pop("quote_tokens", 0)
+        if quoted and raw.get("answers") is None and raw.get("user_tokens") != 0:
+            raise ConfigError(
+                f"{source} asks for quoted tokens (quote_tokens={quoted!r}), which are gone: fit the plug again, with "
+                "words=True for users' own words"
             )
         fields = {f.name: f for f in dataclasses.fields(cls)}
         if unknown := sorted(set(raw) - set(fields)):

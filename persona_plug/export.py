@@ -59,7 +59,7 @@ def export_soft_prompts(plug: PlugModel, requests: Sequence[Example], out: Path,
     """Write the soft tokens of requests to a safetensors file and return its path.
 
     A key is `user/request`, both percent-encoded; the request is the example's id, or its number in the list. Each
-    tensor is (m + T + k, H) float32 (`uem`: a length of its own). LoRA adapters go into the folder `adapter` beside the
+    tensor is (m + k, H) float32 (`uem`: a length of its own). LoRA adapters go into the folder `adapter` beside the
     file. The metadata says which LLM, encoder, adapters and plug the soft tokens belong to and where they go: `layout`
     names the pieces of a prompt in order, and `before` and `after` are the ids of the chat template around it. The file
     holds no text, but soft tokens are personal and user ids are in the keys.
@@ -100,20 +100,20 @@ def export_onnx(plug: PlugModel, out: Path) -> Path:
     """Write the embedder as an ONNX graph, checked against torch, and return its path.
 
     Inputs, float32 unless said otherwise: `request` (B, d), `keys` (B, n, d), `values` (B, n, v), `mask` (B, n) bool
-    (see `HistoryBatch`); for a plug that quotes also `quotes` (B, n, T) int64, and `vocabulary` (V, H), the LLM's input
-    embeddings as they are stored, which the engine has anyway. Output: `soft` (B, m + T + k, H). B and n are free; an
-    empty history is one item whose mask is False. The plug's config is in the file's metadata.
+    (see `HistoryBatch`). Output: `soft` (B, m + k, H). B and n are free; an empty history is one item whose mask is
+    False. The plug's config is in the file's metadata.
 
     Args:
         plug: The plug.
         out: File to write; it appears only when the graph has passed the check.
 
     Raises:
-        ConfigError: A package is missing, or the plug has no graph of fixed shape.
+        ConfigError: A package is missing, or the plug has a words memory, shows items, or has no graph of fixed shape.
         MismatchError: The graph's soft tokens differ from torch's.
     """
     if missing := [name for name in ONNX_PACKAGES if find_spec(name) is None]:
         raise ConfigError(f"ONNX export needs {', '.join(missing)}: pip install 'persona-plug[onnx]'")
+    check_wordless(plug.config, "an ONNX graph")
     _check_turnless(plug)
     config, embedder = plug.config, plug.embedder
     if not isinstance(embedder, PooledEmbedder) or config.train_request:
@@ -121,12 +121,11 @@ def export_onnx(plug: PlugModel, out: Path) -> Path:
         what = "train_request=True" if config.train_request else what
         raise ConfigError(f"a plug with {what} has no ONNX graph; export soft prompts of its requests instead")
     graph = _Graph(copy.deepcopy(embedder).float().cpu()).eval()
-    vocabulary = plug.llm.get_input_embeddings().weight.detach().float().cpu() if config.quotes else None
-    model = _to_onnx(graph, _random_inputs(graph, 2, 5, vocabulary))
+    model = _to_onnx(graph, _random_inputs(graph, 2, 5))
     for key, value in _identity(plug).items():
         model.metadata_props.add(key=key, value=value)
     content = model.SerializeToString()
-    _check(graph, content, vocabulary)
+    _check(graph, content)
     write_atomically(out, content)
     _write_adapter(plug, out)
     return out
@@ -153,23 +152,15 @@ class _Graph(nn.Module):
         super().__init__()
         self.embedder = embedder
 
-    def forward(
-        self,
-        request: Tensor,
-        keys: Tensor,
-        values: Tensor,
-        mask: Tensor,
-        quotes: Tensor | None = None,
-        vocabulary: Tensor | None = None,
-    ) -> Tensor:
-        return self.embedder.soft_tokens(HistoryBatch(request, keys, values, mask, quotes), mask, vocabulary)[0]
+    def forward(self, request: Tensor, keys: Tensor, values: Tensor, mask: Tensor) -> Tensor:
+        return self.embedder.soft_tokens(HistoryBatch(request, keys, values, mask), mask)[0]
 
 
 def _to_onnx(graph: _Graph, example: dict[str, Tensor]) -> Any:  # noqa: ANN401
     """Return the graph as an ONNX model with free B and n."""
     batch, items = torch.export.Dim("batch"), torch.export.Dim("items")
     free: dict[str, Any] = {name: {0: batch, 1: items} for name in example}
-    free |= {"request": {0: batch}} | ({"vocabulary": None} if "vocabulary" in example else {})
+    free["request"] = {0: batch}
     # The exporter warns of packages that this graph does not need.
     logging.getLogger("torch.onnx._internal.exporter._registration").setLevel(logging.ERROR)
     with warnings.catch_warnings():
@@ -180,9 +171,7 @@ def _to_onnx(graph: _Graph, example: dict[str, Tensor]) -> Any:  # noqa: ANN401
     return program.model_proto
 
 
-def _random_inputs(
-    graph: _Graph, b: int, n: int, vocabulary: Tensor | None, noise: torch.Generator | None = None
-) -> dict[str, Tensor]:
+def _random_inputs(graph: _Graph, b: int, n: int, noise: torch.Generator | None = None) -> dict[str, Tensor]:
     """Return a batch of unit vectors as an encoder gives them; the first row's history is empty."""
     config = graph.embedder.config
     noise = noise or torch.Generator().manual_seed(0)
@@ -197,24 +186,19 @@ def _random_inputs(
         parts.append(nn.functional.one_hot(drawn, answers).float())
     mask = torch.rand(b, n, generator=noise) < 0.7
     mask[0] = False
-    inputs = {"request": units(b), "keys": units(b, n), "values": torch.cat(parts, -1), "mask": mask}
-    if vocabulary is not None:
-        inputs["quotes"] = torch.randint(-1, len(vocabulary), (b, n, config.quotes), generator=noise)
-        inputs["vocabulary"] = vocabulary
-    return inputs
+    return {"request": units(b), "keys": units(b, n), "values": torch.cat(parts, -1), "mask": mask}
 
 
 @torch.no_grad()
-def _check(graph: _Graph, content: bytes, vocabulary: Tensor | None) -> None:
+def _check(graph: _Graph, content: bytes) -> None:
     """Compare the graph with the embedder itself on random batches."""
     import onnxruntime
 
     session = onnxruntime.InferenceSession(content, providers=["CPUExecutionProvider"])
     noise = torch.Generator().manual_seed(1)
     for b, n in CHECKED:
-        inputs = _random_inputs(graph, b, n, vocabulary, noise)
-        batch = HistoryBatch(**{name: tensor for name, tensor in inputs.items() if name != "vocabulary"})
-        expected = graph.embedder(batch, inputs.get("vocabulary")).soft
+        inputs = _random_inputs(graph, b, n, noise)
+        expected = graph.embedder(HistoryBatch(**inputs)).soft
         (soft,) = session.run(None, {name: tensor.numpy() for name, tensor in inputs.items()})
         difference = float((torch.from_numpy(soft) - expected).abs().max())
         if not difference <= TOLERANCE:  # NaN is a mismatch too

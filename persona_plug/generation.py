@@ -39,7 +39,6 @@ class Generation:
         input_tokens_cut: Tokens of the request that did not fit `max_input_tokens`.
         items_dropped: History items beyond `max_history`.
         prompt_tokens: Positions of the LLM's input, soft tokens included.
-        items_unquoted: Items out of a store without texts, which a plug that quotes could not quote.
         marks: (start, end) characters of the text that the user's words memory brought: it gave more than half of
             these tokens' probability, slots that are filled from the request included.
     """
@@ -49,7 +48,6 @@ class Generation:
     input_tokens_cut: int
     items_dropped: int
     prompt_tokens: int
-    items_unquoted: int = 0
     marks: Sequence[Span] = ()
 
 
@@ -265,10 +263,9 @@ def _details(
     weights: Tensor | None,
 ) -> Generation:
     used: Sequence[HistoryItem] = example.history[-config.max_history :]
-    total, unquoted = len(example.history), 0
+    total = len(example.history)
     if isinstance(example, StoredExample):
         used, total = example.stored.items, example.stored.total
-        unquoted = len(used) if config.quotes and example.stored.texts is None else 0
     pairs = [] if weights is None else list(zip(used, weights[: len(used)].tolist(), strict=True))
     pairs.sort(key=lambda pair: -pair[1])
-    return Generation(text, pairs, cut, total - len(used), tokens, unquoted, marks)
+    return Generation(text, pairs, cut, total - len(used), tokens, marks)

@@ -36,7 +36,6 @@ from persona_plug.store.batches import StoredExample, StoredTable
 if TYPE_CHECKING:
     from persona_plug.store.history_store import HistoryStore
 
-QUOTE_LEAD = '\nA similar one: "'  # where the task tokens in front of quoted ones start
 STATE_BUDGET = 4 << 30  # bytes of frozen states cached across epochs
 
 
@@ -85,9 +84,6 @@ class PlugModel(nn.Module):
         self.config = config = config.replace(prompt_digest=self.prompter.digest)
         end_with(self.llm, self.prompter.eos)
         start = sample_embeddings(self.llm, config.soft_tokens, self.seed)
-        if config.quotes:
-            lead = self.prompter.ids(QUOTE_LEAD)[-config.task_tokens :] if config.task_tokens else []
-            start[config.task_tokens - len(lead) : config.task_tokens] = self.splicer.embed(lead).float().cpu()
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(self.seed)
             reader = RequestEncoder(self.encoder) if config.train_request and config.user_tokens else None
@@ -211,13 +207,12 @@ class PlugModel(nn.Module):
         """Return what the embedder makes of a batch; for None no soft tokens in any of the rows: the plain LLM."""
         if history is None:
             return Embedded(torch.zeros(rows, 0, self.config.llm_width, device=self.llm.device), None)
-        vocabulary = self.llm.get_input_embeddings().weight if self.config.quotes else None
-        return embed_by_strength(self.embedder, history.to(self.llm.device), vocabulary)
+        return embed_by_strength(self.embedder, history.to(self.llm.device))
 
     def table(self, examples: Sequence[Example]) -> VectorTable | StoredTable:
         """Return what makes batches: all texts are encoded once, histories out of a store not at all."""
         kind = StoredTable if any(isinstance(e, StoredExample) for e in examples) else VectorTable
-        return kind(self.encoder, examples, self.config, self.prompter.ids_of_many)
+        return kind(self.encoder, examples, self.config)
 
     @torch.no_grad()
     def soft_prompt(
@@ -228,7 +223,7 @@ class PlugModel(nn.Module):
         user: str | None = None,
         store: HistoryStore | None = None,
     ) -> Tensor:
-        """Return the soft tokens of one request, a dense finite float32 tensor (m + T + k, H) on the CPU."""
+        """Return the soft tokens of one request, a dense finite float32 tensor (m + k, H) on the CPU."""
         batches = self._batches(pair(self.config, input, history, user, store), True, 1)
         return self.embed(next(batches)[1]).soft[0].float().cpu()
 

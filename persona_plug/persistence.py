@@ -308,7 +308,7 @@ def model_card(config: PlugConfig, parts: Mapping[str, nn.Module], report: Repor
         "",
         "# A plug for a frozen language model",
         "",
-        f"{config.user_tokens} user and {config.task_tokens} task soft tokens ({count:,} trained parameters) for the "
+        f"{config.user_tokens} user and {config.shared_tokens} task soft tokens ({count:,} trained parameters) for the "
         f"frozen LLM `{config.llm}` (fingerprint `{config.llm_fingerprint}`), from histories encoded by "
         f"`{config.encoder}` (`{config.encoder_fingerprint}`).",
         "",

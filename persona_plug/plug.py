@@ -53,7 +53,8 @@ class PersonaPlug(PlugModel):
         Args:
             llm: Short name (`persona-plug models list`), folder or Hub id.
             encoder: The same for the sentence encoder, or a `HistoryEncoder`.
-            recipe: `default`, `mean`, or `paper` (PPlug as published).
+            recipe: `default` (for free text with a memory of users' own words), `words` (that memory beside task tokens
+                alone), `mean`, `paper` (PPlug as published), or another of `persona_plug.config.RECIPES`.
             quantization: `int8` or `nf4` for the LLM's matrices.
             dtype: Dtype of the LLM.
             device: Device of LLM and encoder.

@@ -153,6 +153,8 @@ def perturb():
 def make_plug(load_parts, encoder, perturb):
     """`make_plug(llm="tiny-llama", **settings)` joins loaded parts to an untrained plug; `differ=True` perturbs it.
 
+    It has no words memory without `words=True` or `recipe="words"`.
+
     `encoder` and `seed` may be given too. LLM and encoder are shared by all plugs; the embedder and the cache of
     frozen states are a plug's own.
     """
@@ -165,6 +167,7 @@ def make_plug(load_parts, encoder, perturb):
         model, tokenizer = load_parts(llm)
         used = encoder or shared
         small = {"key_dim": 16, "projector_hidden": 32, "max_input_tokens": 64, "max_answer_tokens": 16}
+        small["words"] = recipe == "words"  # fitting a memory takes seconds
         config = PlugConfig.create(llm, used.name, recipe, **{**small, **settings})
         plug = PersonaPlug.join(config, model, tokenizer, used, seed=seed)
         return perturb(plug) if differ else plug

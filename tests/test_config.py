@@ -89,12 +89,28 @@ def test_values_that_cannot_work_are_refused_by_name(settings, message):
 
 
 def test_recipes_set_what_they_promise():
-    assert PlugConfig.create("l", "e") == PlugConfig("l", "e")
+    assert PlugConfig.create("l", "e") == PlugConfig("l", "e", words=True)
     assert PlugConfig.create("l", "e", "mean").aggregator == "mean"
     paper = PlugConfig.create("l", "e", "paper")
     assert (paper.aggregator, paper.placement, paper.user_tokens, paper.task_tokens) == ("paper", "prefix", 1, 1)
     assert not any((paper.item_outputs, paper.use_request, paper.use_answer_counts, paper.answer_head))
     assert paper.recipe == "paper"
+
+
+def test_a_default_plug_remembers_words_for_free_text_alone():
+    text = PlugConfig.create("l", "e")
+    assert (text.remembers, text.shared_tokens, text.user_tokens, text.soft_tokens) == (True, 12, 4, 16)
+    labels = text.replace(answers=("a", "b"))
+    assert (labels.remembers, labels.shared_tokens, labels.user_tokens, labels.soft_tokens) == (False, 4, 4, 8)
+    assert PlugConfig.create("l", "e", words=False).soft_tokens == 8
+    for config in (PlugConfig.create("l", "e", task_tokens=3), PlugConfig.create("l", "e", task_tokens=3, words=False)):
+        assert (config.shared_tokens, config.replace(answers=("a", "b")).shared_tokens) == (3, 3)
+
+
+def test_which_recipes_have_a_memory():
+    assert {name for name in RECIPES if PlugConfig.create("l", "e", name).remembers} == {"default", "words"}
+    words = PlugConfig.create("l", "e", "words")
+    assert (words.user_tokens, words.soft_tokens) == (0, 16)
 
 
 def test_explicit_settings_win_over_the_recipe_and_none_does_not():
@@ -125,6 +141,29 @@ def test_an_unknown_key_warns_and_is_left_out():
     assert config == PlugConfig("l", "e")
 
 
+def test_a_plug_that_quoted_is_refused_in_one_line():
+    with pytest.raises(ConfigError, match=r"^here\.json .*quote_tokens=8.* are gone: fit the plug again.*$"):
+        PlugConfig.from_json(altered(quote_tokens=8), "here.json")
+
+
+@pytest.mark.parametrize(
+    "earlier",
+    [{"quote_tokens": 0}, {"quote_tokens": 8, "answers": ["a", "b"]}, {"quote_tokens": 8, "user_tokens": 0}],
+    ids=str,
+)
+def test_an_earlier_plug_that_quoted_nothing_still_opens(earlier):
+    """Labels and plugs without user tokens were never quoted, whatever the field said."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        config = PlugConfig.from_json(altered(**earlier))
+    assert config == PlugConfig("l", "e", **{k: v for k, v in earlier.items() if k != "quote_tokens"})
+
+
+def test_quoted_tokens_are_an_unknown_setting():
+    with pytest.raises(ConfigError, match=r"^unknown setting 'quote_tokens'"):
+        PlugConfig.create("l", "e", quote_tokens=8)
+
+
 @pytest.mark.parametrize("version", [FORMAT_VERSION + 1, 99, "2", 1.5, None])
 def test_a_newer_format_is_refused(version):
     with pytest.raises(ConfigError, match=f"format version {version}.*upgrade"):
@@ -146,6 +185,8 @@ def test_what_is_no_config_is_refused(text):
         {"template": 3},
         {"template": None},
         {"user_tokens": [1]},
+        {"task_tokens": "4"},
+        {"task_tokens": True},
         {"answers": 5},
         {"answers": "yes no"},
         {"answers": [1, 2]},

@@ -24,7 +24,7 @@ def test_a_batch_goes_to_a_device_whole(make_plug, answers):
     tensors = [getattr(part, f.name) for part in (batch, batch.history) for f in dataclasses.fields(part)]
     devices = {t.device.type for t in tensors if isinstance(t, torch.Tensor)}
     assert devices == {"meta"}
-    assert sum(isinstance(t, torch.Tensor) for t in tensors) == 7  # folds or quotes are one of them
+    assert sum(isinstance(t, torch.Tensor) for t in tensors) == (7 if answers else 6)  # labels have folds
 
 
 def test_a_batch_holds_the_samples_that_were_asked_for(make_plug):

@@ -128,11 +128,11 @@ def test_soft_prompts_that_would_be_one_are_refused(make_plug, tmp_path):
 # --- ONNX
 
 PLUGS = {
-    "quotes": {},
+    "free text": {},
     "labels": {"answers": ("red", "green", "blue")},
     "mean": {"recipe": "mean"},
     "paper": {"recipe": "paper"},
-    "encoder-decoder": {"llm": "tiny-t5", "quote_tokens": 0},
+    "encoder-decoder": {"llm": "tiny-t5"},
 }
 
 
@@ -144,8 +144,6 @@ def test_onnx_gives_the_soft_tokens_of_torch(make_plug, requests, tmp_path, name
     for some in (requests, requests[1:2]):  # mixed users, then one of whom nothing is known
         batch = table.batch(some)
         inputs = {"request": batch.request, "keys": batch.keys, "values": batch.values, "mask": batch.mask}
-        if plug.config.quotes:
-            inputs |= {"quotes": batch.quotes, "vocabulary": plug.llm.get_input_embeddings().weight.detach()}
         with torch.no_grad():
             wanted = plug.embed(batch).soft
         torch.testing.assert_close(run(path, **inputs), wanted, atol=export.TOLERANCE, rtol=0)
@@ -221,9 +219,17 @@ def test_adapters_are_exported_beside_the_soft_tokens(make_plug, requests, tmp_p
     assert not (tmp_path / "adapter").exists()
 
 
-@pytest.mark.parametrize(
-    "write", [export_onnx, lambda plug, out: export_soft_prompts(plug, [Example("a", "x", "")], out)]
-)
+WRITERS = [export_onnx, lambda plug, out: export_soft_prompts(plug, [Example("a", "x", "")], out)]
+
+
+@pytest.mark.parametrize("write", WRITERS)
+def test_a_words_memory_cannot_be_exported(make_plug, tmp_path, write):
+    with pytest.raises(ConfigError, match=r"cannot read this plug's words memory.*words=False"):
+        write(make_plug(words=True), tmp_path / "out")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("write", WRITERS)
 def test_turns_cannot_be_exported(make_plug, tmp_path, write):
     with pytest.raises(ConfigError, match=r"cannot put users' items into the prompt.*retrieve=3.*retrieve=0"):
         write(make_plug(retrieve=3), tmp_path / "out")

@@ -69,6 +69,17 @@ def edit_config(folder, **changes):
     path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
 
 
+def test_a_plug_with_quoted_tokens_is_refused_before_a_model_is_loaded(make_plug, tmp_path, monkeypatch):
+    """Earlier plugs had the field; one that used none of them opens, without a word."""
+    folder = make_plug(words=False).save_pretrained(tmp_path)
+    edit_config(folder, quote_tokens=0)
+    assert PersonaPlug.from_pretrained(folder, device="cpu").config.answers is None
+    edit_config(folder, quote_tokens=8)
+    monkeypatch.setattr("persona_plug.plug.load_llm", lambda *_, **__: pytest.fail("loaded the LLM"))
+    with pytest.raises(ConfigError, match=r"^.*config\.json .*quote_tokens=8.* are gone: fit the plug again.*$"):
+        PersonaPlug.from_pretrained(folder, device="cpu")
+
+
 # What you save is what you load
 
 

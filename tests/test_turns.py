@@ -124,7 +124,7 @@ def test_what_is_saved_is_what_is_loaded(plug, people, tmp_path):
 
 
 def test_a_plug_of_turns_alone_has_no_soft_tokens(make_plug, people):
-    plug = make_plug(retrieve=2, user_tokens=0, task_tokens=0, quote_tokens=0)
+    plug = make_plug(retrieve=2, user_tokens=0, task_tokens=0)
     assert plug.soft_prompt("x", people.ann).shape[0] == 0
     assert not list(plug.parameters())
     text = plug.generate("rate this", people.ann, max_new_tokens=6)

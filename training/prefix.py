@@ -42,7 +42,7 @@ def with_prefix(plug: PersonaPlug) -> PersonaPlug:
             f"LLMs of family {family} take no trained keys and values; leave prefix_tuning out of methods"
         )
     count = plug.config.soft_tokens
-    config = plug.config.replace(user_tokens=0, task_tokens=1, quote_tokens=0)
+    config = plug.config.replace(user_tokens=0, task_tokens=1, words=False)
     words = plug.prompter.ids(plug.config.template.replace("{input}", " "))
     draw = torch.Generator().manual_seed(plug.seed)
     shift = int(torch.randint(len(words), (1,), generator=draw))  # seeds start at different words

@@ -45,11 +45,13 @@ class Recipe:
     prefix: bool = False
 
 
-LORA_ALONE = {"user_tokens": 0, "task_tokens": 0, "answer_head": False, "lora": RANK}
+LORA_ALONE = {"user_tokens": 0, "task_tokens": 0, "words": False, "answer_head": False, "lora": RANK}
+WORDS = {"recipe": "words", "words": True}
+TASK_PROMPT = {"user_tokens": 0, "task_tokens": "all", "words": False}
 TURNS = 2  # items as chat turns in the prompts of a training
 RECIPES: dict[str, Recipe] = {
-    "task_prompt": Recipe({"user_tokens": 0, "task_tokens": "all"}),
-    "prefix_tuning": Recipe(prefix=True),
+    "task_prompt": Recipe(TASK_PROMPT),
+    "prefix_tuning": Recipe(TASK_PROMPT, prefix=True),
     "plug": Recipe(),
     "plug_mean": Recipe({"recipe": "mean"}),
     "plug_paper": Recipe({"recipe": "paper"}),
@@ -62,10 +64,9 @@ RECIPES: dict[str, Recipe] = {
     "lora": Recipe(LORA_ALONE),
     "plug_lora": Recipe({"lora": RANK}),
     "lora_turns": Recipe({**LORA_ALONE, "retrieve": TURNS}),
-    "words": Recipe({"recipe": "words"}),
-    "words_user": Recipe({"recipe": "words", "user_tokens": 8, "task_tokens": 8}),
-    "words_lora": Recipe({"recipe": "words", "lora": RANK}),
-    "words_lora_turns": Recipe({"recipe": "words", "lora": RANK, "retrieve": TURNS}),
+    "words": Recipe(WORDS),
+    "words_lora": Recipe({**WORDS, "lora": RANK}),
+    "words_lora_turns": Recipe({**WORDS, "lora": RANK, "retrieve": TURNS}),
 }
 
 

@@ -98,7 +98,9 @@ def first_token(plug: PersonaPlug, engine: VllmOffline, texts: Texts, settings: 
 def main(arguments: Sequence[str]) -> None:
     """Measure both and show a table."""
     settings = load(arguments, ServingSettings)
-    plug = PersonaPlug.build(settings.llm, settings.encoder, max_input_tokens=settings.max_model_len)
+    plug = PersonaPlug.build(
+        settings.llm, settings.encoder, words=False, task_tokens=12, max_input_tokens=settings.max_model_len
+    )
     texts = Texts(plug)
     options: dict[str, Any] = {"dtype": settings.dtype, "max_model_len": settings.max_model_len, "enforce_eager": True}
     with VllmOffline(settings.llm, **options) as engine:

@@ -39,7 +39,10 @@ def fit(
     llm: Llm = "smollm2-135m",
     encoder: Encoder = "minilm-l6",
     recipe: Annotated[
-        str, typer.Option(help="default, words (free text: reads users' own words), mean, paper, or another.")
+        str,
+        typer.Option(
+            help="default, words (free text: no user tokens beside users' own words), mean, paper, or another."
+        ),
     ] = "default",
     adapt: Annotated[str, typer.Option(help="train, or none: the items of --retrieve alone.")] = "train",
     start: Annotated[str | None, typer.Option(help="Saved plug whose weights are trained further.")] = None,
@@ -99,7 +102,7 @@ def fit(
     folder.mkdir(parents=True, exist_ok=True)  # where that cannot be, no model is loaded
     plug = PersonaPlug.build(
         llm, encoder, recipe=recipe, quantization=kind, dtype=dtype, device=device, seed=seed,
-        state_budget=int(state_gigabytes * 2**30), **plug_settings(settings),
+        answers=made.answers, state_budget=int(state_gigabytes * 2**30), **plug_settings(settings),
     )  # fmt: skip
     tell(f"device: {plug.llm.device}, LLM {llm} in {str(plug.llm.dtype).removeprefix('torch.')}, encoder {encoder}")
     with tell_stopped(f"the same command with --resume goes on from the newest checkpoint in {folder}"):

@@ -134,7 +134,7 @@ def generate(
            "items_dropped": result.items_dropped, "prompt_tokens": result.prompt_tokens}  # fmt: skip
     if store is not None:  # without texts the ids alone tell items apart
         weights = [{**w, "id": i.id} for w, (i, _) in zip(weights, result.weights, strict=True)]
-        row |= {"weights": weights, "items_unquoted": result.items_unquoted}
+        row["weights"] = weights
     if as_json:
         say(json.dumps(row))
         return

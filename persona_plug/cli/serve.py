@@ -182,19 +182,17 @@ def _check_texts(folder: str, url: str, keep_text: bool | None) -> None:
     from persona_plug.store.history_store import HistoryStore
 
     config = PlugConfig.load(local_folder(folder))
-    if not (config.quotes or config.remembers or config.retrieve):
+    if not (config.remembers or config.retrieve):
         return
     try:
         with HistoryStore(url, wait=STORE_SECONDS) as opened:
             name, keeps = opened.name, opened.keep_text
     except DataError:  # there is no store yet: it is made as asked
         name, keeps = "the new store", bool(keep_text)
-    if keeps or (keep_text is False and not (config.remembers or config.retrieve)):  # without, on purpose
+    if keeps:
         return
-    what, cure = "quotes users' own words", "answer without them by --no-keep-text"
-    if config.remembers:
-        what, cure = "reads users' own words", "fit a plug with words=False"
-    elif config.retrieve:
+    what, cure = "reads users' own words", "fit a plug with words=False"
+    if not config.remembers:
         what, cure = "puts users' items into the prompt", "fit a plug with retrieve=0"
     raise ConfigError(f"{name} keeps no texts, and this plug {what}: make the store with --keep-text, or {cure}")
 

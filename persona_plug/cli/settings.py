@@ -17,7 +17,7 @@ from persona_plug.fit.config import FitConfig
 
 PLUG = tuple(name for name in SETTABLE if name != "recipe")  # which has an option of its own
 TRAINING = tuple(field.name for field in dataclasses.fields(FitConfig))
-_TYPES: dict[str, Any] = {"int": int, "float": float, "bool": bool, "str": str}
+_TYPES: dict[str, Any] = {"int": int, "float": float, "bool": bool, "str": str, "int | None": int}
 
 
 def with_settings(command: Callable[..., None]) -> Callable[..., None]:

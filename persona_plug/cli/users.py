@@ -97,7 +97,7 @@ def remember(
     quiet()
     made = PersonaPlug.from_pretrained(plug, device=device)
     if made.recollection is None:
-        raise ConfigError(f"{plug} has no words memory; fit it with --recipe words")
+        raise ConfigError(f"{plug} has no words memory; fit it with --words")
     start = time.monotonic()
     with HistoryStore(store, encoder=made.encoder) as opened:
         if not opened.keep_text:

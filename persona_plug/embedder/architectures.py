@@ -30,7 +30,7 @@ def make_embedder(
     Args:
         config: Architecture; `llm_width` and `encoder_dim` must be set.
         embedding_norm: Mean L2 norm of the LLM's input embeddings.
-        start: (m + T + k, H) where the soft tokens start; rows of the LLM's embedding table are a good choice.
+        start: (m + k, H) where the soft tokens start; rows of the LLM's embedding table are a good choice.
         request_encoder: (B, L) ids -> (B, d) vectors of requests, needed where the config trains it.
 
     Raises:

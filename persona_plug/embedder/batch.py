@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -11,11 +11,8 @@ from torch import Tensor, nn
 from persona_plug.config import PlugConfig
 from persona_plug.data.history import Example
 from persona_plug.data.labels import label_of
-from persona_plug.errors import ConfigError, DataError
+from persona_plug.errors import DataError
 from persona_plug.models.encoder import HistoryEncoder
-
-LONGEST_TOKEN = 32  # characters; longer ones are runs of blanks or dashes
-Tokenise = Callable[[Sequence[str]], Sequence[Sequence[int]]]  # texts -> the LLM's ids of each
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,8 +24,6 @@ class HistoryBatch:
         keys: (B, n, d) float32, each item's input (its output where the input is empty).
         values: (B, n, v) float32, what is pooled: input, output and one-hot answer, as the config asks.
         mask: (B, n) bool, True where there is an item.
-        quotes: (B, n, T) int64, the LLM's ids of the first T tokens of each item's output, -1 where it has fewer; None
-            where the config quotes nothing.
         request_ids: (B, L) int64, the encoder's ids of the requests, -1 beyond their ends; None unless the plug trains
             its own reading of requests.
         strength: (B,) float32, how much each history counts; None where all count as trained.
@@ -38,7 +33,6 @@ class HistoryBatch:
     keys: Tensor
     values: Tensor
     mask: Tensor
-    quotes: Tensor | None = None
     request_ids: Tensor | None = None
     strength: Tensor | None = None
 
@@ -49,34 +43,21 @@ class HistoryBatch:
             self.keys.to(device),
             self.values.to(device),
             self.mask.to(device),
-            None if self.quotes is None else self.quotes.to(device),
             None if self.request_ids is None else self.request_ids.to(device),
             None if self.strength is None else self.strength.to(device),
         )
 
 
-def first_tokens(ids: Tokenise, texts: Sequence[str], count: int) -> list[list[int]]:
-    """Return the first tokens of texts; only so much of a text is tokenised as these can take."""
-    return [list(row)[:count] for row in ids([text[: count * LONGEST_TOKEN] for text in texts])]
-
-
 class VectorTable:
     """Vectors of every text a set of examples mentions, encoded once; makes batches without the encoder."""
 
-    def __init__(
-        self,
-        encoder: HistoryEncoder,
-        examples: Sequence[Example],
-        config: PlugConfig,
-        ids: Tokenise | None = None,
-    ) -> None:
+    def __init__(self, encoder: HistoryEncoder, examples: Sequence[Example], config: PlugConfig) -> None:
         """Encode (or read from the cache) all requests and the used items of all histories.
 
         Args:
             encoder: The history encoder.
             examples: Examples whose texts are encoded.
             config: Says what an item's value holds, and how many items count.
-            ids: The LLM's tokenizer, texts -> ids of each; needed where the config quotes.
         """
         self.config, self.encoder = config, encoder
         texts: dict[str, int] = {"": 0}
@@ -87,18 +68,7 @@ class VectorTable:
                 texts.setdefault(item.output, len(texts))
         self.rows = texts
         self.vectors = encoder.encode(list(texts))
-        self.quoted = self._quoted(examples, ids) if config.quotes else None
         self.answer_ids = {label_of(a): i for i, a in enumerate(config.answers or ())}
-
-    def _quoted(self, examples: Sequence[Example], ids: Tokenise | None) -> Tensor:
-        """Return the first T token ids of every output, (texts, T), -1 beyond its end."""
-        if ids is None:
-            raise ConfigError(f"quote_tokens={self.config.quote_tokens} needs the LLM's tokenizer: pass ids=")
-        table = torch.full((len(self.rows), self.config.quotes), -1)
-        texts = list({i.output for e in examples for i in e.history[-self.config.max_history :]})
-        for text, first in zip(texts, first_tokens(ids, texts, self.config.quotes), strict=True):
-            table[self.rows[text], : len(first)] = torch.tensor(first, dtype=torch.long)
-        return table
 
     def batch(self, examples: Sequence[Example]) -> HistoryBatch:
         """Collate examples whose texts are all in the table."""
@@ -116,8 +86,7 @@ class VectorTable:
                 answers[b, i] = self.answer_ids.get(label_of(item.output), -1)
                 mask[b, i] = True
         request = self.vectors[torch.tensor([self.rows.get(e.input, 0) for e in examples], dtype=torch.long)]
-        quotes = None if self.quoted is None else self.quoted[outputs]
-        batch = collate(self.config, request, self.vectors[inputs], self.vectors[outputs], answers, mask, quotes)
+        batch = collate(self.config, request, self.vectors[inputs], self.vectors[outputs], answers, mask)
         return with_requests(self.config, self.encoder, batch, examples)
 
 
@@ -140,7 +109,6 @@ def collate(
     outputs: Tensor,
     answers: Tensor,
     mask: Tensor,
-    quotes: Tensor | None,
 ) -> HistoryBatch:
     """Make a batch of vectors, wherever they come from.
 
@@ -151,7 +119,6 @@ def collate(
         outputs: (B, n, d) their outputs.
         answers: (B, n) int64, the number of each item's answer, -1 where it is none of the config's.
         mask: (B, n) bool, True where there is an item.
-        quotes: (B, n, T) int64, as in `HistoryBatch`.
     """
     blank = torch.linalg.vector_norm(inputs, dim=-1, keepdim=True) == 0
     keys = torch.where(blank, outputs, inputs)
@@ -159,7 +126,7 @@ def collate(
     if count := value_dim(config)[1]:
         one_hot = torch.nn.functional.one_hot(answers.clamp(min=0), count).float()
         parts.append(one_hot * (answers >= 0).unsqueeze(-1))
-    return HistoryBatch(request, keys, torch.cat(parts, -1), mask, quotes)
+    return HistoryBatch(request, keys, torch.cat(parts, -1), mask)
 
 
 def value_dim(config: PlugConfig) -> tuple[int, int]:

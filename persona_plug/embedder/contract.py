@@ -18,9 +18,8 @@ class Embedded:
     """What an embedder makes of B requests and their histories.
 
     Attributes:
-        soft: (B, m + T + k, H) soft tokens [task; quoted; user]; with `uem` B tensors of different lengths.
-        weights: (B, n) mean weight of each history item over the heads (quoting is one more), or None where items have
-            no weights.
+        soft: (B, m + k, H) soft tokens [task; user]; with `uem` B tensors of different lengths.
+        weights: (B, n) mean weight of each history item over the heads, or None where items have no weights.
     """
 
     soft: Soft
@@ -46,15 +45,14 @@ class Embedder(nn.Module, ABC):
         self.register_buffer("score_temperature", torch.ones(()))
 
     @abstractmethod
-    def forward(self, batch: HistoryBatch, vocabulary: Tensor | None = None) -> Embedded:
+    def forward(self, batch: HistoryBatch) -> Embedded:
         """Embed a batch.
 
         Args:
             batch: Requests and histories.
-            vocabulary: (V, H) the LLM's input embeddings, needed where the config quotes.
 
         Raises:
-            DataError: A vector is not finite, or what quoting needs is missing.
+            DataError: A vector is not finite.
         """
 
     @abstractmethod

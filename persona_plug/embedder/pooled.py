@@ -9,37 +9,26 @@ from persona_plug.config import PlugConfig
 from persona_plug.embedder.aggregators import AGGREGATORS, Pooled
 from persona_plug.embedder.batch import HistoryBatch, value_dim
 from persona_plug.embedder.user_embedder import UserEmbedder
-from persona_plug.errors import DataError
 
 
 class PooledEmbedder(UserEmbedder):
-    """PPlug and its kind: aggregator + projector, and quoted tokens for free text."""
+    """PPlug and its kind: aggregator + projector."""
 
     def build(self, config: PlugConfig) -> None:
         """See `UserEmbedder.build`."""
         self.reads_request = not config.train_request
         self.aggregator = AGGREGATORS[config.aggregator](config)
-        if config.quotes:
-            # Where it starts, the item closest to the request is quoted almost alone, and none that is not near.
-            self.quote_log_temperature = nn.Parameter(torch.tensor([40.0]).log())
-            self.quote_threshold = nn.Parameter(torch.tensor([0.4]))
         width = self._value_width * self.aggregator.heads + (config.encoder_dim if config.use_request else 0)
         self.hidden = nn.Linear(width, config.projector_hidden)
         self._output(config.projector_hidden, config.user_tokens * config.llm_width)
 
-    def soft_tokens(
-        self, batch: HistoryBatch, mask: Tensor, vocabulary: Tensor | None = None
-    ) -> tuple[Tensor, Tensor | None]:
+    def soft_tokens(self, batch: HistoryBatch, mask: Tensor) -> tuple[Tensor, Tensor | None]:
         """See `UserEmbedder.soft_tokens`."""
-        b, m, t = batch.request.shape[0], self.config.task_tokens, self.config.quotes
+        b, m = batch.request.shape[0], self.config.shared_tokens
         directions = self.tokens.unsqueeze(0).expand(b, -1, -1)
         offset, weights = self._user_offset(batch, mask)
-        pieces = [directions[:, :m], directions[:, m + t :] + offset.view(b, self.config.user_tokens, -1)]
-        if t:
-            quoted, quoting = self._quote(batch, mask, vocabulary)
-            pieces.insert(1, quoted)
-            weights = torch.cat([weights, quoting.unsqueeze(1)], 1)
-        return self.scaled(torch.cat(pieces, 1)), weights.mean(1)
+        user = directions[:, m:] + offset.view(b, self.config.user_tokens, -1)
+        return self.scaled(torch.cat([directions[:, :m], user], 1)), weights.mean(1)
 
     def _user_offset(self, batch: HistoryBatch, mask: Tensor) -> tuple[Tensor, Tensor]:
         """Return what the user adds to the user tokens (B, k * H), and the items' weights (B, heads, n)."""
@@ -65,28 +54,3 @@ class PooledEmbedder(UserEmbedder):
             wide = request * self.config.encoder_dim**0.5
             features.append(wide if vector.dim() == 2 else wide.unsqueeze(1).expand(-1, vector.shape[1], -1))
         return self.out(self.dropout(nn.functional.gelu(self.hidden(self.dropout(torch.cat(features, -1))))))
-
-    def _quote(self, batch: HistoryBatch, mask: Tensor, vocabulary: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Return quoted tokens (B, T, H) and the items' weights (B, n).
-
-        Position t is the weighted mean of the LLM's embeddings of the t-th token of the user's outputs: a sentence
-        vector says what a text is about, not how it is worded, and a frozen LLM reads its own words without training.
-        What no item near enough fills goes to learned tokens.
-        """
-        if batch.quotes is None or vocabulary is None:
-            raise DataError("this plug quotes: its batch needs `quotes`, and its forward the LLM's embeddings")
-        b, n, t = batch.quotes.shape
-        near = (batch.keys @ batch.request.unsqueeze(-1)).squeeze(-1) - self.quote_threshold
-        scores = (self.quote_log_temperature.exp() * near).masked_fill(~mask, float("-inf"))
-        weights = torch.cat([scores, scores.new_zeros(b, 1)], 1).softmax(-1)[:, :-1]
-        share = weights.unsqueeze(-1) * (batch.quotes >= 0)
-        mixed = nn.functional.embedding_bag(
-            batch.quotes.clamp(min=0).transpose(1, 2).reshape(b * t, n),
-            vocabulary,
-            per_sample_weights=share.transpose(1, 2).reshape(b * t, n).to(vocabulary.dtype),
-            mode="sum",
-        )
-        m = self.config.task_tokens
-        size = vocabulary[:1024].float().norm(dim=-1).mean()  # rows as they are stored: some LLMs scale them when read
-        rest = (1 - share.sum(1)).unsqueeze(-1) * self.tokens[m : m + t] * size
-        return mixed.float().view(b, t, -1) + rest, weights

@@ -9,7 +9,6 @@ from persona_plug.config import PlugConfig
 from persona_plug.embedder.batch import HistoryBatch, value_dim
 from persona_plug.embedder.resamplers import RESAMPLERS
 from persona_plug.embedder.user_embedder import UserEmbedder
-from persona_plug.errors import ConfigError
 from persona_plug.splice.soft import Soft
 
 
@@ -17,21 +16,13 @@ class ResampledEmbedder(UserEmbedder):
     """UEM and PERSOMA: their soft tokens depend on the history alone, not on the request."""
 
     def build(self, config: PlugConfig) -> None:
-        """See `UserEmbedder.build`.
-
-        Raises:
-            ConfigError: The config quotes, which these architectures cannot.
-        """
-        if config.quotes:
-            raise ConfigError(f"aggregator={config.aggregator!r} quotes nothing: set quote_tokens=0")
+        """See `UserEmbedder.build`."""
         self.resampler = RESAMPLERS[config.aggregator](self._value_width, config)
         self._output(config.projector_hidden, config.llm_width)
 
-    def soft_tokens(
-        self, batch: HistoryBatch, mask: Tensor, vocabulary: Tensor | None = None
-    ) -> tuple[Soft, Tensor | None]:
+    def soft_tokens(self, batch: HistoryBatch, mask: Tensor) -> tuple[Soft, Tensor | None]:
         """Return the task tokens and a history's resampled ones, each row without padding."""
-        m, per_item = self.config.task_tokens, self.resampler.per_item
+        m, per_item = self.config.shared_tokens, self.resampler.per_item
         text = value_dim(self.config)[0]
         values = batch.values if self.config.use_answer_counts else batch.values[..., :text]
         values = torch.cat([values[..., :text] * self.config.encoder_dim**0.5, values[..., text:]], -1)
@@ -47,4 +38,4 @@ class ResampledEmbedder(UserEmbedder):
         """See `Embedder.soft_count`."""
         if not self.resampler.per_item:
             return super().soft_count(items)
-        return self.config.task_tokens + 1 + min(items, self.config.max_history)
+        return self.config.shared_tokens + 1 + min(items, self.config.max_history)

@@ -13,7 +13,7 @@ from persona_plug.embedder.contract import Embedded, Embedder
 from persona_plug.errors import DataError
 
 
-def embed_by_strength(embedder: Embedder, batch: HistoryBatch, vocabulary: Tensor | None = None) -> Embedded:
+def embed_by_strength(embedder: Embedder, batch: HistoryBatch) -> Embedded:
     """Return what an embedder makes of a batch, each row as strongly its user's as the batch says.
 
     Tokens turn from those of an empty history to the user's, and keep their lengths.
@@ -21,15 +21,14 @@ def embed_by_strength(embedder: Embedder, batch: HistoryBatch, vocabulary: Tenso
     Args:
         embedder: The embedder.
         batch: Requests and histories.
-        vocabulary: See `Embedder.forward`.
 
     Raises:
         DataError: Users differ in how many tokens they have.
     """
-    own = embedder(batch, vocabulary)
+    own = embedder(batch)
     if batch.strength is None:
         return own
-    nobody = embedder(replace(batch, mask=torch.zeros_like(batch.mask)), vocabulary)
+    nobody = embedder(replace(batch, mask=torch.zeros_like(batch.mask)))
     if not (isinstance(own.soft, Tensor) and isinstance(nobody.soft, Tensor)):
         raise DataError(f"aggregator={embedder.config.aggregator!r} has a token for each item: use strength 0 or 1")
     share = batch.strength.view(-1, 1, 1)

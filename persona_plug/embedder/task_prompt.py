@@ -13,7 +13,7 @@ from persona_plug.embedder.contract import Embedded, Embedder
 class NoTokens(Embedder):
     """No soft tokens: what is trained lies inside the LLM, or nothing is."""
 
-    def forward(self, batch: HistoryBatch, vocabulary: Tensor | None = None) -> Embedded:
+    def forward(self, batch: HistoryBatch) -> Embedded:
         """Return no soft tokens (B, 0, H)."""
         return Embedded(torch.zeros(len(batch.mask), 0, self.config.llm_width, device=batch.mask.device), None)
 
@@ -34,7 +34,7 @@ class TaskPrompt(Embedder):
         Args:
             config: Architecture; `llm_width` must be set.
             embedding_norm: Mean L2 norm of the LLM's input embeddings.
-            start: (m + T + k, H) where the soft tokens start; rows of the LLM's embedding table are a good choice.
+            start: (m + k, H) where the soft tokens start; rows of the LLM's embedding table are a good choice.
         """
         super().__init__(config)
         total, width = config.soft_tokens, config.llm_width
@@ -42,10 +42,10 @@ class TaskPrompt(Embedder):
         self.tokens = nn.Parameter(nn.functional.normalize(start, dim=-1))
         gain = torch.full((total,), config.fixed_scale or embedding_norm)
         if config.fixed_scale:
-            gain[: config.task_tokens] /= 7
+            gain[: config.shared_tokens] /= 7
         self.log_gain = nn.Parameter(gain.log(), requires_grad=not config.fixed_scale)
 
-    def forward(self, batch: HistoryBatch, vocabulary: Tensor | None = None) -> Embedded:
+    def forward(self, batch: HistoryBatch) -> Embedded:
         """Return the same tokens (B, m, H) for every request; see `Embedder.forward`."""
         check_finite(batch)
         return Embedded(self.scaled(self.tokens.expand(batch.request.shape[0], -1, -1)), None)

@@ -17,10 +17,10 @@ from persona_plug.splice.soft import Soft
 
 
 class UserEmbedder(TaskPrompt):
-    """Maps requests and histories to soft tokens [task; quoted; user], (B, m + T + k, H), float32.
+    """Maps requests and histories to soft tokens [task; user], (B, m + k, H), float32.
 
-    At the start the user tokens hardly depend on the user; quoted ones do. `make_embedder` picks the subclass that the
-    config's aggregator names.
+    At the start the user tokens hardly depend on the user. `make_embedder` picks the subclass that the config's
+    aggregator names.
     """
 
     def __init__(
@@ -35,7 +35,7 @@ class UserEmbedder(TaskPrompt):
         Args:
             config: Architecture; `llm_width` and `encoder_dim` must be set.
             embedding_norm: Mean L2 norm of the LLM's input embeddings.
-            start: (m + T + k, H) where the soft tokens start; rows of the LLM's embedding table are a good choice.
+            start: (m + k, H) where the soft tokens start; rows of the LLM's embedding table are a good choice.
             request_encoder: (B, L) ids -> (B, d) vectors of requests, needed where the config trains it.
 
         Raises:
@@ -56,26 +56,23 @@ class UserEmbedder(TaskPrompt):
     def build(self, config: PlugConfig) -> None:
         """Create what the architecture has beside the parts of all."""
 
-    def forward(self, batch: HistoryBatch, vocabulary: Tensor | None = None) -> Embedded:
+    def forward(self, batch: HistoryBatch) -> Embedded:
         """See `Embedder.forward`."""
         check_finite(batch)
         if self.config.train_request:
             if batch.request_ids is None:
                 raise DataError("this plug reads requests itself: its batch needs `request_ids`")
             batch = replace(batch, request=self.request_encoder(batch.request_ids))
-        soft, weights = self.soft_tokens(batch, self._remaining(batch.mask), vocabulary)
+        soft, weights = self.soft_tokens(batch, self._remaining(batch.mask))
         return Embedded(soft, weights)
 
     @abstractmethod
-    def soft_tokens(
-        self, batch: HistoryBatch, mask: Tensor, vocabulary: Tensor | None = None
-    ) -> tuple[Soft, Tensor | None]:
+    def soft_tokens(self, batch: HistoryBatch, mask: Tensor) -> tuple[Soft, Tensor | None]:
         """Return the soft tokens and the items' weights (B, n), without a look at whether the vectors are finite.
 
         Args:
             batch: Requests and histories.
             mask: (B, n) bool, True for the items to read.
-            vocabulary: (V, H) the LLM's input embeddings, needed where the config quotes.
         """
 
     def set_dropout(self, history_dropout: float, empty_history: float, dropout: float) -> None:

@@ -70,9 +70,8 @@ def _changes(plug: PlugModel, data: FitData, adapt: str, lora: int | None, retri
         raise ConfigError(f"adapt={adapt!r} is not one of {', '.join(ADAPT)}")
     if adapt == "none":
         wanted = plug.config.replace(**changes)
-        if wanted.lora or wanted.remembers:
-            what = f"lora={wanted.lora}" if wanted.lora else "the words memory"
-            raise ConfigError(f"adapt='none' trains nothing, and {what} is trained: leave one of them out")
+        if wanted.lora:
+            raise ConfigError(f"adapt='none' trains nothing, and lora={wanted.lora} is trained: leave one of them out")
         if not wanted.retrieve:
             raise ConfigError("adapt='none' leaves the user's items in the prompt alone: say how many, as retrieve=4")
         return {**changes, **TURNS_ALONE}
@@ -201,7 +200,8 @@ def fit(
         examples: Held-out answers shown side by side.
         keep_texts: Write these answers, which are texts of users, into `output_dir` (`fit_examples.md`). The report
             there holds none.
-        adapt: `train`, or `none`: the plug then is the user's nearest items as chat turns, and nothing is trained.
+        adapt: `train`, or `none`: the plug then is the user's nearest items as chat turns. Nothing is trained, so it
+            has neither soft tokens nor a words memory.
         lora: Rank of LoRA adapters that are trained beside the soft tokens; default the plug's own setting.
         retrieve: The user's nearest items in the prompt, as chat turns; default the plug's own setting.
         start: Folder or Hub id of a saved plug of the same settings: its weights are trained further.

@@ -42,7 +42,7 @@ def split_users(data: FitData, seed: int) -> tuple[list[Example], list[Example]]
     if count < 1:
         raise DataError(
             f"{len(users)} training users are too few for a words memory, whose gate needs users of its own: "
-            "add users, or build the plug with words=False"
+            "add users, or build the plug with words=False (--no-words)"
         )
     gate = {users[i] for i in np.random.default_rng(seed).permutation(len(users))[:count]}
     return [e for e in data.train if e.user_id not in gate], [e for e in data.train if e.user_id in gate]

@@ -356,7 +356,7 @@ def _examples(
     config = backend.plug.config
     if held is None:
         return pair(config, request, strength=strength)
-    if held.total and held.texts is None and (config.quotes or config.remembers):
+    if held.total and held.texts is None and config.remembers:
         backend.store.log_missing_texts()
     return [StoredExample(held.user, request, "", strength=strength, stored=held, store=shelf)]
 
@@ -367,8 +367,7 @@ def _soft(plug: PersonaPlug, examples: Sequence[Example]) -> tuple[torch.Tensor,
     held = examples[0].stored if isinstance(examples[0], StoredExample) else None
     soft = plug.embed(plug.table(examples).batch(examples)).soft[0].float().cpu()
     used = len(held.ids) if held else 0
-    unquoted = used if held and held.texts is None and plug.config.quotes else 0
     dropped = held.total - used if held else 0
     readers = plug.readers(examples)
-    known = {"history_items": used, "items_dropped": dropped, "items_unquoted": unquoted}
+    known = {"history_items": used, "items_dropped": dropped}
     return soft, readers[0] if readers else None, known

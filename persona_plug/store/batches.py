@@ -7,12 +7,11 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Protocol
 
 import torch
-from torch import Tensor
 
 from persona_plug.config import PlugConfig
 from persona_plug.data.history import Example, HistoryItem
 from persona_plug.data.labels import label_of
-from persona_plug.embedder.batch import HistoryBatch, Tokenise, collate, first_tokens, with_requests
+from persona_plug.embedder.batch import HistoryBatch, collate, with_requests
 from persona_plug.errors import ConfigError, DataError, MismatchError
 from persona_plug.models.caching import uncached
 from persona_plug.models.encoder import HistoryEncoder
@@ -67,7 +66,7 @@ def stored_examples(
     if len(users) != len(requests):
         raise DataError(f"{len(requests)} inputs but {len(users)} users; give one user for each input")
     histories = {name: store.read(name, config.max_history) for name in dict.fromkeys(users)}
-    if (config.quotes or config.remembers) and not store.keep_text and any(h.total for h in histories.values()):
+    if config.remembers and not store.keep_text and any(h.total for h in histories.values()):
         store.log_missing_texts()
     return [
         StoredExample(name, text, "", stored=histories[name], store=store)
@@ -78,22 +77,15 @@ def stored_examples(
 class StoredTable:
     """Makes batches of stored histories; only the requests are encoded, and those are not cached."""
 
-    def __init__(
-        self,
-        encoder: HistoryEncoder,
-        examples: Sequence[Example],
-        config: PlugConfig,
-        ids: Tokenise | None = None,
-    ) -> None:
+    def __init__(self, encoder: HistoryEncoder, examples: Sequence[Example], config: PlugConfig) -> None:
         """Encode the requests.
 
         Args:
             encoder: The plug's encoder, whose vectors the store holds.
             examples: Requests with stored histories.
             config: Says what an item's value holds.
-            ids: The LLM's tokenizer, texts -> ids of each; needed where the config quotes.
         """
-        self.config, self.encoder, self.ids = config, encoder, ids
+        self.config, self.encoder = config, encoder
         self.rows = {text: row for row, text in enumerate(dict.fromkeys(e.input for e in examples))}
         with uncached():
             self.vectors = encoder.encode(list(self.rows))
@@ -116,16 +108,5 @@ class StoredTable:
             answers[b, :n] = torch.tensor([self.answers.get(h, -1) for h in history.output_hashes], dtype=torch.long)
             mask[b, :n] = True
         request = self.vectors[torch.tensor([self.rows[e.input] for e in examples], dtype=torch.long)]
-        batch = collate(self.config, request, inputs, outputs, answers, mask, self._quotes(histories, shape))
+        batch = collate(self.config, request, inputs, outputs, answers, mask)
         return with_requests(self.config, self.encoder, batch, examples)
-
-    def _quotes(self, histories: Sequence[StoredHistory], shape: tuple[int, int]) -> Tensor | None:
-        """Return the first T token ids of every output (B, n, T): none (-1) where no text is kept."""
-        if not self.config.quotes or self.ids is None:
-            return None
-        quotes = torch.full((*shape, self.config.quotes), -1)
-        for b, history in enumerate(histories):
-            outputs = [item.output for item in history.texts or ()]
-            for i, first in enumerate(first_tokens(self.ids, outputs, self.config.quotes)):
-                quotes[b, i, : len(first)] = torch.tensor(first, dtype=torch.long)
-        return quotes

@@ -110,11 +110,11 @@ class OpenStore:
         return [user for user in users if mark_of(self._tables.secret, user) in marks] if marks else []
 
     def log_missing_texts(self) -> None:
-        """Warn, once for each store that is open, that a plug which quotes finds no texts here."""
+        """Warn, once for each store that is open, that a plug which reads users' words finds no texts here."""
         if not self._missing_texts_logged:
             self._missing_texts_logged = True
             logger.warning(
-                "%s keeps no texts: this plug quotes, and does without for items out of it; "
+                "%s keeps no texts: this plug reads users' own words, and does without for items out of it; "
                 "a store made with keep_text gives all the plug can do",
                 self.name,
             )

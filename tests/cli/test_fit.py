@@ -71,7 +71,7 @@ def test_every_setting_is_an_option_with_its_meaning_and_default(name):
 def test_settings_of_every_kind_reach_plug_and_training(labels, tmp_path):
     given = {
         "heads": 1, "key_dim": 8, "user_tokens": 2, "max_history": 3, "item_outputs": False, "fixed_scale": 2.5,
-        "aggregator": "mean", "template_day": "2024-05-02",
+        "aggregator": "mean", "task_tokens": 3, "words": False, "template_day": "2024-05-02",
         "patience": 2, "weight_decay": 0.3, "history_dropout": 0.1, "bf16": False, "seed": 3, "eval_samples": 5,
     }  # fmt: skip
     words = []
@@ -87,7 +87,7 @@ def test_settings_of_every_kind_reach_plug_and_training(labels, tmp_path):
 
 
 def test_labels_may_be_texts(labels, tmp_path):
-    run("fit", labels, "--out", tmp_path / "p", *TINY, *QUICK, *COLUMNS, "--free-text", "--no-report")
+    run("fit", labels, "--out", tmp_path / "p", *TINY, *QUICK, *COLUMNS, "--free-text", "--no-words", "--no-report")
     assert json.loads((tmp_path / "p" / "config.json").read_text())["answers"] is None
     fails("fit", labels, "--out", tmp_path / "q", *TINY, "--free-text", "--answer", "a", say="exclude each other")
 
@@ -110,7 +110,7 @@ def test_a_wrong_word_suggests_the_right_one(words, suggested):
 @pytest.mark.parametrize(
     ("call", "named"),
     [
-        (lambda plug, data: plug.fit(data, quote_tokens=4), "quote_tokens is a setting of the plug.*PersonaPlug.build"),
+        (lambda plug, data: plug.fit(data, task_tokens=4), "task_tokens is a setting of the plug.*PersonaPlug.build"),
         (lambda plug, data: plug.fit(data, placement="prefix"), "placement is a setting of the plug"),
         (lambda plug, data: plug.fit(data, heldout=0.5), "unknown setting 'heldout', did you mean 'held_out'"),
         (lambda plug, data: plug.fit(data, batchsize=5), "did you mean 'batch_size'"),
@@ -221,7 +221,7 @@ def test_a_plug_without_a_run_is_not_resumed(make_plug, labels, tmp_path):
 
 
 def test_texts_are_kept_on_request(texts, tmp_path):
-    common = [*TINY, *QUICK, *COLUMNS, "--max-answer-tokens", 8, "--generated", 2, "--held-out", 0.4]
+    common = [*TINY, *QUICK, *COLUMNS, "--no-words", "--max-answer-tokens", 8, "--generated", 2, "--held-out", 0.4]
     shown = run("fit", texts, "--out", tmp_path / "a", *common).stdout
     assert "greetings" in shown
     assert not (tmp_path / "a" / "fit_examples.md").exists()

@@ -131,7 +131,6 @@ def test_answers_for_a_user_in_a_store(filled, make_plug, tmp_path, file):
     for words in (["score", saved, "hello", "--json"], ["generate", saved, "hello", "--max-new-tokens", 3]):
         assert run(*words, *with_store).stdout == run(*words, *with_file).stdout
     row = json.loads(run("generate", saved, "hello", *with_store, "--max-new-tokens", 3, "--json").stdout)
-    assert row["items_unquoted"] == 0
     assert {w["id"] for w in row["weights"]} == {"1", "3", "5"}
     cold = run("score", saved, "hello", "--store", filled, "--user", "nobody")
     assert "no such user" in cold.stderr

@@ -8,7 +8,6 @@ from persona_plug.config import AGGREGATORS, PlugConfig
 from persona_plug.data.history import Example, HistoryItem
 from persona_plug.embedder.architectures import ARCHITECTURES, make_embedder
 from persona_plug.embedder.task_prompt import NoTokens, TaskPrompt
-from persona_plug.errors import ConfigError
 
 HISTORY = (HistoryItem("what was asked", "4"), HistoryItem("a song", "no, thank you"))
 EXAMPLES = [Example("u", request, "", HISTORY) for request in ("a film about love", "the price of coal")]
@@ -25,7 +24,7 @@ SETTINGS = [
 
 
 def config_of(aggregator, **settings):
-    fields = {"quote_tokens": 0, "llm_width": 16, "encoder_dim": 12, "aggregator": aggregator, **settings}
+    fields = {"llm_width": 16, "encoder_dim": 12, "aggregator": aggregator, **settings}
     return PlugConfig.create("llm", "encoder", **fields)
 
 
@@ -61,10 +60,3 @@ def test_an_embedder_reads_the_requests_vector_or_says_that_it_does_not(make_plu
         output = plug.embed(plug.table(EXAMPLES).batch(EXAMPLES))
     one, other = output.soft
     assert plug.embedder.reads_request == (not torch.equal(one, other))
-
-
-@pytest.mark.parametrize("aggregator", [n for n, kind in ARCHITECTURES.items() if kind is not ARCHITECTURES["mean"]])
-def test_an_architecture_that_cannot_quote_refuses_to(aggregator):
-    with pytest.raises(ConfigError, match=rf"^aggregator='{aggregator}' quotes nothing: set quote_tokens=0$"):
-        make_embedder(config_of(aggregator, quote_tokens=3), 1.0)
-    make_embedder(config_of(aggregator, quote_tokens=3, answers=("a", "b")), 1.0)  # labels are not quoted

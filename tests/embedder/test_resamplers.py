@@ -75,7 +75,7 @@ def test_the_history_matters_and_its_length_is_uems_length(make_plug, people, re
     plug = make_plug(recipe=recipe, differ=True)
     ann, bob = plug.soft_prompt("x", people.ann), plug.soft_prompt("x", people.bob)
     if recipe == "uem":
-        m = plug.config.task_tokens
+        m = plug.config.shared_tokens
         lengths = [len(plug.soft_prompt("x", h)) for h in ([], people.one, people.many)]
         assert lengths == [m + 1, m + 1 + len(people.one), m + 1 + len(people.many)]
     else:

@@ -13,7 +13,7 @@ from persona_plug.data.history import Example, HistoryItem
 from persona_plug.embedder.aggregators import AttentionAggregator, MeanAggregator, PaperAggregator
 from persona_plug.embedder.architectures import make_embedder
 from persona_plug.embedder.batch import HistoryBatch, VectorTable, value_dim
-from persona_plug.errors import ConfigError, DataError
+from persona_plug.errors import DataError
 
 DIM, WIDTH, NORM = 12, 16, 3.0
 RECIPES = ("default", "mean", "paper")
@@ -197,7 +197,7 @@ def test_paper_recipe_is_equations_3_and_4(make):
 @pytest.mark.parametrize("use_request", [True, False])
 def test_an_empty_history_is_a_projected_null_item_in_the_paper_aggregator(make, answers, use_request):
     """A row whose only item is the null item, and one without items, say the same."""
-    embedder = make(aggregator="paper", answers=answers, use_request=use_request, quote_tokens=0)
+    embedder = make(aggregator="paper", answers=answers, use_request=use_request)
     batch = draw_batch(embedder.config, [0, 1])
     null = torch.cat([embedder.null_value, embedder.null_answers.softmax(0)]).detach()
     same = changed(batch, request=batch.request[:1].expand(2, -1).clone(), values=null.expand(2, 1, -1).clone())
@@ -384,96 +384,10 @@ def test_the_null_item_starts_at_the_population(make):
     embedder = make()
     embedder.set_population(population)
     torch.testing.assert_close(embedder.null_answers.softmax(0), population)
-    for without in (make(answers=None, quote_tokens=0), make(user_tokens=0, task_tokens=2)):
+    for without in (make(answers=None), make(user_tokens=0, task_tokens=2)):
         before = {name: tensor.clone() for name, tensor in without.state_dict().items()}
         without.set_population(population)
         assert all(torch.equal(tensor, before[name]) for name, tensor in without.state_dict().items())
-
-
-# Quoting
-
-VOCABULARY = 30
-
-
-@pytest.fixture(scope="module")
-def quoting(make):
-    """An embedder for free text that quotes three tokens, and the LLM's embeddings."""
-    vocabulary = torch.randn(VOCABULARY, WIDTH, generator=torch.Generator().manual_seed(5))
-    return make(answers=None, quote_tokens=3, task_tokens=2, user_tokens=1), vocabulary
-
-
-def quoted_batch(config, counts, seed=0):
-    batch = draw_batch(config, counts, seed)
-    ids = torch.randint(0, VOCABULARY, (*batch.mask.shape, 3), generator=torch.Generator().manual_seed(seed))
-    ids[0, 0, 1:] = -1  # an output of a single token
-    return HistoryBatch(batch.request, batch.keys, batch.values, batch.mask, ids)
-
-
-def test_quoted_tokens_are_weighted_words_of_the_outputs(quoting):
-    """The tensor form equals the definition, written out for each row and position."""
-    embedder, vocabulary = quoting
-    batch = quoted_batch(embedder.config, [4, 1, 0])
-    soft = embedder(batch, vocabulary).soft
-    temperature, threshold = embedder.quote_log_temperature.exp().squeeze(), embedder.quote_threshold.squeeze()
-    size = vocabulary.norm(dim=-1).mean()
-    for b, count in enumerate((4, 1, 0)):
-        scores = [temperature * (batch.keys[b, i] @ batch.request[b] - threshold) for i in range(count)]
-        weights = torch.stack([*scores, torch.tensor(0.0)]).softmax(0)
-        for t in range(3):
-            mixed, rest = torch.zeros(WIDTH), torch.tensor(1.0)
-            for i in range(count):
-                if batch.quotes[b, i, t] >= 0:
-                    mixed = mixed + weights[i] * vocabulary[batch.quotes[b, i, t]]
-                    rest = rest - weights[i]
-            expected = normalize(mixed + rest * embedder.tokens[2 + t] * size, dim=0) * embedder.log_gain[2 + t].exp()
-            torch.testing.assert_close(soft[b, 2 + t], expected, atol=1e-5, rtol=1e-5)
-
-
-def test_the_order_of_items_changes_no_quote(quoting):
-    embedder, vocabulary = quoting
-    batch = quoted_batch(embedder.config, [5, 5])
-    order = torch.tensor([3, 0, 4, 1, 2])
-    moved = HistoryBatch(
-        batch.request, batch.keys[:, order], batch.values[:, order], batch.mask[:, order], batch.quotes[:, order]
-    )
-    close(embedder(batch, vocabulary), embedder(moved, vocabulary))
-    torch.testing.assert_close(embedder(batch, vocabulary).weights[:, order], embedder(moved, vocabulary).weights)
-
-
-def test_gradients_reach_what_decides_on_quotes(quoting):
-    embedder, vocabulary = quoting
-    embedder.zero_grad()
-    embedder(quoted_batch(embedder.config, [4, 2]), vocabulary).soft.square().sum(1).sin().sum().backward()
-    assert embedder.quote_log_temperature.grad.abs() > 0
-    assert embedder.quote_threshold.grad.abs() > 0
-
-
-def test_a_plug_that_quotes_refuses_a_batch_without_quotes(quoting):
-    embedder, vocabulary = quoting
-    batch = draw_batch(embedder.config, [2])
-    with pytest.raises(DataError, match="this plug quotes"):
-        embedder(batch, vocabulary)
-    with pytest.raises(ConfigError, match="quote_tokens=3 needs the LLM's tokenizer"):
-        VectorTable(FakeEncoder(False), [Example("", "r", "", ())], embedder.config)
-
-
-def test_labels_and_plugs_without_a_user_quote_nothing(make):
-    assert make(answers=("a", "b")).config.quotes == 0
-    assert make(answers=None, user_tokens=0).config.quotes == 0
-    config = make(answers=None, quote_tokens=5, task_tokens=1, user_tokens=2).config
-    assert (config.quotes, config.soft_tokens) == (5, 8)
-
-
-def test_a_table_holds_the_first_tokens_of_outputs(make):
-    config = make(answers=None, quote_tokens=3).config
-    history = (HistoryItem("x", "abcd"), HistoryItem("y", "a"), HistoryItem("", ""))
-
-    def ids(texts):
-        return [[ord(c) - 96 for c in text] for text in texts]
-
-    table = VectorTable(FakeEncoder(False), [Example("", "r", "", history)], config, ids)
-    batch = table.batch([Example("", "r", "", history)])
-    assert batch.quotes.tolist() == [[[1, 2, 3], [1, -1, -1], [-1, -1, -1]]]
 
 
 # --- lengths as in PPlug's code
@@ -482,7 +396,7 @@ def test_a_table_holds_the_first_tokens_of_outputs(make):
 @pytest.mark.parametrize("recipe", ["default", "paper", "uem", "persoma"])
 def test_a_fixed_scale_takes_the_place_of_learned_lengths(recipe):
     config = PlugConfig.create(
-        "llm", "encoder", recipe, llm_width=WIDTH, encoder_dim=DIM, quote_tokens=0, task_tokens=2, fixed_scale=14.0
+        "llm", "encoder", recipe, llm_width=WIDTH, encoder_dim=DIM, task_tokens=2, fixed_scale=14.0
     )
     embedder = make_embedder(config, NORM).eval()
     assert not embedder.log_gain.requires_grad

@@ -17,6 +17,9 @@ EVERY = [*(name for name in METHODS if name != PRIOR), "plug_shuffled", "plug_em
 FIT = "fit={steps: 2, batch_size: 4, eval_every: 1, eval_samples: 4}"
 
 
+NO_WORDS = "plug={words: false}"  # fitting a memory takes seconds
+
+
 def compare(folder, shape, names, *more, **data):
     if not (folder / "data").exists():
         tiny.write(folder / "data", shape, **data)
@@ -99,7 +102,7 @@ def test_ratings_score_from_their_two_files(tmp_path):
 
 
 def test_texts_are_scored_on_those_that_were_generated(tmp_path):
-    results = compare(tmp_path, "text", ["none", "plug", "summary", "user_prior"])
+    results = compare(tmp_path, "text", ["none", "plug", "summary", "user_prior"], NO_WORDS)
     golds = {g["id"]: g["output"] for g in json.loads((tmp_path / "data" / "dev_outputs.json").read_text())["golds"]}
     found = json.loads((tmp_path / "out" / "predictions" / "plug.json").read_text())["golds"]
     assert len(found) == 4 < len(golds)
@@ -254,8 +257,9 @@ def test_vllm_writes_for_every_method_whose_llm_is_the_plain_one(tmp_path, monke
             asked.append("closed")
 
     monkeypatch.setattr("persona_plug.serving.offline.VllmOffline", Engine)
+    monkeypatch.setattr("persona_plug.heads.fitting.STEPS", 2)
     tiny.write(tmp_path / "data", "text")
-    names = ["bm25", "plug", "lora", "prefix_tuning"]
-    compare(tmp_path, "text", names, "generator=vllm", "generated=3")
+    names = ["bm25", "plug", "words", "lora", "prefix_tuning"]
+    compare(tmp_path, "text", names, "generator=vllm", "generated=3", NO_WORDS)
     assert sorted(asked[:-1]) == [(False, 3), (True, 3)]  # bm25 and the plug
     assert asked[-1] == "closed"

@@ -636,10 +636,11 @@ def test_without_any_training_a_plug_is_its_turns(make_plug, tmp_path, monkeypat
         synthetic.build("style", users=8, items_per_user=4).records, samples="leave_one_out", held_out=0.25, valid=0.2
     )  # fmt: skip
     monkeypatch.setattr(fit_module, "train", lambda *_, **__: pytest.fail("trained"))
-    plug = make_plug()
+    plug = make_plug(words=True)
     report = plug.fit(made, adapt="none", retrieve=2, generated=2, output_dir=tmp_path / "run")
     assert (plug.config.soft_tokens, plug.config.lora, plug.config.retrieve) == (0, 0, 2)
     assert not list(plug.parameters())
+    assert plug.words is None
     assert {"none", "plug", "plug_shuffled"} <= set(report.metrics)
     assert "task_prompt" not in report.metrics
     assert not (tmp_path / "run" / "loss.png").exists()
@@ -659,7 +660,6 @@ def test_without_any_training_a_plug_is_its_turns(make_plug, tmp_path, monkeypat
         ({}, {"adapt": "none"}, r"retrieve=4"),
         ({}, {"adapt": "none", "retrieve": 2, "lora": 4}, r"lora=4 is trained"),
         ({"lora": 2}, {"adapt": "none", "retrieve": 2}, r"lora=2 is trained"),
-        ({"recipe": "words"}, {"adapt": "none", "retrieve": 2}, r"the words memory is trained"),
         ({}, {"adapt": "everything"}, r"adapt='everything' is not one of train, none"),
         ({}, {"lora": -1}, r"lora=-1 must not be negative"),
         ({}, {"retrieve": 1.5}, r"retrieve=1.5 must be of type int"),

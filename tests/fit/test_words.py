@@ -10,7 +10,7 @@ import torch
 from persona_plug import PersonaPlug
 from persona_plug.data.history import Example, HistoryItem
 from persona_plug.data.splits import FitData
-from persona_plug.errors import DataError
+from persona_plug.errors import ConfigError, DataError
 from persona_plug.fit import run as fit_module
 from persona_plug.fit import words
 from persona_plug.fit.config import FitConfig
@@ -168,8 +168,17 @@ def test_labels_have_no_words_memory(make_plug):
     assert make_plug(recipe="words", answers=("yes", "no")).words is None
 
 
+def test_an_llm_whose_output_layer_is_unfit_is_refused_for_free_text_alone(make_plug, load_parts, monkeypatch):
+    llm, _ = load_parts("tiny-llama")
+    layer = torch.nn.Linear(*reversed(llm.get_output_embeddings().weight.shape), bias=True)
+    monkeypatch.setattr(llm, "get_output_embeddings", lambda: layer)
+    with pytest.raises(ConfigError, match=r"this LLM's is Linear.*words=False"):
+        make_plug(words=True)
+    assert make_plug(words=True, answers=("yes", "no")).words is None
+
+
 def test_too_few_users_are_named():
-    with pytest.raises(DataError, match=r"1 training users are too few.*words=False"):
+    with pytest.raises(DataError, match=r"1 training users are too few.*words=False \(--no-words\)"):
         split_users(FitData(people(1, 0), [], [], "{input}", None), 0)
 
 

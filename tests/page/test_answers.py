@@ -134,7 +134,7 @@ def test_items_beyond_what_the_plug_reads_are_counted(open_session):
 
 
 def test_labels_come_with_probabilities(open_session, people):
-    session = open_session(answers=LABELS, quote_tokens=0)
+    session = open_session(answers=LABELS)
     four = all_four(session, "ann", "rate this")
     for answer in four.values():
         assert tuple(answer.probabilities) == LABELS

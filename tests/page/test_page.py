@@ -394,7 +394,7 @@ def test_browser_keeps_nothing(page):
 
 
 def test_empty_store_and_labels(make_plug, browser, tmp_path):
-    make_plug(differ=True, answers=("4", "5"), quote_tokens=0).save_pretrained(tmp_path / "plug")
+    make_plug(differ=True, answers=("4", "5")).save_pretrained(tmp_path / "plug")
     with demo(tmp_path / "plug", tmp_path / "run") as (address, process, _):
         scratch = [p for p in (tmp_path / "run").iterdir() if p.name.startswith("persona-plug-demo-")]
         assert len(scratch) == 1

@@ -101,7 +101,7 @@ def test_turns_stand_behind_what_the_system_says(plug, people, gateway):
 
 
 def test_a_store_without_texts_is_refused_at_the_start(make_plug, tmp_path):
-    plug = make_plug(retrieve=2, quote_tokens=0)
+    plug = make_plug(retrieve=2)
     plug.save_pretrained(tmp_path / "plug")
     url = f"sqlite:///{tmp_path}/users.db"
     HistoryStore(url, plug.encoder).close()

@@ -90,7 +90,6 @@ def test_what_stands_behind_an_answer_is_told(client, serving_plug, people):
         "personal": True,
         "history_items": len(people.ann),
         "items_dropped": 0,
-        "items_unquoted": 0,
         "input_tokens_cut": 0,
     }
     assert ask(client, "rate this").persona_plug["history_items"] == 0
@@ -322,7 +321,7 @@ def test_texts_are_kept_only_where_the_store_keeps_them(gateway):
         assert set(row) == {"object", "id", "timestamp"}
         assert "plum" not in http.get("/v1/users/ann/export").text
     answer = ask(server.openai(), "rate this", "ann")
-    assert answer.persona_plug["history_items"] == answer.persona_plug["items_unquoted"] == 1
+    assert answer.persona_plug["history_items"] == 1
 
 
 # Probes

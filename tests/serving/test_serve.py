@@ -106,9 +106,10 @@ def test_settings_that_cannot_work(serve, options, message):
 
 
 @pytest.mark.parametrize("store", ["none yet", "made without texts"])
-@pytest.mark.parametrize("kind", ["quotes", "words"])
-def test_a_plug_that_needs_texts_is_not_served_without_by_accident(
-    folder, tmp_path, monkeypatch, encoder, make_plug, store, kind
+@pytest.mark.parametrize("settings", [{"words": True}, {"retrieve": 2}], ids=str)
+@pytest.mark.parametrize("keep_text", [None, False])
+def test_a_plug_that_needs_texts_is_not_served_without(
+    tmp_path, monkeypatch, encoder, make_plug, store, settings, keep_text
 ):
     from persona_plug import HistoryStore, PersonaPlug
     from persona_plug.cli.serve import _load
@@ -118,20 +119,11 @@ def test_a_plug_that_needs_texts_is_not_served_without_by_accident(
     url = f"sqlite:///{tmp_path}/users.db"
     if store == "made without texts":
         HistoryStore(url, encoder).close()
-    if kind == "words":
-        folder = make_plug(recipe="words").save_pretrained(tmp_path / "words")
-
-    def load(keep_text):
-        return _load(str(folder), url, keep_text, None, None, None, "transformers", 4, "cpu", None)
-
-    with pytest.raises(ConfigError, match=r"keeps no texts, and this plug .*--keep-text, or "):
-        load(None)
-    if kind == "words":
-        with pytest.raises(ConfigError, match="keeps no texts"):
-            load(False)
-    else:
-        with pytest.raises(pytest.fail.Exception, match="loaded the LLM"):  # on purpose
-            load(False)
+    folder = make_plug(**settings).save_pretrained(tmp_path / "plug")
+    with pytest.raises(
+        ConfigError, match=rf"keeps no texts, and this plug .*--keep-text, or .*{next(iter(settings))}="
+    ):
+        _load(str(folder), url, keep_text, None, None, None, "transformers", 4, "cpu", None)
     assert store != "none yet" or not (tmp_path / "users.db").exists()
 
 
@@ -139,7 +131,7 @@ def test_a_plug_that_needs_no_texts_is_served_without(make_plug, tmp_path, monke
     from persona_plug import PersonaPlug
     from persona_plug.cli.serve import _load
 
-    folder = make_plug(quote_tokens=0).save_pretrained(tmp_path / "plug")
+    folder = make_plug().save_pretrained(tmp_path / "plug")
     monkeypatch.setattr(PersonaPlug, "from_pretrained", lambda *_, **__: pytest.fail("loading"))
     with pytest.raises(pytest.fail.Exception, match="loading"):
         _load(str(folder), f"sqlite:///{tmp_path}/u.db", None, None, None, None, "transformers", 4, "cpu", None)

@@ -319,13 +319,11 @@ def examples():
 
 
 @pytest.fixture(scope="module")
-def real_plug(tmp_path_factory):
-    """A saved and loaded plug whose soft tokens depend on the user: it quotes the nearest item, however far it is."""
+def real_plug(tmp_path_factory, perturb):
+    """A saved and loaded plug whose soft tokens depend on the user."""
     folder = tmp_path_factory.mktemp("plug")
-    made = PersonaPlug.build("smollm2-135m", "minilm-l6", device="cpu", max_answer_tokens=16)
-    with torch.no_grad():
-        made.embedder.quote_threshold.fill_(-1.0)
-    made.save_pretrained(folder)
+    made = PersonaPlug.build("smollm2-135m", "minilm-l6", device="cpu", words=False, max_answer_tokens=16)
+    perturb(made).save_pretrained(folder)
     return PersonaPlug.from_pretrained(folder, device="cpu")
 
 

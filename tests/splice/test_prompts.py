@@ -210,13 +210,6 @@ def test_special_tokens_that_a_person_writes_are_plain_characters(prompter, llm)
     assert made.eos not in made.answer(special)
 
 
-def test_many_texts_are_tokenised_as_each_alone(make_plug):
-    prompter = make_plug().prompter
-    texts = ["the loud guitar", "", "</s> is plain here", "a"]
-    assert prompter.ids_of_many(texts) == [prompter.ids(t) for t in texts]
-    assert prompter.ids_of_many([]) == []
-
-
 # The chat template: its arguments, its day, and what ends a turn
 
 TURNS = "{% for m in messages %}{{ '<|im_start|>' }}{{ m['role'] }} {{ m['content'] }}{{ END }}{% endfor %}"
@@ -277,9 +270,9 @@ def test_a_chat_template_that_raises_is_one_line(chat):
 @pytest.mark.parametrize("placement", ["prefix", "suffix"])
 def test_a_prompt_beyond_the_positions_is_refused(chat, placement):
     made = chat(None, limits=Limits(259, 40), placement=placement, max_input_tokens=100)
-    made.parts("a" * 20)
+    made.parts("a" * 31)
     with pytest.raises(DataError, match="has 40; lower max_input_tokens=100"):
-        made.parts("a" * 30)
+        made.parts("a" * 32)
 
 
 def test_a_tokenizer_with_more_tokens_than_embeddings_is_refused(chat):

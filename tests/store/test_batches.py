@@ -15,13 +15,12 @@ from persona_plug.store.rows import text_hash
 
 ANSWERS = ("4", "5", "yes!", "a very long label with spaces")
 SETTINGS = {
-    "quotes": {},
-    "vectors alone": {"quote_tokens": 0},
+    "free text": {},
     "labels": {"answers": ANSWERS},
     "paper": {"recipe": "paper"},
     "mean": {"recipe": "mean", "answers": ANSWERS},
     "uem": {"recipe": "uem"},
-    "reads requests itself": {"quote_tokens": 0, "train_request": True, "answer_head": False},
+    "reads requests itself": {"train_request": True, "answer_head": False},
     "persoma": {"recipe": "persoma", "answers": ANSWERS},
 }
 PEOPLE = ("ann", "bob", "eve")
@@ -48,14 +47,10 @@ def filled(make_store, people):
 @pytest.mark.parametrize("keep_text", [True, False])
 def test_soft_prompts_are_bit_equal(plug, people, filled, keep_text):
     store = filled(keep_text=keep_text)
-    quoted = slice(plug.config.task_tokens, plug.config.task_tokens + plug.config.quotes)
     for request in people.requests:
         for name in PEOPLE:
-            got = plug.soft_prompt(request, user=name, store=store)
             expected = plug.soft_prompt(request, getattr(people, name))
-            if not keep_text:  # there is nothing to quote from: what then stands there is tested below
-                got[quoted] = expected[quoted]
-            assert torch.equal(got, expected)
+            assert torch.equal(plug.soft_prompt(request, user=name, store=store), expected)
         assert torch.equal(plug.soft_prompt(request, user="nobody", store=store), plug.soft_prompt(request, []))
 
 
@@ -135,34 +130,28 @@ def test_the_latest_items_are_used_whatever_their_order(make_plug, make_store, k
     assert torch.equal(plug.soft_prompt("x", user="ann", store=store), expected)
 
 
-def test_what_cannot_be_quoted_is_told(make_plug, people, filled, caplog):
-    plug = make_plug(differ=True)
-    silent = filled()
+@pytest.mark.parametrize("words", [True, False])
+def test_a_plug_that_reads_words_says_once_that_a_store_has_none(make_plug, people, filled, caplog, words):
+    plug, silent = make_plug(differ=True, words=words), filled()
     with caplog.at_level(logging.WARNING, "persona_plug"):
-        results = plug.generate(
-            people.requests[:2], user=["ann", "nobody"], store=silent, return_details=True, max_new_tokens=2
-        )
+        plug.generate(people.requests[1], user="nobody", store=silent, max_new_tokens=2)
+        assert not caplog.records
+        plug.generate(people.requests[:2], user=["ann", "nobody"], store=silent, max_new_tokens=2)
         plug.generate(people.requests[0], user="bob", store=silent, max_new_tokens=2)
-    assert [r.items_unquoted for r in results] == [len(people.ann), 0]
-    assert len([r for r in caplog.records if "keeps no texts" in r.message]) == 1
-    soft = plug.soft_prompt("rate this", user="ann", store=silent)
-    none = plug.soft_prompt("rate this", [])
-    m, t = plug.config.task_tokens, plug.config.quotes
-    torch.testing.assert_close(soft[m : m + t], none[m : m + t])  # quoted positions as for an empty history
-    assert not torch.allclose(soft[m + t :], none[m + t :])  # the rest is the user's
+    told = "keeps no texts: this plug reads users' own words"
+    assert [told in r.message for r in caplog.records] == [True] * words
 
 
-def test_with_texts_everything_is_quoted(make_plug, people, filled, caplog):
-    plug, store = make_plug(differ=True), filled(keep_text=True)
+def test_with_texts_nothing_is_missing(make_plug, people, filled, caplog):
+    plug, store = make_plug(differ=True, words=True), filled(keep_text=True)
     result = plug.generate("rate this", user="ann", store=store, return_details=True, max_new_tokens=2)
     expected = plug.generate("rate this", people.ann, return_details=True, max_new_tokens=2)
-    assert result.items_unquoted == expected.items_unquoted == 0
     assert [(i.input, i.output, w) for i, w in result.weights] == [(i.input, i.output, w) for i, w in expected.weights]
     assert not caplog.records
 
 
 def test_details_name_ids_and_what_was_dropped(make_plug, people, filled):
-    plug, store = make_plug(differ=True, max_history=3, quote_tokens=0), filled()
+    plug, store = make_plug(differ=True, max_history=3), filled()
     result = plug.generate("rate this", user="ann", store=store, return_details=True, max_new_tokens=2)
     expected = plug.generate("rate this", people.ann, return_details=True, max_new_tokens=2)
     assert result.text == expected.text

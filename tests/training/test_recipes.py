@@ -79,6 +79,23 @@ def test_no_recipe_has_a_parameter_without_dimensions(make_plug, name, answers):
     assert all(p.dim() for p in [*plug.embedder.parameters(), *(plug.adapters or ())])
 
 
+@pytest.mark.parametrize("settings", [{}, {"words": False}], ids=str)
+def test_which_trainings_have_a_words_memory(make_plug, settings):
+    """Those of a default plug have one unless a run's settings leave it out; controls and neighbours never."""
+    base = make_plug(answers=None, words=settings.get("words", True))
+    plugs = {name: make(name, base, settings, 0) for name in RECIPES}
+    default = {"plug", "plug_lora"} if not settings else set()
+    named = {"words", "words_lora", "words_lora_turns"}
+    assert {name for name, plug in plugs.items() if plug.config.remembers} == default | named
+    assert {name for name, plug in plugs.items() if plug.words is not None} == default | named
+    soft = base.config.soft_tokens
+    assert (
+        plugs["task_prompt"].config.soft_tokens == plugs["plug"].config.soft_tokens == soft == (8 if settings else 16)
+    )
+    assert plugs["prefix_tuning"].splicer.prefix.shape[3] == soft
+    assert not any(plugs[name].config.soft_tokens for name in ("lora", "lora_turns"))
+
+
 @pytest.mark.parametrize("name", ["plug", "plug_lora", "words", "words_lora"])
 def test_a_finished_training_is_read_back_and_not_repeated(base, data, tmp_path, name, monkeypatch):
     first = fit(name, base, data, settings(tmp_path), 0)
