@@ -22,7 +22,7 @@ def answers(plug, people, **how):
 @pytest.fixture(scope="module", params=[(llm, lora) for llm in LLMS for lora in (0, 2)], ids=str)
 def plug(request, make_plug):
     llm, lora = request.param
-    made = make_plug(llm, differ=True, quote_tokens=2, lora=lora)
+    made = make_plug(llm, differ=True, lora=lora)
     return shaken(made) if lora else made
 
 
@@ -46,12 +46,12 @@ def test_a_little_is_near_the_user_nobody_knows(plug, people):
     plain, own = answers(plug, people, personal=False)[0], answers(plug, people)[0]
     gaps = [float((answers(plug, people, strength=s)[0] - nobody).abs().max()) for s in (0.5, 0.1)]
     assert gaps[0] > gaps[1]
-    assert float((plain - nobody).abs().max()) > 0.1  # task tokens and adapters stay
-    assert float((own - nobody).abs().max()) > 0.1
+    assert float((plain - nobody).abs().max()) > 0.01  # task tokens and adapters stay
+    assert float((own - nobody).abs().max()) > 0.01
 
 
 def test_tokens_keep_their_learned_lengths(make_plug, people):
-    plug = make_plug(differ=True, quote_tokens=2)
+    plug = make_plug(differ=True)
     batch = plug.table(people_examples(people, 0.5)).batch(people_examples(people, 0.5))
     soft = plug.embed(batch).soft
     own, nobody = (
@@ -59,7 +59,7 @@ def test_tokens_keep_their_learned_lengths(make_plug, people):
         for rows in (people_examples(people), [Example("", r, "") for r in people.requests])
     )
     torch.testing.assert_close(soft.norm(dim=-1), own.norm(dim=-1))
-    k = plug.config.task_tokens
+    k = plug.config.shared_tokens
     torch.testing.assert_close(soft[:, :k], own[:, :k])  # everyone's
     toward = torch.nn.functional.cosine_similarity
     assert bool((toward(soft, nobody, -1) >= toward(own, nobody, -1) - 1e-5).all())
@@ -141,7 +141,7 @@ def test_other_values_are_refused(make_plug, people, strength):
 
 
 def test_a_token_for_each_item_cannot_count_less(make_plug, people):
-    plug = make_plug(aggregator="uem", quote_tokens=0)
+    plug = make_plug(aggregator="uem")
     assert plug.generate("x", people.ann, strength=0) == plug.generate("x", personal=False)
     with pytest.raises(DataError, match=r"aggregator='uem'.*strength 0 or 1"):
         plug.generate("x", people.ann, strength=0.5)

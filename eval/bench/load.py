@@ -74,7 +74,11 @@ def histories(settings: LoadSettings) -> dict[str, list[dict[str, str]]]:
 
 def run(settings: LoadSettings, scratch: Path) -> dict[str, Any]:
     """Start a server, load it, and return counts, latencies and memory."""
-    plug = different(PersonaPlug.build(settings.llm, settings.encoder, max_input_tokens=64))
+    plug = different(
+        PersonaPlug.build(
+            settings.llm, settings.encoder, words=False, user_tokens=16, task_tokens=0, max_input_tokens=64
+        )
+    )
     plug.save_pretrained(scratch / "plug")
     url, process = _serve(settings, scratch)
     try:
@@ -174,7 +178,11 @@ def overhead(settings: LoadSettings, scratch: Path) -> dict[str, Any]:
     from persona_plug.serving.schema import CompletionRequest
     from persona_plug.store.history_store import HistoryStore
 
-    plug = different(PersonaPlug.build(settings.llm, settings.encoder, max_input_tokens=64))
+    plug = different(
+        PersonaPlug.build(
+            settings.llm, settings.encoder, words=False, user_tokens=16, task_tokens=0, max_input_tokens=64
+        )
+    )
     plug.keep_nothing()
     store = HistoryStore(f"sqlite:///{scratch}/users.db", plug.encoder, keep_text=True)
     people = histories(settings)

@@ -50,7 +50,7 @@ def test_free_text_is_scored_where_it_was_written():
     outcome = Outcome(Answers({"nll": np.ones(4)}, texts))
     add_official_values(outcome, questions)
     row = method_row(mean_values([outcome]), [outcome], questions)
-    assert set(row["metrics"]) == {"nll", *load_task("LongLaMP_1").metrics}
+    assert set(row["metrics"]) == {"nll", "length", "foreign", "copied", *load_task("LongLaMP_1").metrics}
     assert np.isnan(outcome.answers.values["rouge-1"]).tolist() == [False, True, False, True]
     assert row["metrics"]["bleu"]["value"] == pytest.approx(bleu(texts, [outputs[0], outputs[2]]))
     extra = details({"plug": outcome.answers.values}, {"plug": [outcome]}, questions)

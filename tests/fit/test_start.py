@@ -55,7 +55,7 @@ def test_another_start_is_another_training(make_plug, data, saved, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("change", "named"), [({"lora": 0}, "lora 2 there, 0 here"), ({"task_tokens": 9}, "task_tokens 4 there, 9 here")]
+    ("change", "named"), [({"lora": 0}, "lora 2 there, 0 here"), ({"task_tokens": 9}, "task_tokens None there, 9 here")]
 )
 def test_a_plug_of_other_settings_is_refused(make_plug, data, saved, first, change, named):
     with pytest.raises(MismatchError, match=named):

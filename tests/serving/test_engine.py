@@ -71,7 +71,7 @@ def test_a_stream_adds_up_to_the_whole(engine, calls):
         assert "".join(p.text for p in pieces) == whole.text
         assert sum(p.tokens for p in pieces) == whole.tokens
         assert [p.finish for p in pieces] == [None] * (len(pieces) - 1) + [whole.finish]
-        assert len(pieces) > 2
+        assert len(pieces) > 1
 
 
 def test_rows_end_at_their_own_limits(engine, calls):

@@ -24,7 +24,7 @@ STRENGTHS = [1, 1.0, 0.5, 0.25, 0, 0.0]
 
 @pytest.fixture(scope="module", params=["tiny-llama", "tiny-t5"])
 def plug(request, make_plug):
-    return shaken(make_plug(request.param, differ=True, lora=2, quote_tokens=2, max_input_tokens=256))
+    return shaken(make_plug(request.param, differ=True, lora=2, max_input_tokens=256))
 
 
 @pytest.fixture
@@ -66,7 +66,7 @@ def test_other_values_are_refused(http, strength):
 
 
 def test_a_token_for_each_item_is_refused_by_name(make_plug, start, tmp_path, people_items):
-    plug = make_plug(aggregator="uem", quote_tokens=0)
+    plug = make_plug(aggregator="uem")
 
     def load():
         store = HistoryStore(f"sqlite:///{tmp_path}/users.db", plug.encoder, keep_text=True)

@@ -16,7 +16,7 @@ def run(*settings):
 
 @pytest.mark.slow
 def test_a_server_under_load():
-    found = run("requests=40", "connections=4", "users=3", "items=2", "tokens=4")
+    found = run("requests=40", "connections=4", "users=3", "items=2", "tokens=16")
     assert found["statuses"] == {"200": 40}
     assert found["answers_that_tell_the_user"] == "12 of 12"
     assert found["wrong_user"] == 0

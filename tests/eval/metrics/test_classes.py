@@ -61,6 +61,6 @@ def test_every_rule_has_a_direction_and_a_description():
     from persona_plug.measure.metrics import METRICS
 
     names = [*QUESTION_RULES, *SET_RULES]
-    assert set(names) | {"nll", "ece"} == set(METRICS)
+    assert set(names) | {"nll", "ece", "length", "foreign", "copied"} == set(METRICS)
     for name in names:
         assert metrics.TextMetric(name).description == METRICS[name].description
