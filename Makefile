@@ -35,7 +35,7 @@ $(STAMP): pyproject.toml .ci/env
 	@touch $@
 
 test: env ## run every test (ARGS="-k name" to choose, JOBS=1 for one process)
-	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile $(ARGS)
+	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder $(ARGS)
 
 test-families: env ## check every LLM family that transformers offers, and write docs/families.md
 	$(BIN)/python -m tests.families.table

@@ -53,6 +53,12 @@ def pytest_sessionstart(session):
     session.config.stash[CACHE] = session.config._tmp_path_factory.mktemp("persona_plug_cache")
 
 
+def pytest_collection_modifyitems(items):
+    """Begin with the files that take longest, so that no process waits for another's last one."""
+    slow = {item.path for item in items if item.get_closest_marker("slow")}
+    items.sort(key=lambda item: item.path not in slow)
+
+
 @pytest.fixture(autouse=True)
 def seeds():
     """The same random numbers for every test, whatever ran before."""

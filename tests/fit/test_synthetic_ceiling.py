@@ -14,6 +14,8 @@ from persona_plug.fit.loop import train
 from persona_plug.fit.report import run_methods
 from persona_plug.measure.contrasts import contrasts
 
+pytestmark = pytest.mark.slow
+
 # Few topics, since a tiny encoder with random weights tells these two apart in 9 of 10 sentences, and four in 7 of 10.
 TWO_TOPICS = {"items_per_user": 8, "topics": 2, "answers": 3, "types": 3, "seed": 2}
 ONE_TOPIC = {"items_per_user": 12, "topics": 1}
