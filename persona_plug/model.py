@@ -293,8 +293,8 @@ class PlugModel(nn.Module):
         store: HistoryStore | None = None,
     ) -> tuple[list[str], Tensor]:
         """Return the most probable candidate of each request and calibrated probabilities (B, C)."""
-        names = list(candidates or self.config.answers or ())
-        scores = self.score(inputs, names or None, history, user=user, store=store)
+        names = candidates_of(self.config, candidates)
+        scores = self.score(inputs, names, history, user=user, store=store)
         probabilities = (scores / self.embedder.score_temperature.cpu()).softmax(-1)
         return [names[i] for i in probabilities.argmax(-1).tolist()], probabilities
 

@@ -119,10 +119,9 @@ def build(
         ConfigError: An argument is out of range.
         DataError: No apt client, apt's sources unreachable or not Debian's, or no author with enough documents.
     """
-    assemble_arguments = {"least": least, "max_users": max_users, "max_per_user": max_per_user}
     with download(PACKAGES, SECTION, timeout) as (files, archive):
         documents = [json.loads(text) for file in files for text in unpack(file, ".json")]
-    return assemble(documents, archive, **assemble_arguments)
+    return assemble(documents, archive, least=least, max_users=max_users, max_per_user=max_per_user)
 
 
 def hash_author(author: str) -> str:

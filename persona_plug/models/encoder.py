@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import hashlib
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -160,10 +160,14 @@ class HistoryEncoder:
             progress: Show the progress; default for more than one batch.
 
         Raises:
-            DataError: `texts` is no list but one text; or a vector is not finite, and its text is named.
+            DataError: `texts` is no list of texts; or a vector is not finite, and its text is named.
         """
-        if isinstance(texts, str):
-            raise DataError(f"texts must be a list of texts, not the text {texts!r:.60}; put it into a list")
+        if isinstance(texts, str) or not isinstance(texts, Iterable):
+            what = f"the text {texts!r:.60}" if isinstance(texts, str) else f"{texts!r:.60}"
+            raise DataError(f"texts must be a list of texts, not {what}; put it into a list")
+        texts = list(texts)
+        if other := [text for text in texts if not isinstance(text, str)]:
+            raise DataError(f"texts must be texts, not {other[0]!r:.60}; write it as one")
         self.stats.requested += len(texts)
         wanted = {t: _key(t) for t in dict.fromkeys(texts) if t.strip()}
         known = self.cache.get(list(wanted.values())) if self.cache is not None else {}

@@ -183,14 +183,15 @@ class _Probe:
             raise ConfigError(f"its vocabulary has {rows} tokens only")
         prompts, answers = (tuple(ids[:3]), tuple(ids[3:9])), (tuple(ids[9:11]), tuple(ids[11:13]))
         logps = [_plain(llm, prompt, answers) for prompt in prompts]
+        alone = [_plain(llm, prompt, [answers[0][:1]])[0, 0] for prompt in prompts]
         scores = torch.stack([_sums(logp, answers) for logp in logps])
         share = TOLERANCE.get(llm.dtype, LOW_PRECISION_TOLERANCE)
         if getattr(llm, "is_quantized", False):
             share = LOW_PRECISION_TOLERANCE
         tolerance = share * max(1.0, float(scores.abs().max()))
-        for logp in logps:  # the place behind the prompt must not know which answer follows
-            behind = float((logp[0, 0] - logp[1, 0]).abs().max())
-            if behind > tolerance:
+        for logp, end in zip(logps, alone, strict=True):  # the place behind the prompt must not know what follows
+            behind = float((logp[:, 0] - end).abs().max())
+            if not behind <= tolerance:
                 raise ConfigError(
                     f"its answers depend on tokens behind them (by {behind:.3g}), as an encoder's do, not a decoder's"
                 )
