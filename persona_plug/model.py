@@ -272,6 +272,7 @@ class PlugModel(nn.Module):
         splicer = self.splicer if soft else self.plain_splicer
 
         def scores(batch: list[Example], history: HistoryBatch | None, prompts: list[PromptParts]) -> Tensor:
+            self.prompter.check_trees(prompts, self.config.soft_tokens if soft else 0, [tree] * len(batch))
             bias, states = judge(head if judged else None, self.plain_splicer, history, prompts)
             if bias is not None and head is not None:
                 bias = bias[:, [known.index(c) for c in candidates]]

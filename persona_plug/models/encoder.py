@@ -104,6 +104,7 @@ class HistoryEncoder:
         model = load_weights(AutoModel, folder, name, unused="pooler", dtype=torch.float32)
         if model.config.is_encoder_decoder:
             model = model.get_encoder()
+        _check_vocabulary(name, model, self.tokenizer)
         self.model = model.to(self.device).eval().requires_grad_(False)
         self.layers = nn.Sequential(*settings.layers).to(self.device).eval().requires_grad_(False)
         self.max_length = self._length(settings.max_length if max_length is None else max_length)
@@ -296,6 +297,18 @@ def _vectors(model: nn.Module, layers: nn.Module, ids: Tensor, mask: Tensor, poo
         mask = mask.clone()
         mask[:, :skip] = 0
     return nn.functional.normalize(layers(pool(hidden, mask, pooling)), dim=-1)
+
+
+def _check_vocabulary(name: str, model: nn.Module, tokenizer: Any) -> None:  # noqa: ANN401
+    """Refuse a tokenizer that writes tokens which the encoder has no embedding of."""
+    rows = int(model.get_input_embeddings().weight.shape[0])  # type: ignore[operator]
+    unwritten = set(tokenizer.all_special_ids) - {tokenizer.cls_token_id, tokenizer.sep_token_id}
+    if beyond := [(token, i) for token, i in tokenizer.get_vocab().items() if i >= rows and i not in unwritten]:
+        token, i = min(beyond, key=lambda pair: pair[1])
+        raise ConfigError(
+            f"encoder {name}: its tokenizer writes {token!r:.40} as {i}, but it has {rows} embeddings; "
+            "use a complete folder of it"
+        )
 
 
 def _pad_token(model: nn.Module, tokenizer: Any) -> int:  # noqa: ANN401
