@@ -95,6 +95,8 @@ class PlugModel(nn.Module):
             self.words = WordsHead(StateMap.of(self.llm, SIZE), config.encoder_dim) if config.remembers else None
         self.answers = AnswersHead.of(config, self.llm.device)
         self.splicer.begin_with(self.prompter.head)
+        if config.lora > config.llm_width:
+            raise ConfigError(f"lora={config.lora} is above the LLM's width {config.llm_width}; give a rank such as 8")
         if config.lora:
             self.adapters = Adapters(self.llm, config.lora, self.seed)
             self.splicer = splicer_of_copy(self.llm, self.adapters.llm)

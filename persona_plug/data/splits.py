@@ -96,8 +96,8 @@ def prepare(
     for name, share in (("valid", valid), ("held_out", held_out)):
         if isinstance(share, int | float) and not 0 <= share < 1:
             raise ConfigError(f"{name}={share:g} is a share of the users: give a number from 0 to 1, such as 0.2")
-    if targets_per_user < 1:
-        raise ConfigError(f"targets_per_user={targets_per_user} must be at least 1")
+    if not isinstance(targets_per_user, int) or targets_per_user < 1:
+        raise ConfigError(f"targets_per_user={targets_per_user!r} must be a whole number from 1 up")
     notes: list[str] = []
     per_user, sidecar = _samples(data, samples, skip_bad, columns, notes)
     rng = np.random.default_rng(seed)

@@ -211,6 +211,8 @@ def fit(
     config = FitConfig.of(settings, ARGUMENTS)
     if keep_texts and output_dir is None:
         raise ConfigError("keep_texts=True writes into output_dir; name that folder, too")
+    if output_dir is not None:
+        persistence.make_folder(local_path(output_dir))  # before work
     check_launcher()
     made = (
         data

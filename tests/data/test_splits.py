@@ -368,3 +368,9 @@ def test_what_is_no_text_is_refused_where_it_is_made(input, output):
 def test_an_example_takes_a_history_of_any_form():
     items = (HistoryItem("a", "b"), HistoryItem("", "c"), HistoryItem("d", "e"))
     assert Example("u", "x", "y", ({"input": "a", "output": "b"}, "c", ("d", "e"))).history == items
+
+
+@pytest.mark.parametrize("count", [0, "x", 1.5, None])
+def test_targets_of_a_user_are_a_number(count):
+    with pytest.raises(ConfigError, match=r"targets_per_user=.* must be a whole number from 1 up"):
+        prepare(records(), targets_per_user=count)
