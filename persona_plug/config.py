@@ -244,7 +244,7 @@ class PlugConfig:
         """
         try:
             raw = json.loads(text)
-        except json.JSONDecodeError as exc:
+        except (json.JSONDecodeError, RecursionError) as exc:
             raise CorruptFileError(f"{source} is not JSON ({exc}); save the plug again") from exc
         if not isinstance(raw, dict):
             raise CorruptFileError(f"{source} holds no JSON object; save the plug again")

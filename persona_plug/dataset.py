@@ -87,7 +87,7 @@ class PlugDataset(Dataset[int]):
             examples: The samples, at least one.
 
         Raises:
-            DataError: There are no samples.
+            DataError: There are no samples, or a prompt with its answer is longer than the LLM's positions.
         """
         if not examples:
             raise DataError("there are no samples to train on")
@@ -105,6 +105,7 @@ class PlugDataset(Dataset[int]):
         else:
             self.gold = [0] * len(self.examples)
             self.trees = [AnswerTree.build([prompter.answer(e.output)], prompter.eos, gold=0) for e in self.examples]
+        prompter.check_trees(self.parts, plug.config.soft_tokens, self.trees)
 
     def __len__(self) -> int:
         """Return the number of samples."""

@@ -52,6 +52,10 @@ def unknown_setting(name: str, known: Iterable[str]) -> ConfigError:
 
 
 def first_line(message: object) -> str:
-    """Return the first line of an exception's or a server's message that is not empty, for a one-line error."""
+    """Return the first line of an exception's or a server's message that is not empty, for a one-line error.
+
+    A line that ends in a colon announces the next, which follows it.
+    """
     nothing = type(message).__name__ if isinstance(message, BaseException) else "no reason given"
-    return next((line.strip() for line in str(message).splitlines() if line.strip()), nothing)
+    lines = [line.strip() for line in str(message).splitlines() if line.strip()] or [nothing]
+    return " ".join(lines[: 1 + lines[0].endswith(":")])

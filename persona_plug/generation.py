@@ -27,6 +27,11 @@ from persona_plug.store.batches import StoredExample
 COUNTS = ("max_new_tokens", "num_beams", "num_return_sequences")
 LOOP_TOKENS = 10  # of a run, at least
 LOOP_TIMES = 2
+OWN = ("input_ids", "inputs_embeds", "attention_mask", "position_ids", "past_key_values", "cache",
+       "encoder_outputs", "decoder_input_ids", "decoder_inputs_embeds", "decoder_attention_mask", "labels",
+       "logits_to_keep", "assistant_model", "assistant_tokenizer", "negative_prompt_ids",
+       "negative_prompt_attention_mask", "synced_gpus", "custom_generate", "trust_remote_code")  # fmt: skip
+"""Options of `generate` that say what the LLM reads or runs: the plug says that alone."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,8 +57,11 @@ class Generation:
 
 
 def greedy(options: Mapping[str, object]) -> dict[str, object]:
-    """Return options of the LLM's `generate` that are greedy unless they sample; a count of None is its default."""
-    options = {"do_sample": False, **{k: v for k, v in options.items() if k not in COUNTS or v is not None}}
+    """Return options of the LLM's `generate` that are greedy unless they sample; a count of None is its default.
+
+    An option of `OWN` that is None is none.
+    """
+    options = {"do_sample": False, **{k: v for k, v in options.items() if k not in (*COUNTS, *OWN) or v is not None}}
     return options if options["do_sample"] else {**options, "temperature": None, "top_p": None, "top_k": None}
 
 
@@ -103,6 +111,9 @@ def _named_options(options: Mapping[str, object]) -> Iterator[None]:
     Raises:
         ConfigError: An option is unknown or out of range, or the LLM cannot generate so.
     """
+    for name in OWN:
+        if options.get(name) is not None:
+            raise ConfigError(f"{name} is no option here: the plug says itself what the LLM reads; leave it out")
     for name in COUNTS:
         value = options.get(name, 1)
         if not isinstance(value, int | None) or (value is not None and value < 1):
@@ -170,6 +181,8 @@ def write_texts(
     options["pad_token_id"] = prompter.eos if tokenizer.pad_token_id is None else tokenizer.pad_token_id
     if options.get("stop_strings"):
         options["tokenizer"] = tokenizer
+    if isinstance(longest := options["max_new_tokens"], int):
+        prompter.check_answer(max(len(part) + len(row) for part, row in zip(parts, soft, strict=True)), longest - 1)
     texts: dict[int, list[str]] = {}
     for rows in splicer.together(parts, soft):
         inputs = splicer.generation_inputs([parts[i] for i in rows], [soft[i] for i in rows])

@@ -92,6 +92,8 @@ class PlugModel(nn.Module):
             self.words = WordsHead(StateMap.of(self.llm, SIZE), config.encoder_dim) if config.remembers else None
         self.answers = AnswersHead.of(config, self.llm.device)
         self.splicer.begin_with(self.prompter.head)
+        if config.lora > config.llm_width:
+            raise ConfigError(f"lora={config.lora} is above the LLM's width {config.llm_width}; give a rank such as 8")
         if config.lora:
             self.adapters = Adapters(self.llm, config.lora, self.seed)
             self.splicer = splicer_of_copy(self.llm, self.adapters.llm)
@@ -269,6 +271,7 @@ class PlugModel(nn.Module):
         splicer = self.splicer if soft else self.plain_splicer
 
         def scores(batch: list[Example], history: HistoryBatch | None, prompts: list[PromptParts]) -> Tensor:
+            self.prompter.check_trees(prompts, self.config.soft_tokens if soft else 0, [tree] * len(batch))
             bias, states = judge(head if judged else None, self.plain_splicer, history, prompts)
             if bias is not None and head is not None:
                 bias = bias[:, [known.index(c) for c in candidates]]
@@ -291,8 +294,8 @@ class PlugModel(nn.Module):
         strength: float = 1.0,
     ) -> tuple[list[str], Tensor]:
         """Return the most probable candidate of each request and calibrated probabilities (B, C)."""
-        names = list(candidates or self.config.answers or ())
-        scores = self.score(inputs, names or None, history, user=user, store=store, strength=strength)
+        names = candidates_of(self.config, candidates)
+        scores = self.score(inputs, names, history, user=user, store=store, strength=strength)
         probabilities = (scores / (self.embedder.score_temperature.cpu() if strength else 1)).softmax(-1)
         return [names[i] for i in probabilities.argmax(-1).tolist()], probabilities
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from persona_plug.config import PlugConfig
-from persona_plug.data.history import Example, HistoryItem, is_halved, is_pair
+from persona_plug.data.history import Example, HistoryItem, is_halved, is_pair, items_of
 from persona_plug.data.rows import is_table, unfold
 from persona_plug.errors import ConfigError, DataError
 from persona_plug.models.caching import uncached
@@ -88,23 +88,26 @@ def _pair(
     histories = _histories(items, not isinstance(inputs, str), len(requests))
     if len(histories) != len(requests):
         raise DataError(f"{len(requests)} inputs but {len(histories)} histories; give one history for each input")
-    return [
-        Example("", r, "", tuple(HistoryItem.of(item) for item in unfold(h)))
-        for r, h in zip(requests, histories, strict=True)
-    ]
+    return [Example("", r, "", items_of(unfold(h))) for r, h in zip(requests, histories, strict=True)]
 
 
-def candidates_of(config: PlugConfig, candidates: Sequence[str] | None) -> Sequence[str]:
+def candidates_of(config: PlugConfig, candidates: Iterable[str] | None) -> Sequence[str]:
     """Return the candidate answers to score: those given, or the plug's own.
 
     Raises:
-        ConfigError: There are none, or one text in place of a list.
+        ConfigError: There are none, one text stands in place of a list, or one of them is no text.
     """
-    if isinstance(candidates, str):
-        raise ConfigError(f"candidates must be a list of texts, not the text {candidates!r:.60}")
-    if not (candidates or config.answers):
+    if isinstance(candidates, str) or not isinstance(candidates, Iterable | None):
+        raise ConfigError(f"candidates must be a list of texts, not {candidates!r:.60}")
+    names = [] if candidates is None else list(candidates)
+    for name in names:
+        if not isinstance(name, str):
+            raise ConfigError(f"candidates must be texts, not {name!r:.40}")
+        if is_halved(name):
+            raise ConfigError(f"the candidate {name!r:.60} holds half a character (a lone surrogate); repair the text")
+    if not (names or config.answers):
         raise ConfigError("no candidates to score: pass candidates=[...] or fit the plug on a labelling task")
-    return candidates or config.answers or ()
+    return names or config.answers or ()
 
 
 def _histories(history: Any, many: bool, count: int) -> list[History]:  # noqa: ANN401

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from persona_plug.config import CONFIG_NAME, SMOOTHING, PlugConfig
 from persona_plug.data.rows import local_path
 from persona_plug.embedder.architectures import make_embedder
-from persona_plug.errors import CorruptFileError, MismatchError, PersonaPlugError, first_line
+from persona_plug.errors import ConfigError, CorruptFileError, MismatchError, PersonaPlugError, first_line
 from persona_plug.files import write_atomically
 from persona_plug.heads.answers import AnswersHead
 from persona_plug.models.adapters import ADAPTER, FILES, Adapters, read_adapters
@@ -58,6 +58,7 @@ def save(
         encoder: The frozen encoder, whose settings are saved.
         report: The report of its training, if there is one.
     """
+    make_folder(folder)
     settings = {"pooling": encoder.pooling, "max_length": encoder.max_length, "prefix": encoder.prefix}
     metadata = {"encoder": json.dumps(settings)}
     for part in parts.values():
@@ -73,6 +74,20 @@ def save(
     if report is not None:
         write_atomically(folder / REPORT_NAME, report.to_json().encode())
     write_atomically(folder / CARD_NAME, model_card(config, parts, report).encode())
+    return folder
+
+
+def make_folder(folder: Path) -> Path:
+    """Make the folder that a plug goes into, and return it.
+
+    Raises:
+        ConfigError: It cannot be made.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except (OSError, ValueError) as exc:
+        reason = exc.strerror if isinstance(exc, OSError) else exc
+        raise ConfigError(f"{str(folder)!r} cannot be a plug's folder ({reason}); choose another one") from exc
     return folder
 
 
@@ -125,6 +140,11 @@ def load_encoder(folder: Path, name: str, device: Any) -> HistoryEncoder:  # noq
         raise CorruptFileError(
             f"{folder / WEIGHTS_NAME} names an unknown encoder setting {unknown[0]!r}; save it again"
         )
+    for key, kind in (("pooling", str), ("max_length", int), ("prefix", str)):
+        if key in settings and type(settings[key]) is not kind:
+            raise CorruptFileError(
+                f"{folder / WEIGHTS_NAME}: encoder setting {key}={settings[key]!r:.40} is damaged; copy the plug again"
+            )
     return HistoryEncoder(name, device=device, **settings)
 
 
@@ -239,6 +259,9 @@ def check_weights(config: PlugConfig, state: dict[str, Tensor], folder: Path) ->
             expected |= {} if head is None else {f"answers.{name}": t for name, t in head.state_dict().items()}
     except (RuntimeError, OverflowError) as exc:
         raise MismatchError(f"{folder / CONFIG_NAME}: no model has such sizes; copy the plug again") from exc
+    scale = state.get("score_temperature")
+    if scale is not None and not bool((scale > 0).all()):
+        raise CorruptFileError(f"{folder}: score_temperature in {WEIGHTS_NAME} is not positive; copy the plug again")
     # What depends on the models themselves is checked when it is loaded.
     later = ("request_encoder.",) * config.train_request + ("words.",) * config.remembers
     present = {name: t for name, t in state.items() if not name.startswith(later)}

@@ -9,6 +9,8 @@ from persona_plug.errors import first_line
         ("\n  cause \nmore", "cause"),
         (ValueError("cause\nmore"), "cause"),
         (ValueError(), "ValueError"),
+        ("failed for one of:\n\n  the cause\nmore", "failed for one of: the cause"),
+        ("nothing follows:", "nothing follows:"),
         (" \n", "no reason given"),
         (None, "None"),
     ],

@@ -2,7 +2,10 @@
 
 import pytest
 
+from persona_plug.data.history import Example
+from persona_plug.dataset import PlugDataset
 from persona_plug.errors import ConfigError, DataError
+from persona_plug.generation import OWN
 
 HISTORY = [{"input": "a", "output": "b"}]
 
@@ -61,3 +64,29 @@ def test_a_batch_holds_something(plug):
 def test_candidates_are_texts(plug):
     with pytest.raises(ConfigError, match="candidates must be texts, not 1"):
         plug.choose("x", [1, 2])
+
+
+@pytest.mark.parametrize("name", OWN)
+def test_what_the_llm_reads_and_runs_is_no_option(plug, name):
+    with pytest.raises(ConfigError, match=f"{name} is no option here"):
+        plug.generate("hello", HISTORY, **{name: True})
+    assert plug.generate("hello", HISTORY, max_new_tokens=1, **{name: None}) is not None
+
+
+@pytest.mark.parametrize("llm", ["tiny-gpt2", "tiny-llama"])
+def test_an_answer_ends_where_the_positions_end(make_plug, llm):
+    plug = make_plug(llm)
+    positions = plug.prompter.limits.positions
+    room = positions - len(plug.prompter.parts("hello")) - plug.config.soft_tokens
+    for count in (room, room + 1):  # the last token that is written is not read
+        assert plug.score("hello", ["x" * count, "y"], HISTORY).isfinite().all()
+    with pytest.raises(DataError, match=f"goes beyond the LLM's {positions}; lower max_input_tokens"):
+        plug.score("hello", ["x" * (room + 2), "y"], HISTORY)
+    with pytest.raises(DataError, match=f"goes beyond the LLM's {positions}; lower max_input_tokens"):
+        plug.generate("hello", HISTORY, max_new_tokens=room + 2)
+
+
+def test_samples_beyond_the_positions_are_refused_before_a_training(make_plug):
+    plug = make_plug("tiny-gpt2", max_input_tokens=900, max_answer_tokens=300)
+    with pytest.raises(DataError, match="goes beyond the LLM's 1024"):
+        PlugDataset(plug, [Example("u", "w" * 890, "x" * 290)])

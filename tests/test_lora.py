@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from persona_plug import PersonaPlug
-from persona_plug.errors import MismatchError, PersonaPlugError
+from persona_plug.errors import ConfigError, MismatchError, PersonaPlugError
 from persona_plug.models.fingerprint import full_digest
 
 LLMS = ["tiny-llama", "tiny-gpt2", "tiny-t5"]
@@ -165,3 +165,8 @@ def test_a_plug_without_adapters_leaves_no_earlier_ones_beside_it(saved, make_pl
     make_plug(answers=tuple(SAID)).save_pretrained(saved)
     assert [path.name for path in (saved / "adapter").iterdir()] == ["notes.txt"]
     assert PersonaPlug.from_pretrained(saved, device="cpu").adapters is None
+
+
+def test_a_rank_above_the_llms_width_is_refused_before_room_is_made(make_plug):
+    with pytest.raises(ConfigError, match="lora=1000000000 is above the LLM's width 64; give a rank such as 8"):
+        make_plug(lora=10**9)

@@ -558,3 +558,40 @@ def test_arguments_of_the_chat_template_are_saved(make_plug, tmp_path):
     again = PersonaPlug.from_pretrained(plug.save_pretrained(tmp_path), device="cpu")
     assert again.config == plug.config
     assert again.config.chat_template_args == {"enable_thinking": False}
+
+
+@pytest.mark.parametrize("value", [0.0, -1.0])
+def test_a_temperature_that_is_none_is_refused(copy, value):
+    change_weights(copy, lambda state: state["score_temperature"].fill_(value))
+    with pytest.raises(CorruptFileError, match=r"score_temperature .* is not positive"):
+        PersonaPlug.from_pretrained(copy, device="cpu")
+
+
+@pytest.mark.parametrize(
+    "settings", [{"pooling": 5}, {"max_length": "x"}, {"max_length": True}, {"prefix": None}], ids=str
+)
+def test_an_encoder_setting_of_another_kind_is_named(copy, settings):
+    file = copy / "model.safetensors"
+    with safe_open(str(file), "pt") as opened:
+        metadata = opened.metadata()
+    save_file(load_file(file), file, {**metadata, "encoder": json.dumps(settings)})
+    with pytest.raises(CorruptFileError, match=f"encoder setting {next(iter(settings))}=.* is damaged"):
+        PersonaPlug.from_pretrained(copy, device="cpu")
+
+
+@pytest.mark.parametrize("content", ["[" * 100_000, "", "[]", "null", "{", "5"], ids=lambda text: text[:4] or "empty")
+def test_a_config_that_is_no_object_is_one_line(copy, content):
+    (copy / "config.json").write_text(content)
+    with pytest.raises(CorruptFileError, match=r"config\.json") as error:
+        PersonaPlug.from_pretrained(copy, device="cpu")
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("folder", ["/dev/null/x", "a\0b"], ids=ascii)
+def test_a_folder_that_cannot_be_is_named_before_work(make_plug, folder, monkeypatch):
+    plug = make_plug()
+    with pytest.raises(ConfigError, match="cannot be a plug's folder"):
+        plug.save_pretrained(folder)
+    monkeypatch.setattr("persona_plug.fit.run.prepare", lambda *_, **__: pytest.fail("read the data"))
+    with pytest.raises(ConfigError, match="cannot be a plug's folder"):
+        plug.fit([], output_dir=folder)

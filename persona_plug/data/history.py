@@ -18,7 +18,7 @@ from persona_plug.errors import DataError
 
 __all__ = [
     "Event", "Example", "HistoryItem", "ReadResult", "by_user", "collect_events", "detect_answers", "events_of",
-    "is_twin", "leave_one_out", "parse_event", "read_events", "time_ordered",
+    "is_twin", "items_of", "leave_one_out", "parse_event", "read_events", "time_ordered",
 ]  # fmt: skip
 
 logger = logging.getLogger(__name__)
@@ -37,24 +37,35 @@ class HistoryItem:
     id: str | None = None
 
     def __post_init__(self) -> None:
-        """Turn a time in another form into seconds, and refuse what is none."""
+        """Turn a time in another form into seconds, and refuse what is none, or no text."""
+        where = "history item" if self.id is None else f"history item {self.id!r:.60}"
+        check_texts(where, input=self.input, output=self.output)
         if self.timestamp is not None:
-            where = "history item" if self.id is None else f"history item {self.id!r:.60}"
-            object.__setattr__(self, "timestamp", seconds(self.timestamp, where))
+            object.__setattr__(self, "timestamp", _time(scalar(self.timestamp), where))
 
     @classmethod
-    def of(cls, item: HistoryItem | Mapping[str, Any] | tuple[str, str] | str) -> HistoryItem:
-        """Accept an item, a mapping or a tuple of `input` and `output`, or the user's own plain text (an output)."""
+    def of(
+        cls, item: HistoryItem | Mapping[str, Any] | tuple[str, str | float] | str, where: str = "history item"
+    ) -> HistoryItem:
+        """Accept an item, a mapping or a tuple of `input` and `output`, or the user's own plain text (an output).
+
+        Args:
+            item: The item.
+            where: Its place, for messages.
+
+        Raises:
+            DataError: It is none of these, or one of its fields cannot be used.
+        """
         if isinstance(item, HistoryItem):
             return item
         if isinstance(item, str):
-            return cls("", item)
-        if is_pair(item):
+            item = {"output": item}
+        elif is_pair(item):
             item = {"input": item[0], "output": item[1]}
         if isinstance(item, Mapping):
-            return parse_event({"user_id": "-", "input": "", **item}, "history item", item).item
+            return parse_event({"user_id": "-", "input": "", **item}, where, item).item
         raise DataError(
-            f"a history item must be a HistoryItem, a mapping, a tuple of input and output, or a text, not {item!r:.60}"
+            f"{where}: must be a HistoryItem, a mapping, a tuple of input and output, or a text, not {item!r:.60}"
         )
 
 
@@ -85,7 +96,10 @@ class Example:
     strength: float = 1.0
 
     def __post_init__(self) -> None:
-        """Order the history by time, so that its end is what is latest."""
+        """Order the history by time, so that its end is what is latest; refuse what is no text."""
+        check_texts(f"example {self.id!r:.60}" if self.id else "example", input=self.input, output=self.output)
+        if not all(isinstance(item, HistoryItem) for item in self.history):
+            object.__setattr__(self, "history", items_of(self.history))
         object.__setattr__(self, "history", in_time(self.history))
 
 
@@ -108,7 +122,7 @@ def parse_event(record: Mapping[str, Any], where: str, item: Mapping[str, Any] |
     Raises:
         DataError: A field is missing or has the wrong type; the message names `where` and the field.
     """
-    values = {name: _scalar(record.get(name)) for name in FIELDS}
+    values = {name: scalar(record.get(name)) for name in FIELDS}
 
     def refusal(name: str, reason: str) -> DataError:
         if name in record:
@@ -124,8 +138,8 @@ def parse_event(record: Mapping[str, Any], where: str, item: Mapping[str, Any] |
         raise refusal("user_id", "must be a non-empty text")
     if not isinstance(source, str):
         raise refusal("input", "must be a text")
-    answer = _name(output) or (str(output) if isinstance(output, float) and math.isfinite(output) else output)
-    if not isinstance(answer, str):
+    answer = written(output)
+    if answer is None:
         raise refusal("output", "must be a text or a number")
     if not answer.strip():
         raise DataError(f"{where}: field 'output' is empty; remove the record or fill it")
@@ -134,8 +148,7 @@ def parse_event(record: Mapping[str, Any], where: str, item: Mapping[str, Any] |
     for name, text in (("user_id", user), ("input", source), ("output", answer), ("id", ident or "")):
         if is_halved(text):
             raise DataError(f"{where}: field {name!r} holds half a character (a lone surrogate); repair the text")
-    time = values["timestamp"]
-    at = None if time is None or (isinstance(time, str) and not time.strip()) else seconds(time, where)
+    at = _time(values["timestamp"], where)
     extra = {name: value for name, value in record.items() if name not in FIELDS}
     return Event(user, HistoryItem(source, answer, at, ident or None), extra)
 
@@ -153,7 +166,53 @@ def events_of(record: Mapping[str, Any], where: str) -> Iterator[Event]:
         yield parse_event(answer, where)
 
 
-def _scalar(value: object) -> object:
+def items_of(rows: Iterable[Any]) -> tuple[HistoryItem, ...]:
+    """Return the items of a history; a chat gives one for each answer in it.
+
+    Args:
+        rows: What `HistoryItem.of` accepts, and records of chats.
+
+    Raises:
+        DataError: An item cannot be used, or some times are dates and others counts.
+    """
+    items: list[HistoryItem] = []
+    clocks: dict[bool, str] = {}
+    for number, row in enumerate(rows, 1):
+        where = f"history item {number}"
+        if isinstance(row, Mapping):
+            chat = is_chat(row)
+            fresh = (
+                [e.item for e in events_of({"user_id": "-", **row}, where)] if chat else [HistoryItem.of(row, where)]
+            )
+            _check_clock(fresh[0], row.get("timestamp"), clocks, where)
+        else:
+            fresh = [HistoryItem.of(row, where)]
+        items += fresh
+    return tuple(items)
+
+
+def check_texts(where: str, **texts: object) -> None:
+    """Refuse a field that is no text.
+
+    Raises:
+        DataError: There is one; it is named.
+    """
+    for name, text in texts.items():
+        if not isinstance(text, str):
+            raise DataError(f"{where}: field {name!r} must be a text, got {text!r:.60}")
+
+
+def written(value: object) -> str | None:
+    """Return a text as it is, and a finite number as it is written: 5.0 as 5. Anything else is None."""
+    name = _name(value)
+    return str(value) if name is None and isinstance(value, float) and math.isfinite(value) else name
+
+
+def _time(value: object, where: str) -> float | None:
+    return None if value is None or (isinstance(value, str) and not value.strip()) else seconds(value, where)
+
+
+def scalar(value: object) -> object:
     """Return a numpy scalar (known by its method) or a decimal as Python's own number, pandas' NaT and NA as None."""
     if hasattr(value, "item") and getattr(value, "ndim", 1) == 0:
         number: object = value.item()
@@ -250,7 +309,7 @@ def _check_ids(fresh: Sequence[Event], ids: Mapping[tuple[str, str], str], where
 def _check_clock(item: HistoryItem, value: object, clocks: dict[bool, str], where: str) -> None:
     if item.timestamp is None:
         return
-    count = is_count(_scalar(value))
+    count = is_count(scalar(value))
     if (not count) in clocks:
         kind, other = ("a count", "a date") if count else ("a date", "a count")
         raise DataError(
@@ -270,12 +329,16 @@ def by_user(events: Iterable[Event]) -> dict[str, list[HistoryItem]]:
 
 def is_halved(text: str) -> bool:
     """Whether a text holds half a character, a lone surrogate, which no encoding can write."""
-    return any("\ud800" <= c <= "\udfff" for c in text)
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return True
+    return False
 
 
-def is_pair(item: object) -> TypeGuard[tuple[str, str]]:
-    """Whether a history item is given as a tuple of input and output."""
-    return isinstance(item, tuple) and len(item) == 2 and all(isinstance(text, str) for text in item)
+def is_pair(item: object) -> TypeGuard[tuple[str, str | float]]:
+    """Whether a history item is given as a tuple of input and output, a text or a number."""
+    return isinstance(item, tuple) and len(item) == 2 and isinstance(item[0], str) and written(item[1]) is not None
 
 
 def longest_by_user(examples: Iterable[Example]) -> dict[str, tuple[HistoryItem, ...]]:

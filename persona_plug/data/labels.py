@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import math
 import re
+import unicodedata
 from collections import Counter
 from collections.abc import Iterable, Sequence
 
 from persona_plug.errors import DataError
 
+ALIKE = "in letter case, white space or spelling only"
 _NUMBER = re.compile(r"(-?(?:0|[1-9]\d*))(?:[.,](\d{1,2}))?")
 
 
@@ -44,19 +46,19 @@ def detect_answers(outputs: Sequence[str], limit: int = 32) -> tuple[str, ...] |
     """Return the sorted answer space if the outputs look like labels, else None.
 
     Raises:
-        DataError: Two labels differ in letter case or white space only.
+        DataError: Two labels look alike.
     """
     counts = label_counts(outputs, limit)
     if counts is None:
         return None
     if alike := look_alikes(counts):
         shown = " and ".join(f"{a!r} ({counts[a]})" for a in alike)
-        raise DataError(f"labels {shown} differ in letter case or white space only; make them one, or name the answers")
+        raise DataError(f"labels {shown} differ {ALIKE}; make them one, or name the answers")
     return tuple(sorted(counts))
 
 
 def look_alikes(labels: Iterable[str]) -> tuple[str, ...]:
-    """Return the first labels that differ in letter case or white space only, or none."""
+    """Return the first labels that `plain` makes one, or none."""
     spellings: dict[str, list[str]] = {}
     for label in sorted(labels):
         spellings.setdefault(plain(label), []).append(label)
@@ -64,5 +66,8 @@ def look_alikes(labels: Iterable[str]) -> tuple[str, ...]:
 
 
 def plain(label: str) -> str:
-    """Return a label without letter case and with single spaces."""
-    return " ".join(label.casefold().split())
+    """Return what a reader sees of a label: no letter case, single spaces, one encoding; of a number its value."""
+    seen = "".join(c for c in unicodedata.normalize("NFKC", label) if unicodedata.category(c) != "Cf")
+    text = " ".join(seen.casefold().split())
+    number = levels_of([text])
+    return repr(number[0]) if number else text

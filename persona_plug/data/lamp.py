@@ -13,8 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from persona_plug.data import write_records
-from persona_plug.data.history import Example, HistoryItem, leave_one_out, longest_by_user
+from persona_plug.data.history import Example, HistoryItem, is_halved, leave_one_out, longest_by_user, written
 from persona_plug.data.moments import seconds
+from persona_plug.data.rows import local_path
 from persona_plug.errors import DataError
 
 logger = logging.getLogger(__name__)
@@ -188,21 +189,22 @@ def _read_gold(path: Path) -> tuple[str, dict[str, str]]:
         if not isinstance(entry, dict) or not {"id", "output"} <= entry.keys():
             raise DataError(f"{where}: lacks 'id' or 'output'")
         ident, output = str(entry["id"]), entry["output"]
-        if not isinstance(output, str | int | float) or isinstance(output, bool):
-            raise DataError(f"{where}: field 'output' must be a text, got {output!r:.60}")
+        if (answer := written(output)) is None:
+            raise DataError(f"{where}: field 'output' must be a text or a number, got {output!r:.60}")
         if ident in gold:
             raise DataError(f"{where}: field 'id' {ident!r:.60} was already used; remove one")
-        gold[ident] = str(output)
+        gold[ident] = _whole(answer, where, "output")
     return str(raw.get("task", "")), gold
 
 
 def _load_json(path: Path) -> Any:  # noqa: ANN401
-    if not path.is_file():
-        raise DataError(f"{path}: no such file")
+    file = local_path(path)
+    if not file.is_file():
+        raise DataError(f"{file}: {'is a folder; name a file in it' if file.is_dir() else 'no such file'}")
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as exc:
-        raise DataError(f"{path}: not JSON ({exc})") from exc
+        return json.loads(file.read_text(encoding="utf-8-sig"))
+    except (ValueError, RecursionError) as exc:
+        raise DataError(f"{file}: not JSON that can be read ({exc!s:.80}); repair it") from exc
 
 
 def _lamp_item(raw: object, where: str, fields: tuple[str, str] | None) -> HistoryItem:
@@ -211,13 +213,27 @@ def _lamp_item(raw: object, where: str, fields: tuple[str, str] | None) -> Histo
             names = [[n for n in side.split("+") if n] for side in pair]
             if all(n in raw for side in names for n in side):
                 source, target = (  # fields without a value leave no gap
-                    " ".join(str(raw[n]) for n in side if raw[n] not in (None, "")) for side in names
+                    " ".join(_field(raw, n, where) for n in side if raw[n] not in (None, "")) for side in names
                 )
                 ident = raw.get("id")
                 return HistoryItem(source, target, None, None if ident is None else str(ident))
     if fields is None:
         raise DataError(f"{where}: has none of LaMP's field pairs")
     raise DataError(f"{where}: lacks one of the fields {fields[0]!r} and {fields[1]!r}")
+
+
+def _field(raw: Mapping[str, Any], name: str, where: str) -> str:
+    """Return a field's text, or its number as it stands there."""
+    if written(raw[name]) is None:
+        raise DataError(f"{where}: field {name!r} must be a text or a number, got {raw[name]!r:.60}")
+    return _whole(str(raw[name]), where, name)
+
+
+def _whole(text: str, where: str, name: str) -> str:
+    """Return a text whose characters are whole."""
+    if is_halved(text):
+        raise DataError(f"{where}: field {name!r} holds half a character (a lone surrogate); repair the text")
+    return text
 
 
 def shared_instruction(inputs: Sequence[str]) -> str:

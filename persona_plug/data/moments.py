@@ -11,7 +11,9 @@ from typing import Protocol, TypeVar
 
 from persona_plug.errors import DataError
 
-UNITS = ((1e11, 1.0), (1e14, 1e3), (1e17, 1e6), (1e20, 1e9))
+LAST = 1e11
+"""Seconds of the last time that is read, in the year 5138: what lies behind means "never", as 9999-12-31 does."""
+UNITS = ((LAST, 1.0), (1e14, 1e3), (1e17, 1e6), (1e20, 1e9))
 """Numbers below the first value are seconds; those below the next are milli-, micro- and nanoseconds."""
 COUNTS = 1e8
 """Numbers below this are counts (the first item, the second, ...) rather than times: as seconds they end in 1973."""
@@ -20,6 +22,7 @@ REMEDY = "write it as 2024-05-02T10:00:00+00:00 or as seconds since 1970"
 _YEAR_FIRST = re.compile(r"(\d{4})[-/.](\d{1,2})[-/.](\d{1,2})(.*)", re.DOTALL)
 _YEAR_LAST = re.compile(r"(\d{1,2})([-/.])(\d{1,2})\2(\d{4})(.*)", re.DOTALL)
 _MONTH = re.compile(r"(\d{4})[-/.](\d{1,2})")
+_COMPACT = {8: "%Y%m%d", 12: "%Y%m%d%H%M", 14: "%Y%m%d%H%M%S"}  # as numbers, the longer ones would be of no year
 _DIGITS = re.compile(r"[+-]?\d+(\.\d+)?")
 _ZONE = re.compile(r"\s*(UTC|GMT|Z)$", re.IGNORECASE)
 _CLOCKS = ("", " %H:%M", " %H:%M:%S", " %I:%M %p", " %I:%M:%S %p", " %I:%M%p", " %I %p")
@@ -32,9 +35,10 @@ def seconds(value: object, where: str) -> float:
 
     Args:
         value: A `datetime` or `date`; a number of seconds, milli-, micro- or nanoseconds, told apart by its size; the
-            digits of such a number; ISO 8601, also with slashes, dots or missing zeros; a date with the day first
-            (2.5.2024, 13/03/2020) or the month first (03/13/2020) where only one of the two is possible; an English
-            date (5 March 2024); the date of an e-mail. Eight digits from 19000101 to 20991231 are a date.
+            digits of such a number; digits of a date, or of date and time (20240502, 20240502101500), from 1900 to
+            2099; ISO 8601, also with slashes, dots or missing zeros; a date with the day first (2.5.2024, 13/03/2020)
+            or the month first (03/13/2020) where only one of the two is possible; an English date (5 March 2024); the
+            date of an e-mail.
         where: What has the time, for the message.
 
     Raises:
@@ -65,7 +69,7 @@ def is_count(value: object) -> bool:
 def _at(value: date) -> float:
     moment = value if isinstance(value, datetime) else datetime(value.year, value.month, value.day)
     at = (moment if moment.tzinfo else moment.replace(tzinfo=UTC)).timestamp()
-    if at != at:
+    if not abs(at) < LAST:  # NaN too
         raise ValueError(value)
     return at
 
@@ -80,11 +84,14 @@ def _number(value: float) -> float:
 
 
 def _compact(value: float) -> date | None:
-    """Return the date that the digits of a number like 20240502 spell."""
-    if not 19000101 <= value <= 20991231 or value != int(value):
+    """Return the time that the digits of a number like 20240502, 202405021015 or 20240502101500 spell."""
+    if not 19000101 <= value < 2.1e13 or value != int(value):
+        return None
+    text = str(int(value))
+    if text[:2] not in ("19", "20") or len(text) not in _COMPACT:
         return None
     try:
-        return datetime.strptime(str(int(value)), "%Y%m%d").date()
+        return datetime.strptime(text, _COMPACT[len(text)])
     except ValueError:
         return None
 

@@ -14,7 +14,7 @@ import json
 import lzma
 import os
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -80,8 +80,10 @@ def check_columns(columns: Mapping[str, str] | None) -> None:
     """Refuse a mapping of columns that names no field of a record.
 
     Raises:
-        ConfigError: A name is not one of `FIELDS`.
+        ConfigError: It is no mapping, or a name is not one of `FIELDS`.
     """
+    if columns is not None and not isinstance(columns, Mapping):
+        raise ConfigError(f"columns={columns!r:.60} must be a mapping of fields, as {{'user_id': 'agent'}}")
     for name, column in (columns or {}).items():
         if name not in FIELDS:
             if column in FIELDS:
@@ -264,7 +266,7 @@ def _split_of(data: Mapping[str, Any]) -> Any:  # noqa: ANN401
 
 
 def _from_columns(data: Mapping[str, Any]) -> Iterable[Any]:
-    columns = {k: list(v) for k, v in data.items() if isinstance(v, Sequence) and not isinstance(v, str)}
+    columns = {k: list(v) for k, v in data.items() if hasattr(v, "__len__") and not isinstance(v, str | Mapping)}
     if len(columns) < len(data) or len({len(v) for v in columns.values()}) != 1:
         raise DataError("data is one mapping; give a list of records, or columns of one length")
     return [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]

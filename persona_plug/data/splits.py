@@ -18,11 +18,14 @@ from persona_plug.data.history import (
     ReadResult,
     by_user,
     collect_events,
+    is_halved,
     leave_one_out,
     read_events,
+    scalar,
     time_ordered,
+    written,
 )
-from persona_plug.data.labels import detect_answers, label_of, plain
+from persona_plug.data.labels import ALIKE, detect_answers, label_of, plain
 from persona_plug.data.lamp import leave_one_out_profiles, read_lamp
 from persona_plug.data.messages import SYSTEM
 from persona_plug.data.rows import is_splits, local_path, table_rows, unfold
@@ -89,11 +92,12 @@ def prepare(
     """
     if samples not in SAMPLES:
         raise ConfigError(f"samples={samples!r} is not one of {', '.join(SAMPLES)}{nearest(samples, SAMPLES)}")
+    valid, held_out = _share(valid, "valid"), _share(held_out, "held_out")
     for name, share in (("valid", valid), ("held_out", held_out)):
         if isinstance(share, int | float) and not 0 <= share < 1:
             raise ConfigError(f"{name}={share:g} is a share of the users: give a number from 0 to 1, such as 0.2")
-    if targets_per_user < 1:
-        raise ConfigError(f"targets_per_user={targets_per_user} must be at least 1")
+    if not isinstance(targets_per_user, int) or targets_per_user < 1:
+        raise ConfigError(f"targets_per_user={targets_per_user!r} must be a whole number from 1 up")
     notes: list[str] = []
     per_user, sidecar = _samples(data, samples, skip_bad, columns, notes)
     rng = np.random.default_rng(seed)
@@ -119,15 +123,44 @@ def prepare(
         answers = detect_answers([e.output for e in train])
         kind = f"labels {', '.join(answers)}" if answers else "free text"
         notes.append(f"answers were inferred from the training outputs: {kind} (set answers to override)")
-    elif isinstance(answers, str):
-        raise ConfigError(f"answers={answers!r} must be a list of texts, 'auto' or None")
-    known = tuple(answers) if answers else None
+    known = _answers(answers)
     if known:
         train, validation, rest = (
             _known(part, known, name, notes)
             for part, name in ((train, "training"), (validation, "validation"), (rest, "held-out"))
         )
     return FitData(train, validation, rest, template or sidecar.template or "{input}", known, notes)
+
+
+def _share(given: Any, name: str) -> Any:  # noqa: ANN401
+    """Return a share as it is, and users by the names that their records have: 7 is "7".
+
+    Raises:
+        ConfigError: One text stands in place of a list of names.
+    """
+    if given is None or isinstance(given, int | float):
+        return given
+    if isinstance(given, str):
+        raise ConfigError(f"{name}={given!r:.60} must be a share of the users or a list of their names")
+    return [written(scalar(user)) or user for user in given]
+
+
+def _answers(answers: Any) -> tuple[str, ...] | None:  # noqa: ANN401
+    """Return the answer space as texts, None for free text; numbers are written out.
+
+    Raises:
+        ConfigError: It is no list of two or more labels that differ.
+    """
+    if answers is None:
+        return None
+    texts = [] if isinstance(answers, str) else [written(scalar(answer)) for answer in answers]
+    known = [text for text in texts if text is not None]
+    if isinstance(answers, str) or len(known) < len(texts):
+        raise ConfigError(f"answers={answers!r:.80} must be a list of texts, 'auto' or None")
+    labels = {label_of(text): text for text in known}
+    if len(labels) < max(2, len(known)) or "" in labels:
+        raise ConfigError(f"answers must be two or more different, non-empty texts, got {known!r:.80}")
+    return tuple(known)
 
 
 def _split(
@@ -169,15 +202,13 @@ def _known(part: list[Example], answers: tuple[str, ...], name: str, notes: list
             items[item] = item if output == item.output else dataclasses.replace(item, output=output)
         return items[item]
 
-    if len(answers) < 2:
-        raise ConfigError(f"answers must be two or more different, non-empty texts, got {list(answers)!r:.80}")
     outside = [e.output for e in part if label_of(e.output) not in spelling]
     if outside:
         alike = {plain(answer) for answer in answers}
         case = [o for o in outside if plain(o) in alike]
         text = f"{len(outside)} {name} samples left out: their output is not among the answers"
         if case:
-            text += f" ({len(case)} differ from one in letter case or white space only, first {case[0]!r:.48})"
+            text += f" ({len(case)} differ from one {ALIKE}, first {case[0]!r:.48})"
         if len(outside) == len(part):
             raise DataError(
                 f"{text}; none is left, the first output is {outside[0]!r:.48}: name the answers as written"
@@ -214,7 +245,10 @@ def _samples(
         if path.is_dir():
             lamp = read_lamp(path / "train_questions.json", path / "train_outputs.json")
             notes.extend(lamp.repairs)
-            examples = [*lamp.examples, *leave_one_out_profiles(lamp.examples)]
+            answered = [example for example in lamp.examples if example.output.strip()]
+            if len(answered) < len(lamp.examples):
+                notes.append(f"{len(lamp.examples) - len(answered)} questions left out: their gold output is empty")
+            examples = [*answered, *leave_one_out_profiles(lamp.examples)]
             return _group(examples), Sidecar(path.name, lamp.template)
         result, sidecar = read_events(path, skip_bad, columns=columns), read_sidecar(path)
     elif is_splits(data):
@@ -225,7 +259,7 @@ def _samples(
             raise DataError("no data given")
         if isinstance(rows, list | tuple):
             if all(isinstance(r, Example) for r in rows):
-                return _group(rows), sidecar
+                return _group(_usable(rows)), sidecar
             rows = [_record(r) if isinstance(r, Event) else r for r in rows]
         result = collect_events(table_rows(rows, columns), "data", skip_bad)
     if result.skipped:
@@ -234,6 +268,21 @@ def _samples(
     if template and sidecar.template is None:
         sidecar = dataclasses.replace(sidecar, template=template)
     return _from_events(events, samples, notes), sidecar
+
+
+def _usable(examples: Sequence[Example]) -> Sequence[Example]:
+    """Return examples that have an output and whole characters.
+
+    Raises:
+        DataError: One has not; its place is named.
+    """
+    for number, example in enumerate(examples):
+        if not example.output.strip():
+            raise DataError(f"example {number}: field 'output' is empty; remove the example or fill it")
+        for name in ("user_id", "input", "output"):
+            if is_halved(getattr(example, name)):
+                raise DataError(f"example {number}: field {name!r} holds half a character; repair the text")
+    return examples
 
 
 def _join_splits(

@@ -65,6 +65,8 @@ class FitConfig:
         for name in ("steps", "batch_size", "gradient_accumulation", "eval_every", "patience", "eval_samples"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name}={getattr(self, name)!r} must be at least 1")
+        if not 0 <= self.seed < 2**32:
+            raise ConfigError(f"seed={self.seed!r} must be a whole number from 0 to {2**32 - 1}")
         for name in ("history_dropout", "dropout", "empty_history", "warmup"):
             if not 0 <= getattr(self, name) < 1:
                 raise ConfigError(f"{name}={getattr(self, name)!r} must be in [0, 1)")

@@ -217,6 +217,8 @@ def fit(
         raise ConfigError("adapt='none' trains nothing: leave start out")
     if keep_texts and output_dir is None:
         raise ConfigError("keep_texts=True writes into output_dir; name that folder, too")
+    if output_dir is not None:
+        persistence.make_folder(local_path(output_dir))  # before work
     check_launcher()
     made = (
         data

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import hashlib
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -104,6 +104,7 @@ class HistoryEncoder:
         model = load_weights(AutoModel, folder, name, unused="pooler", dtype=torch.float32)
         if model.config.is_encoder_decoder:
             model = model.get_encoder()
+        _check_vocabulary(name, model, self.tokenizer)
         self.model = model.to(self.device).eval().requires_grad_(False)
         self.layers = nn.Sequential(*settings.layers).to(self.device).eval().requires_grad_(False)
         self.max_length = self._length(settings.max_length if max_length is None else max_length)
@@ -160,10 +161,14 @@ class HistoryEncoder:
             progress: Show the progress; default for more than one batch.
 
         Raises:
-            DataError: `texts` is no list but one text; or a vector is not finite, and its text is named.
+            DataError: `texts` is no list of texts; or a vector is not finite, and its text is named.
         """
-        if isinstance(texts, str):
-            raise DataError(f"texts must be a list of texts, not the text {texts!r:.60}; put it into a list")
+        if isinstance(texts, str) or not isinstance(texts, Iterable):
+            what = f"the text {texts!r:.60}" if isinstance(texts, str) else f"{texts!r:.60}"
+            raise DataError(f"texts must be a list of texts, not {what}; put it into a list")
+        texts = list(texts)
+        if other := [text for text in texts if not isinstance(text, str)]:
+            raise DataError(f"texts must be texts, not {other[0]!r:.60}; write it as one")
         self.stats.requested += len(texts)
         wanted = {t: _key(t) for t in dict.fromkeys(texts) if t.strip()}
         known = self.cache.get(list(wanted.values())) if self.cache is not None else {}
@@ -292,6 +297,18 @@ def _vectors(model: nn.Module, layers: nn.Module, ids: Tensor, mask: Tensor, poo
         mask = mask.clone()
         mask[:, :skip] = 0
     return nn.functional.normalize(layers(pool(hidden, mask, pooling)), dim=-1)
+
+
+def _check_vocabulary(name: str, model: nn.Module, tokenizer: Any) -> None:  # noqa: ANN401
+    """Refuse a tokenizer that writes tokens which the encoder has no embedding of."""
+    rows = int(model.get_input_embeddings().weight.shape[0])  # type: ignore[operator]
+    unwritten = set(tokenizer.all_special_ids) - {tokenizer.cls_token_id, tokenizer.sep_token_id}
+    if beyond := [(token, i) for token, i in tokenizer.get_vocab().items() if i >= rows and i not in unwritten]:
+        token, i = min(beyond, key=lambda pair: pair[1])
+        raise ConfigError(
+            f"encoder {name}: its tokenizer writes {token!r:.40} as {i}, but it has {rows} embeddings; "
+            "use a complete folder of it"
+        )
 
 
 def _pad_token(model: nn.Module, tokenizer: Any) -> int:  # noqa: ANN401

@@ -13,10 +13,13 @@ import torch
 from persona_plug.errors import ConfigError
 from persona_plug.models import zoo
 from persona_plug.models.loading import load, load_weights
+from persona_plug.models.sentence import read_json
 
 logger = logging.getLogger(__name__)
 
 Quantization = Literal["int8", "nf4"]
+TOKENS = tuple(f"{name}_token_id" for name in ("bos", "eos", "pad", "decoder_start", "forced_bos", "forced_eos"))
+"""What of an LLM's generation settings counts: its special tokens."""
 
 
 def load_llm(
@@ -40,15 +43,15 @@ def load_llm(
         CorruptFileError: A weight file is damaged.
         ConfigError: The quantisation is unknown or bitsandbytes is missing.
     """
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer, GenerationConfig
 
     place = pick_device(device)
     if dtype == "auto":
         dtype = faster_dtype() if place.type == "cpu" else None
     if isinstance(dtype, str):
-        dtype = getattr(torch, dtype, None)
-        if not isinstance(dtype, torch.dtype):
-            raise ConfigError("dtype must be auto, or name a torch dtype such as float32 or bfloat16")
+        dtype = getattr(torch, dtype, dtype)
+    if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+        raise ConfigError("dtype must be auto, or name a torch dtype such as float32 or bfloat16")
     if dtype is None:
         # bfloat16 is emulated on many CPUs: several times slower than float32.
         dtype = torch.bfloat16 if place.type == "cuda" and torch.cuda.is_bf16_supported() else torch.float32
@@ -59,6 +62,8 @@ def load_llm(
     config = load(AutoConfig, folder, name)
     tokenizer = load(AutoTokenizer, folder, name)
     loader = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
+    if (known := _special_tokens(folder)) is not None:  # else transformers checks habits that nobody follows here
+        kwargs["generation_config"] = GenerationConfig(**known)
     llm: Any = load_weights(loader, folder, name, **kwargs)
     if quantization is None:
         llm.to(place)
@@ -68,6 +73,19 @@ def load_llm(
         if hasattr(module, "support_avx512bf16_for_cpu"):
             module.support_avx512bf16_for_cpu = False
     return freeze(llm), tokenizer
+
+
+def _special_tokens(folder: str) -> dict[str, Any] | None:
+    """Return the special tokens that a generation config names, or a config without one beside it; None without any."""
+    for file in ("generation_config.json", "config.json"):
+        try:
+            settings = read_json(folder, file)
+        except ConfigError:
+            settings = None
+        if isinstance(settings, dict):
+            known = {name: settings[name] for name in TOKENS if settings.get(name) is not None}
+            return known if known or file.startswith("generation") else None
+    return None
 
 
 @functools.cache
@@ -110,6 +128,8 @@ def pick_device(device: str | torch.device | None) -> torch.device:
         torch.zeros(1, device=place)
     except Exception as exc:  # each backend raises its own
         raise ConfigError(f"device={str(place)!r} is not on this machine; leave it out, or use cpu") from exc
+    if place.type == "meta":
+        raise ConfigError("device='meta' holds no numbers; leave it out, or use cpu")
     return place
 
 

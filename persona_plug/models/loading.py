@@ -82,10 +82,14 @@ def _some(keys: list[str]) -> str:
 
 
 def _reason(folder: str, name: str, exc: Exception) -> Exception:
-    for file in sorted(Path(folder).glob("*.safetensors")) if Path(folder).is_dir() else []:
+    for file in sorted(Path(folder).glob("*")) if Path(folder).is_dir() else []:
+        if not file.is_file():
+            continue
         with file.open("rb") as start:
             if start.read(len(_POINTER)) == _POINTER:
-                return CorruptFileError(f"{file} is a Git-LFS pointer, not the weights; run `git lfs pull` there")
+                return CorruptFileError(f"{file} is a Git-LFS pointer, not the file; run `git lfs pull` there")
+    if "ignore_mismatched_sizes" in str(exc):
+        return ModelUnavailable(f"{name} holds weights of other sizes than its config.json says; copy the model again")
     if type(exc).__name__ == "SafetensorError":
         return CorruptFileError(f"{name}: a weight file is damaged or cut off ({exc}); copy the model again")
     if "trust_remote_code" in str(exc):

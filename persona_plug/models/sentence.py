@@ -65,27 +65,27 @@ def read_settings(folder: str) -> SentenceSettings | None:
     Raises:
         ConfigError: It has a part that is not built here; the part is named.
     """
-    modules = _json(folder, "modules.json")
+    modules = read_json(folder, "modules.json")
     if modules is None:
         return None
     settings: dict[str, Any] = {"layers": []}
     for module in modules:
         kind, path = str(module.get("type", "")).rpartition(".")[2], str(module.get("path", ""))
         if kind == "Transformer":
-            own = _json(folder, _join(path, "sentence_bert_config.json")) or {}
+            own = read_json(folder, _join(path, "sentence_bert_config.json")) or {}
             task = own.get("transformer_task", "feature-extraction")
             if task != "feature-extraction":
                 raise ConfigError(f"encoder {folder}: transformer_task={task!r} is not built here; use another encoder")
             settings |= {"body": path, "max_length": own.get("max_seq_length"), "lower": bool(own.get("do_lower_case"))}
         elif kind == "Pooling":
-            settings |= _pooling(folder, _json(folder, _join(path, "config.json")) or {})
+            settings |= _pooling(folder, read_json(folder, _join(path, "config.json")) or {})
         elif kind == "Dense":
             settings["layers"].append(_dense(folder, path))
         elif kind == "Normalize":
             settings["layers"].append(Unit())
         elif kind != "Dropout":  # none acts in use
             raise ConfigError(f"encoder {folder}: its part {kind!r} is not built here; use another encoder")
-    whole = _json(folder, "config_sentence_transformers.json") or {}
+    whole = read_json(folder, "config_sentence_transformers.json") or {}
     settings["prefix"] = (whole.get("prompts") or {}).get(whole.get("default_prompt_name")) or ""
     return SentenceSettings(**settings)
 
@@ -135,7 +135,7 @@ def _pooling(folder: str, config: dict[str, Any]) -> dict[str, Any]:
 def _dense(folder: str, path: str) -> nn.Module:
     from safetensors.torch import load_file
 
-    config = _json(folder, _join(path, "config.json")) or {}
+    config = read_json(folder, _join(path, "config.json")) or {}
     activation = str(config.get("activation_function", "")).rpartition(".")[2] or "Identity"
     other = {config.get(key, "sentence_embedding") for key in ("module_input_name", "module_output_name")}
     file = _file(folder, _join(path, "model.safetensors"))
@@ -151,14 +151,19 @@ def _dense(folder: str, path: str) -> nn.Module:
     return nn.Sequential(layer, getattr(nn, activation)())
 
 
-def _json(folder: str, path: str) -> Any:  # noqa: ANN401
+def read_json(folder: str, path: str) -> Any:  # noqa: ANN401
+    """Return what a JSON file of a folder or Hub id holds, None where there is none.
+
+    Raises:
+        ConfigError: The file is no JSON.
+    """
     file = _file(folder, path)
     if file is None:
         return None
     try:
         return json.loads(Path(file).read_text(encoding="utf-8"))
     except ValueError as exc:
-        raise ConfigError(f"encoder {folder}: {path} is not JSON ({exc}); mend or remove it") from exc
+        raise ConfigError(f"{folder}: {path} is not JSON ({exc}); mend or remove it") from exc
 
 
 def _file(folder: str, path: str) -> str | None:

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from persona_plug.errors import ConfigError
+from persona_plug.models.llm import TOKENS
 from persona_plug.splice.base import Splicer
 from persona_plug.splice.causal import CausalSplicer
 from persona_plug.splice.prompts import AnswerTree, PromptParts
@@ -42,8 +43,6 @@ LOCAL_ENCODERS = {"bigbird_pegasus", "led", "longt5", "pegasus_x"}
 
 LAYERS = {"full_attention", "sliding_attention"}
 """Kinds of layers that a mask of trees is made for."""
-
-_TOKENS = tuple(f"{name}_token_id" for name in ("bos", "eos", "pad", "decoder_start", "forced_bos", "forced_eos"))
 
 # How far a score may be from the plain pass, as a share of the largest log-probability: the order of sums differs.
 TOLERANCE = {torch.float32: 2e-3, torch.float64: 2e-3}
@@ -93,7 +92,7 @@ def plain_generation(llm: Any) -> None:  # noqa: ANN401
 
     known = llm.generation_config
     llm.generation_config = GenerationConfig(
-        **{name: getattr(known, name) for name in _TOKENS if getattr(known, name, None) is not None}
+        **{name: getattr(known, name) for name in TOKENS if getattr(known, name, None) is not None}
     )
 
 
@@ -176,21 +175,22 @@ class _Probe:
         """
         config = llm.config.get_text_config(decoder=True)
         rows = min(llm.get_input_embeddings().weight.shape[0], getattr(config, "vocab_size", None) or 1 << 60)
-        special = {getattr(config, name, None) for name in _TOKENS}
+        special = {getattr(config, name, None) for name in TOKENS}
         draw = torch.randperm(rows, generator=torch.Generator().manual_seed(0)).tolist()
         ids = [i for i in draw[:64] if i not in special][:13]
         if len(ids) < 13:
             raise ConfigError(f"its vocabulary has {rows} tokens only")
         prompts, answers = (tuple(ids[:3]), tuple(ids[3:9])), (tuple(ids[9:11]), tuple(ids[11:13]))
         logps = [_plain(llm, prompt, answers) for prompt in prompts]
+        alone = [_plain(llm, prompt, [answers[0][:1]])[0, 0] for prompt in prompts]
         scores = torch.stack([_sums(logp, answers) for logp in logps])
         share = TOLERANCE.get(llm.dtype, LOW_PRECISION_TOLERANCE)
         if getattr(llm, "is_quantized", False):
             share = LOW_PRECISION_TOLERANCE
         tolerance = share * max(1.0, float(scores.abs().max()))
-        for logp in logps:  # the place behind the prompt must not know which answer follows
-            behind = float((logp[0, 0] - logp[1, 0]).abs().max())
-            if behind > tolerance:
+        for logp, end in zip(logps, alone, strict=True):  # the place behind the prompt must not know what follows
+            behind = float((logp[:, 0] - end).abs().max())
+            if not behind <= tolerance:
                 raise ConfigError(
                     f"its answers depend on tokens behind them (by {behind:.3g}), as an encoder's do, not a decoder's"
                 )

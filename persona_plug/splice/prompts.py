@@ -184,6 +184,29 @@ class Prompter:
                 + (f", or retrieve={self.config.retrieve}" if self.config.retrieve else "")
             )
 
+    def check_trees(self, parts: Sequence[PromptParts], soft: int, trees: Sequence[AnswerTree]) -> None:
+        """Refuse answers that the LLM has no positions for behind their prompts, each with `soft` soft tokens.
+
+        Raises:
+            DataError: There is one.
+        """
+        for part, tree in zip(parts, trees, strict=True):
+            self.check_answer(len(part) + soft, tree.depth)
+
+    def check_answer(self, prompt: int, answer: int) -> None:
+        """Refuse an answer of so many tokens that the LLM has no positions for behind a prompt.
+
+        Raises:
+            DataError: The LLM has too few.
+        """
+        whole = answer if self.encoder_decoder else prompt + answer
+        if self.limits and self.limits.positions is not None and whole > self.limits.positions:
+            raise DataError(
+                f"a prompt of {prompt} positions with an answer of {answer} tokens goes beyond the LLM's "
+                f"{self.limits.positions}; lower max_input_tokens, or the answer's length (max_answer_tokens, "
+                "max_new_tokens)"
+            )
+
     def asked(self, messages: Sequence[tuple[str, str]]) -> int:
         """Return which message is the request: the last one of the user.
 
@@ -346,6 +369,11 @@ class AnswerTree:
                 gold_end = (at, eos)
             paths.append(tuple(path))
         return cls(tuple(tokens), tuple(parents), tuple(paths), gold_end)
+
+    @property
+    def depth(self) -> int:
+        """Tokens at most that the LLM reads one behind the other."""
+        return max(len(path) for path in self.paths) - (self.gold_end is None)
 
 
 def _prefix_free(candidates: list[tuple[int, ...]]) -> bool:

@@ -11,7 +11,7 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from persona_plug.data.history import HistoryItem
+from persona_plug.data.history import HistoryItem, items_of
 from persona_plug.data.moments import in_time
 from persona_plug.errors import ConfigError, DataError
 from persona_plug.store import answers, words
@@ -99,9 +99,8 @@ class HistoryStore(ErasableStore):
         """
         if isinstance(items, str | Mapping):
             raise DataError("items must be a list; put a single item into a list")
-        made = [HistoryItem.of(item) for item in items]
         seen: Counter[bytes] = Counter()
-        named = [with_id(item, seen) for item in made]
+        named = [with_id(item, seen) for item in items_of(items)]
         check_id("user id", user)
         for item in named:
             check_id("item id", item.id)

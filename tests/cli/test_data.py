@@ -46,7 +46,7 @@ def test_check_names_labels_that_look_alike(tmp_path):
     rows = [f"u{n % 5},q {n},{('Yes', 'yes', 'no')[n % 3]}" for n in range(30)]
     path.write_text("\n".join(["user_id,input,output", *rows]))
     row = json.loads(run("data", "check", path, "--json").stdout)
-    assert "letter case or white space only" in row["answers"]
+    assert "letter case, white space or spelling only" in row["answers"]
 
 
 def test_a_missing_column_names_those_there_are_and_the_option(tickets):

@@ -1,3 +1,5 @@
+import re
+
 import pytest
 
 from persona_plug.data.labels import detect_answers, label_of, levels_of
@@ -57,17 +59,21 @@ def test_given_answers_keep_their_spelling():
     assert {e.output for e in data.train} == {"5.0", "4.5", "1.0"} == {i.output for e in data.train for i in e.history}
 
 
-@pytest.mark.parametrize("pair", [("Yes", "yes"), ("not bad", "not  bad"), ("No", "NO")])
+ALIKE = [("Yes", "yes"), ("not bad", "not  bad"), ("No", "NO"), ("5", "05"), ("5", "+5"), ("4.5", "4.50"), ("5", "5.")]
+ALIKE += [("caf\u00e9", "cafe\u0301"), ("good", "\uff47ood"), ("good", "go\u200bod"), ("5", "\u0665")]
+
+
+@pytest.mark.parametrize("pair", ALIKE)
 def test_labels_that_look_alike_are_refused_by_name(pair):
     outputs = (*pair, "other")
     with pytest.raises(
-        DataError, match="differ in letter case or white space only; make them one, or name the answers"
+        DataError, match="differ in letter case, white space or spelling only; make them one, or name the answers"
     ):
         detect_answers(outputs * 10)
-    with pytest.raises(DataError, match=repr(pair[1])):
+    with pytest.raises(DataError, match=re.escape(repr(pair[1]))):
         prepare(records(outputs))
     left = prepare(records(outputs, items=8), answers=[pair[0], "other"]).notes
-    assert any("differ from one in letter case or white space only, first" in note for note in left)
+    assert any("differ from one in letter case, white space or spelling only, first" in note for note in left)
     assert len(prepare(records(outputs), answers=[*pair, "other"]).answers) == 3
 
 

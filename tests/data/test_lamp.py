@@ -453,3 +453,62 @@ def test_only_the_defect_itself_is_repaired(tmp_path):
     data = read_lamp(*write(tmp_path, *with_defect(begins="Which tag? description: x "), "LaMP_2"))
     assert data.repairs == ()
     assert data.examples[0].input.endswith("description: x A princess flees.")
+
+
+def files(folder, golds=("a", "b"), mark=b"", title="t"):
+    """Write a question and a gold file as `fit` reads them, and return their folder."""
+    items = [{"id": str(n), "text": f"text {n}", "title": title} for n in range(2)]
+    questions = [{"id": str(n), "input": f"Say {n}", "profile": items} for n in range(len(golds))]
+    gold = {"task": "LaMP_4", "golds": [{"id": str(n), "output": output} for n, output in enumerate(golds)]}
+    (folder / "train_questions.json").write_bytes(mark + json.dumps(questions).encode())
+    (folder / "train_outputs.json").write_bytes(mark + json.dumps(gold).encode())
+    return folder
+
+
+def read(folder):
+    return read_lamp(folder / "train_questions.json", folder / "train_outputs.json")
+
+
+def test_a_byte_order_mark_is_no_part_of_a_file(tmp_path):
+    assert len(read(files(tmp_path, mark=b"\xef\xbb\xbf")).examples) == 2
+
+
+def test_a_file_below_the_home_folder_is_read(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(files(tmp_path)))
+    assert len(read_lamp("~/train_questions.json").examples) == 2
+
+
+@pytest.mark.parametrize("content", [b"[" * 100_000, b"{", b"\xff", b"", b"9" * 5000], ids=lambda c: repr(c[:4]))
+def test_what_is_no_json_is_one_line(tmp_path, content):
+    files(tmp_path)
+    (tmp_path / "train_questions.json").write_bytes(content)
+    with pytest.raises(
+        DataError, match=r"train_questions\.json: not JSON that can be read|non-empty JSON list"
+    ) as error:
+        read(tmp_path)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("output", [float("nan"), float("inf")], ids=repr)
+def test_a_gold_output_that_is_no_number_is_named(tmp_path, output):
+    with pytest.raises(DataError, match="gold entry 1: field 'output' must be a text or a number"):
+        read(files(tmp_path, ("a", output)))
+
+
+@pytest.mark.parametrize("title", [["a"], {"a": 1}, True, float("nan")], ids=repr)
+def test_a_field_of_an_item_that_is_no_text_is_named(tmp_path, title):
+    with pytest.raises(DataError, match="question 0: profile item 0: field 'title' must be a text or a number"):
+        read(files(tmp_path, title=title))
+
+
+def test_half_a_character_is_named(tmp_path):
+    with pytest.raises(DataError, match="profile item 0: field 'title' holds half a character"):
+        read(files(tmp_path, title="a\ud800"))
+    with pytest.raises(DataError, match="gold entry 0: field 'output' holds half a character"):
+        read(files(tmp_path, ("a\ud800", "b")))
+
+
+def test_questions_without_an_answer_are_no_targets_and_are_counted(tmp_path):
+    data = prepare(files(tmp_path, ("a", "", "  ", "b", "c", "d")))
+    assert "2 questions left out: their gold output is empty" in data.notes
+    assert all(e.output.strip() for part in (data.train, data.valid, data.held_out) for e in part)

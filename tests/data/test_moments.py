@@ -1,5 +1,6 @@
 import datetime as dt
 import itertools
+from decimal import Decimal
 
 import numpy as np
 import pandas as pd
@@ -27,6 +28,7 @@ MOMENTS = {
         "2024-05-02T12:00:00+02:00", "2024-05-02 12:00:00 +0200", "2024-05-02T06:00-04:00",
         "2024-05-02T10:00:00.000000",
         "2024-05-02T10:00:00.000000000Z", "2024-05-02 10:00:00,000", "2.5.2024 10:00", "2024-05-02 10:00 AM",
+        "20240502100000", 20240502100000, 202405021000, "202405021000", 20240502100000.0,
         "2024/5/2 10:00:00 GMT", "May 2, 2024 10:00 AM", "2 May 2024, 10:00", "Thu, 02 May 2024 12:00:00 +0200",
         "Thu May 02 10:00:00 +0000 2024", "Thu May 2 10:00:00 2024", dt.datetime(2024, 5, 2, 10),
         dt.datetime(2024, 5, 2, 12, tzinfo=dt.timezone(dt.timedelta(hours=2))), pd.Timestamp("2024-05-02 10:00"),
@@ -104,3 +106,28 @@ def test_the_order_is_by_time_loses_nothing_and_is_the_same_again(times):
     found = [i.timestamp for i in ordered if i.timestamp is not None]
     assert all(a <= b for a, b in itertools.pairwise(found))
     assert in_time(ordered) == ordered
+
+
+@pytest.mark.parametrize("value", ["9999-12-31", dt.date(9999, 12, 31), dt.datetime.max, "9999-12-31T23:59:59Z"])
+def test_a_date_that_means_never_is_no_other_date(value):
+    with pytest.raises(DataError, match="field 'timestamp' is no time"):
+        seconds(value, "record 1")
+    with pytest.raises(DataError, match="field 'timestamp' is no time"):
+        HistoryItem("a", "b", value)
+
+
+@pytest.mark.parametrize(
+    ("value", "expected"),
+    [
+        (np.datetime64("2024-05-02"), DAY),
+        (np.int64(DAY), DAY),
+        (pd.Timestamp("2024-05-02"), DAY),
+        (Decimal(int(DAY)), DAY),
+        (pd.NaT, None),
+        ("", None),
+    ],
+    ids=repr,
+)
+def test_an_item_takes_the_times_that_a_record_takes(value, expected):
+    assert HistoryItem("a", "b", value).timestamp == expected
+    assert HistoryItem.of({"input": "a", "output": "b", "timestamp": value}).timestamp == expected

@@ -311,3 +311,66 @@ def test_other_data_is_refused(data):
 def test_a_bad_record_of_a_list_is_named_by_its_place():
     with pytest.raises(DataError, match="record 1: field 'output'"):
         prepare([*records(1, 1), {"user_id": "a", "input": "b"}])
+
+
+@pytest.mark.parametrize("answers", [[0, 1, 2], ["0", "1", "2"], (0.0, 1.0, 2.0)], ids=repr)
+def test_answers_may_be_numbers(answers):
+    data = prepare(records(outputs=(0, 1, 2)), answers=answers)
+    assert data.answers == ("0", "1", "2")
+    assert {e.output for e in data.train} == {"0", "1", "2"}
+
+
+@pytest.mark.parametrize("answers", [["5", "5.0", "4"], ["a", "a "], ["a", " "], ["a"], []], ids=repr)
+def test_answers_that_are_one_label_are_refused(answers):
+    with pytest.raises(ConfigError, match="answers must be two or more different, non-empty texts"):
+        prepare(records(), answers=answers)
+
+
+@pytest.mark.parametrize("answers", ["yes", [None, "a"], [["a"], "b"], [True, "no"]], ids=repr)
+def test_answers_that_are_no_texts_are_refused(answers):
+    with pytest.raises(ConfigError, match="must be a list of texts, 'auto' or None"):
+        prepare(records(), answers=answers)
+
+
+@pytest.mark.parametrize("name", ["held_out", "valid"])
+def test_users_are_named_as_their_records_name_them(name):
+    rows = [{**row, "user_id": int(row["user_id"][1:])} for row in records()]
+    data = prepare(rows, **{name: [3]})
+    assert users(data.held_out if name == "held_out" else data.valid) == {"3"}
+    with pytest.raises(ConfigError, match=f"{name}='u1' must be a share of the users or a list of their names"):
+        prepare(records(), **{name: "u1"})
+
+
+@pytest.mark.parametrize(
+    ("fields", "reason"),
+    [
+        ({"output": ""}, "'output' is empty"),
+        ({"output": " \n"}, "'output' is empty"),
+        ({"user_id": "u\ud800"}, "'user_id' holds half a character"),
+        ({"input": "\udfff"}, "'input' holds half a character"),
+    ],
+    ids=ascii,
+)
+def test_examples_are_checked_as_records_are(fields, reason):
+    examples = [Example(f"u{n}", f"request {n}", "yes") for n in range(6)]
+    examples[2] = Example(**{"user_id": "u", "input": "x", "output": "y", **fields})
+    with pytest.raises(DataError, match=f"example 2: field {reason}"):
+        prepare(examples)
+
+
+@pytest.mark.parametrize(("input", "output"), [(None, "a"), ("a", None), ("a", 5), (["a"], "b")], ids=repr)
+def test_what_is_no_text_is_refused_where_it_is_made(input, output):
+    for kind in (HistoryItem, lambda *texts: Example("u", *texts)):
+        with pytest.raises(DataError, match=r"field '(input|output)' must be a text, got"):
+            kind(input, output)
+
+
+def test_an_example_takes_a_history_of_any_form():
+    items = (HistoryItem("a", "b"), HistoryItem("", "c"), HistoryItem("d", "e"))
+    assert Example("u", "x", "y", ({"input": "a", "output": "b"}, "c", ("d", "e"))).history == items
+
+
+@pytest.mark.parametrize("count", [0, "x", 1.5, None])
+def test_targets_of_a_user_are_a_number(count):
+    with pytest.raises(ConfigError, match=r"targets_per_user=.* must be a whole number from 1 up"):
+        prepare(records(), targets_per_user=count)

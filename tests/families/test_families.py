@@ -36,6 +36,7 @@ REFUSED = {
     "bert": "depend on tokens behind them",
     "xlnet": "depend on tokens behind them|does not run on embeddings",
     "ctrl": "does not run on embeddings",
+    "prophetnet": "depend on tokens behind them",  # on how many there are
     "bamba": "does not run on embeddings",
 }
 

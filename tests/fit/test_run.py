@@ -75,6 +75,7 @@ def run(plug, data, folder, resume=False, **settings):
         ("eval_samples", 0),
         *((n, v) for n in ("history_dropout", "dropout", "empty_history", "warmup") for v in (-0.1, 1.0, math.nan)),
         *(("lr", v) for v in (0.0, -1e-3, math.nan, math.inf)),
+        *(("seed", v) for v in (-1, 2**32, 2**70, 0.5)),
         ("weight_decay", -0.1),
         ("token_weight", -0.1),
         *((n, v) for n in ("steps", "lr", "bf16") for v in ("x", None, [1])),

@@ -263,6 +263,17 @@ def test_one_text_is_no_list_of_texts(make):
         make().encode("abc")
 
 
+@pytest.mark.parametrize("texts", [None, 5, b"abc", ["a", None], [5], [["a"]]], ids=repr)
+def test_what_is_no_text_is_named(make, texts):
+    with pytest.raises(DataError, match=r"texts must be (a list of )?texts, not"):
+        make().encode(texts)
+
+
+def test_texts_may_come_one_by_one(make):
+    encoder = make()
+    assert encoder.encode(iter(["a", "b"])).equal(encoder.encode(["a", "b"]))
+
+
 @pytest.mark.parametrize("obstacle", ["a file in the way", "a folder in the way"])
 def test_a_cache_that_cannot_be_made_is_refused_with_the_cure(tmp_path, obstacle):
     path = tmp_path / "vectors" / "x.sqlite"

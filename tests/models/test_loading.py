@@ -7,7 +7,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from persona_plug.errors import ConfigError, CorruptFileError, PersonaPlugError
+from persona_plug.errors import ConfigError, CorruptFileError, ModelUnavailable, PersonaPlugError
 from persona_plug.models import zoo
 from persona_plug.models.encoder import HistoryEncoder
 from persona_plug.models.llm import load_llm, pick_device
@@ -121,3 +121,69 @@ def test_the_best_device_is_chosen(monkeypatch, cuda, mps, chosen):
     monkeypatch.setattr(torch, "zeros", lambda *_, device: asked.append(device))
     assert str(pick_device(None)) == chosen
     assert [str(device) for device in asked] == [chosen]
+
+
+@pytest.mark.parametrize("file", ["config.json", "tokenizer.json"])
+@pytest.mark.parametrize("kind", ["tiny-llama", "tiny-encoder"])
+def test_any_file_may_be_a_pointer(copy, kind, file):
+    folder = copy(kind)
+    (folder / file).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n")
+    with pytest.raises(CorruptFileError, match=rf"{file} is a Git-LFS pointer, not the file; run `git lfs pull`"):
+        load_llm(str(folder), device="cpu") if kind == "tiny-llama" else encoder(folder)
+
+
+def test_weights_of_other_sizes_than_the_config_says_are_refused(copy):
+    folder = copy("tiny-llama", lambda weights: weights.update({"model.norm.weight": torch.ones(63)}))
+    with pytest.raises(ModelUnavailable, match="weights of other sizes than its config"):
+        load_llm(str(folder), device="cpu")
+
+
+def test_a_cause_that_stands_on_the_second_line_is_told(copy):
+    folder = copy("tiny-llama")
+    change(folder / "config.json", num_attention_heads=7)
+    with pytest.raises(ModelUnavailable, match="not a multiple of the number of attention heads") as error:
+        load_llm(str(folder), device="cpu")
+    assert "\n" not in str(error.value)
+
+
+HABITS = [{"num_return_sequences": 3}, {"compile_config": {}}, {"num_beams": 3}, {"repetition_penalty": 9.0}, {}]
+
+
+@pytest.mark.parametrize(
+    ("file", "habits"),
+    [("generation_config.json", habits) for habits in HABITS]
+    + [("config.json", habits) for habits in HABITS if "compile_config" not in habits],
+    ids=str,
+)
+def test_habits_of_generation_keep_no_llm_from_loading(copy, file, habits):
+    folder = copy("tiny-llama")
+    if file == "config.json":
+        (folder / "generation_config.json").unlink()
+    change(folder / file, **habits)
+    known = load_llm(str(folder), device="cpu")[0].generation_config
+    usual = load_llm("tiny-llama", device="cpu")[0].generation_config
+    assert (known.eos_token_id, known.bos_token_id, known.pad_token_id) == (2, usual.bos_token_id, usual.pad_token_id)
+    assert not known.num_return_sequences
+
+
+@pytest.mark.parametrize("dtype", ["int8", "bool", "foo", 5, torch.int8, "complex64", "nn"], ids=str)
+def test_a_dtype_that_cannot_be_is_named(dtype):
+    with pytest.raises(ConfigError, match="dtype must be auto, or name a torch dtype"):
+        load_llm("tiny-llama", dtype=dtype, device="cpu")
+
+
+def test_a_device_without_numbers_is_refused():
+    with pytest.raises(ConfigError, match="device='meta' holds no numbers"):
+        pick_device("meta")
+
+
+def test_an_encoder_with_fewer_embeddings_than_tokens_is_refused(copy):
+    name = "embeddings.word_embeddings.weight"
+    folder = copy("tiny-encoder", lambda weights: weights.update({name: weights[name][:100].clone()}))
+    change(folder / "config.json", vocab_size=100)
+    with pytest.raises(ConfigError, match=r"its tokenizer writes .* as 100, but it has 100 embeddings"):
+        encoder(folder)
+
+
+def change(file, **settings):
+    file.write_text(json.dumps({**json.loads(file.read_text()), **settings}))
