@@ -6,6 +6,7 @@ Everything comes from the recorded `results.json` files. p is corrected over the
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,7 @@ TEXTS = ("rouge-1", "length", "foreign", "copied")
 POWER = 1.96 + 0.84  # standard errors of the least difference that is shown four times out of five, at 5%
 WIDTH = 2 * 1.96  # of a 95% interval, in standard errors
 BASELINE = "none"
+_DATED = re.compile(r"^\d{4}-\d\d-\d\d-(decide_)?")  # how recorded results are named
 
 
 def record_decisions(paths: Sequence[Path], page: Path) -> list[Path]:
@@ -46,7 +48,7 @@ def record_decisions(paths: Sequence[Path], page: Path) -> list[Path]:
         results = read_results(path)
         if not results.get("decision"):
             raise DataError(f"{path}: decides nothing; run eval.run with subject=METHOD and METHOD_shuffled compared")
-        name = path.stem if path.stem != "results" else path.parent.name
+        name = _DATED.sub("", path.stem if path.stem != "results" else path.parent.name)
         if name in sets:
             raise DataError(f"{path}: a second result named {name}; rename one")
         sets[name] = results
@@ -104,7 +106,18 @@ def decision_table(sets: Mapping[str, Results]) -> Table:
             rival = f" over {contrast.b}" if kind == "gain" else ""
             cells += [_text(contrast) + rival, f"{corrected[name, kind]:.2g}"]
         lines.append([*cells, f"{_least(_contrast(decision['lift'])):.3f}"])
-    head = ("set", "questions, users", "seeds", "TFLOP", "subject", "lift", "p", "gain", "p", "least lift to be shown")
+    head = (
+        "set",
+        "questions, users",
+        "seeds",
+        "training at most",
+        "subject",
+        "lift",
+        "p",
+        "gain",
+        "p",
+        "least lift to be shown",
+    )
     return Table(head, lines)
 
 
@@ -173,8 +186,9 @@ def _added(results: Results, method: str) -> float:
 
 
 def _work(results: Results) -> str:
-    flops = results["settings"].get("fit", {}).get("flops")
-    return f"{float(flops) / 1e12:.0f}" if flops else UNKNOWN
+    fit = results["settings"].get("fit", {})
+    limits = [f"{float(fit['flops']) / 1e12:.0f} TFLOP"] if fit.get("flops") else []
+    return ", ".join([*limits, *([f"{fit['steps']} steps"] if "steps" in fit else [])]) or UNKNOWN
 
 
 def _contrast(row: Mapping[str, Any]) -> Contrast:

@@ -26,7 +26,7 @@ def method(loss, tokens, **more):
 
 RESULTS = {
     "task": "LaMP_5", "split": "dev", "n": 40, "n_users": 20, "llm": "tiny", "encoder": "tiny", "seeds": [0],
-    "settings": {"fit": {"flops": 4.3e13}},
+    "settings": {"fit": {"flops": 4.3e13, "steps": 400}},
     "methods": {
         "none": method(3.0, 100.0, foreign=0.5), "words": method(2.0, 116.0, foreign=0.1),
         "words_shuffled": method(2.4, 116.0, foreign=0.2), "turns": method(1.9, 480.0, foreign=0.3),
@@ -48,9 +48,9 @@ def files(tmp_path):
     del other["decision"]["gain"]
     other["decision"]["lift"] = contrast("words", "words_shuffled", 0.05, 0.14, 0.5)
     other["decision"] |= {"best": "user_prior: b", "advice": "user_prior: b"}
-    for name, results in (("mails", RESULTS), ("titles", other)):
+    for name, results in (("2026-11-27-decide_mails", RESULTS), ("titles", other)):
         (tmp_path / f"{name}.json").write_text(json.dumps(results))
-    return [tmp_path / "mails.json", tmp_path / "titles.json"]
+    return [tmp_path / "2026-11-27-decide_mails.json", tmp_path / "titles.json"]
 
 
 def test_a_sentence_says_what_to_use_and_what_the_history_is_worth(files):
@@ -66,9 +66,9 @@ def test_a_sentence_says_what_to_use_and_what_the_history_is_worth(files):
 
 
 def test_p_is_corrected_over_all_sets_together(files):
-    sets = {path.stem: json.loads(path.read_text()) for path in files}
+    sets = {path.stem.rpartition("_")[2]: json.loads(path.read_text()) for path in files}
     first, second = decision_table(sets).rows
-    assert first[:5] == ["mails", "40, 20", "1", "43", "words"]
+    assert first[:5] == ["mails", "40, 20", "1", "43 TFLOP, 400 steps", "words"]
     assert first[5:7] == ["+0.400 [+0.260, +0.540]", "0.03"]  # 3 x .01
     assert first[7:9] == ["+0.600 [+0.400, +0.800] over user_prior: a", "0.08"]  # 2 x .04
     assert second[6:9] == ["0.5", "–", "–"]
@@ -92,7 +92,7 @@ def test_page_and_plot_are_rendered_and_keep_what_was_written_by_hand(files, tmp
 
 
 def test_the_picture_has_a_point_per_method_and_set(files):
-    sets = {path.stem: json.loads(path.read_text()) for path in files}
+    sets = {path.stem.rpartition("_")[2]: json.loads(path.read_text()) for path in files}
     drawing = picture(sets)
     assert drawing.count("<title>") == 4
     assert "mails, turns: +1.100" in drawing
