@@ -91,20 +91,19 @@ bench-tiny: env ## run every method on every task shape with tiny random models
 	$(BIN)/python -m eval.tiny $(ARGS)
 
 # Public sets alone; add further ones by their files: make decide SETS="rfc_title my_own".
-decide: env ## build public sets, compare what decides on each (hours), and render the page (SETS=names, RUNS=folder)
-	mkdir -p $(RUNS)
-	for set in $(SETS); do $(MAKE) --no-print-directory $(RUNS)/$$set.jsonl; \
+decide: env $(SETS:%=$(RUNS)/%.jsonl) ## build public sets, compare what decides on each (hours), and render the page (SETS=names, RUNS=folder)
+	for set in $(SETS); do \
 		$(BIN)/python -m eval.run configs/decide/text.yaml data=$(RUNS)/$$set.jsonl task=$${set%_control} \
 			out=$(RUNS)/$$set $(ARGS) || exit 1; done
 	$(BIN)/python -m eval.report $(SETS:%=$(RUNS)/%/results.json) --decisions $(RUNS)/decide.md
 
-$(RUNS)/debian_synopsis.jsonl:
+$(RUNS)/debian_synopsis.jsonl: | env
 	$(BIN)/persona-plug data debian --users 1000 --out $@
-$(RUNS)/rfc_title.jsonl:
+$(RUNS)/rfc_title.jsonl: | env
 	$(BIN)/persona-plug data rfc --out $@
-$(RUNS)/replies.jsonl:
+$(RUNS)/replies.jsonl: | env
 	$(BIN)/persona-plug data synthetic --kind replies --users 144 --items 12 --held-out 0.45 --out $@
-$(RUNS)/replies_control.jsonl:
+$(RUNS)/replies_control.jsonl: | env
 	$(BIN)/persona-plug data synthetic --kind replies --users 144 --items 12 --held-out 0.45 --no-personal --out $@
 
 clean: ## remove build products and caches, keep .venv

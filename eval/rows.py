@@ -34,7 +34,7 @@ COSTS = {
 }
 
 
-def add_official_values(outcome: Outcome, questions: Questions) -> None:
+def add_text_values(outcome: Outcome, questions: Questions) -> None:
     """Add values per question of free text that need its texts and no model: of facts, and of the official rules."""
     texts = outcome.answers.texts
     if texts is None or questions.data.answers:
@@ -42,9 +42,9 @@ def add_official_values(outcome: Outcome, questions: Questions) -> None:
     asked = [questions.data.held_out[i] for i in questions.texts]
     queries = [find_query(questions.task, e.input) or e.input for e in asked]
     outputs = [[item.output for item in e.history] for e in asked]
-    for metric, found in text_values(texts, questions.references, queries, outputs).items():
+    for metric, row in text_values(texts, questions.references, queries, outputs).items():
         outcome.answers.values[metric] = np.full(len(questions.data.held_out), np.nan)
-        outcome.answers.values[metric][list(questions.texts)] = found
+        outcome.answers.values[metric][list(questions.texts)] = row
     for metric in questions.task.metrics:
         if metric in QUESTION_RULES:
             values = np.full(len(questions.data.held_out), np.nan)

@@ -74,7 +74,7 @@ def prepare(settings: ComparisonSettings) -> tuple[Questions, PersonaPlug]:
 def compare(settings: ComparisonSettings) -> tuple[dict[str, Any], dict[str, Any]]:
     """Run every method for every seed; what is finished is read back from `out`, not computed again."""
     from eval.decision import decide
-    from eval.rows import add_official_values, details, mean_values, method_row
+    from eval.rows import add_text_values, details, mean_values, method_row
     from eval.session import Session
 
     git = _git()  # before, not after: sources may change while it runs
@@ -90,7 +90,7 @@ def compare(settings: ComparisonSettings) -> tuple[dict[str, Any], dict[str, Any
         for name in by_training(names):
             for seed in settings.seeds[: 1 if name in settings.one_seed else None]:
                 for row, outcome in session.outcomes(name, seed).items():
-                    add_official_values(outcome, questions)
+                    add_text_values(outcome, questions)
                     runs.setdefault(row, []).append(outcome)
         losses = session.validation_losses() if {settings.subject, f"{settings.subject}_shuffled"} <= set(runs) else {}
     order = [*(name for name in names if name in runs), *runs]  # the prior's rows last

@@ -71,6 +71,8 @@ Written = TypeVar("Written", list[int], str)
 def end_runs(written: Written) -> Iterator[Written]:
     """Yield the runs of at least `LOOP_TOKENS` tokens or characters that end a text `LOOP_TIMES` times in a row."""
     for size in range(LOOP_TOKENS, len(written) // LOOP_TIMES + 1):
+        if written[-size - 1] != written[-1]:  # most sizes end here, before anything is copied
+            continue
         run = written[-size:]
         if all(written[-(i + 1) * size : -i * size] == run for i in range(1, LOOP_TIMES)):
             yield run

@@ -205,8 +205,8 @@ def download(packages: Sequence[str], component: str, timeout: float) -> Iterato
         _run(["apt-get", *options, "-q", "download", *packages], timeout, files)
         states = sorted((folder / "state/lists").glob("*Release"))
         facts = parse_release(states[0].read_text(encoding="utf-8", errors="replace")) if states else {}
-        found = sorted(files.glob("*.deb"))
-        yield found, {**facts, "component": component, "packages": " ".join(file.stem for file in found)}
+        debs = sorted(files.glob("*.deb"))
+        yield debs, {**facts, "component": component, "packages": " ".join(file.stem for file in debs)}
 
 
 def source_line(targets: Sequence[Target], component: str) -> str:

@@ -175,11 +175,11 @@ def _fit_words(
         scale[-width:] = torch.where(size > 0, weight / size.clamp(min=1e-9), torch.zeros(()))
     x = torch.cat([(views - mean) * scale, torch.zeros(len(answers), views.shape[1])])
     gold = torch.cat([seen.gold, torch.arange(len(answers))])
-    found = _regress(x, gold, _line(answers), penalty, start)
-    slopes = _slopes(found, _line(answers))
+    solution = _regress(x, gold, _line(answers), penalty, start)
+    slopes = _slopes(solution, _line(answers))
     coefficients = slopes[:, :-1] * scale
     offset = slopes[:, -1] - coefficients @ mean
-    return _Words(torch.cat([coefficients, offset.unsqueeze(1)], 1)), found
+    return _Words(torch.cat([coefficients, offset.unsqueeze(1)], 1)), solution
 
 
 @torch.enable_grad()
@@ -187,18 +187,18 @@ def _regress(x: Tensor, gold: Tensor, line: Tensor, penalty: float, start: Tenso
     """Return (1 + C, F + 1): coefficients that all answers share along `line`, and each answer's own; see `_slopes`."""
     if start is None:
         start = torch.zeros(len(line) + 1, x.shape[1] + 1)
-    found = start.clone().requires_grad_()
+    solution = start.clone().requires_grad_()
     ones = torch.cat([x, torch.ones(len(x), 1)], 1)
 
     def loss() -> Tensor:
-        fit = torch.nn.functional.cross_entropy(ones @ _slopes(found, line).T, gold, reduction="sum")
-        return (fit + penalty / 2 * found[:, :-1].square().sum()) / len(gold)
+        fit = torch.nn.functional.cross_entropy(ones @ _slopes(solution, line).T, gold, reduction="sum")
+        return (fit + penalty / 2 * solution[:, :-1].square().sum()) / len(gold)
 
-    return _minimise(loss, [found], ITERATIONS)[0]
+    return _minimise(loss, [solution], ITERATIONS)[0]
 
 
-def _slopes(found: Tensor, line: Tensor) -> Tensor:
-    return found[1:] + ORDERED * line.unsqueeze(1) * found[:1]
+def _slopes(solution: Tensor, line: Tensor) -> Tensor:
+    return solution[1:] + ORDERED * line.unsqueeze(1) * solution[:1]
 
 
 def _line(answers: Sequence[str]) -> Tensor:

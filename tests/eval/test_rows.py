@@ -6,7 +6,7 @@ import pytest
 from eval.metrics.lamp import bleu, macro_f1
 from eval.outcomes import Costs, Outcome
 from eval.questions import Questions
-from eval.rows import add_official_values, details, mean_values, method_row
+from eval.rows import add_text_values, details, mean_values, method_row
 from persona_plug.data.history import Example, HistoryItem
 from persona_plug.data.splits import FitData
 from persona_plug.measure.answers import Answers
@@ -48,7 +48,7 @@ def test_free_text_is_scored_where_it_was_written():
     questions = questions_of("LongLaMP_1", outputs, 2)
     texts = ["the red fox runs home", "a green bird sings here"]
     outcome = Outcome(Answers({"nll": np.ones(4)}, texts))
-    add_official_values(outcome, questions)
+    add_text_values(outcome, questions)
     row = method_row(mean_values([outcome]), [outcome], questions)
     assert set(row["metrics"]) == {"nll", "length", "foreign", "copied", *load_task("LongLaMP_1").metrics}
     assert np.isnan(outcome.answers.values["rouge-1"]).tolist() == [False, True, False, True]
